@@ -1,0 +1,59 @@
+"""daq_jax: quantization that keeps what fine-tuning changed.
+
+`quantize(base, tuned)` picks scales and roundings by what happens to `tuned - base`: its sign, its
+direction, its size. Pure functions over pytrees. Letters used throughout: `R, C` rows (inputs) and columns
+(outputs) of a weight, `T` tiles, `K` elements of a tile, `N` candidates; `d = tuned - base` the true change,
+`q = dequantized - base` the kept change.
+"""
+
+from daq_jax import recipes
+from daq_jax.comparison import Comparison, Figures, compare
+from daq_jax.formats import fp4_bnb, fp4_e2m1, fp8_e4m3fn, fp8_e5m2, int4, int8, nf4
+from daq_jax.metrics import SignRate, cosine, neg_mse
+from daq_jax.qtensor import QTensor
+from daq_jax.recipes import Recipe
+from daq_jax.roundings import Nearest
+from daq_jax.rules import DEFAULT_RULES, Rule, UnusedRuleWarning, keep, use
+from daq_jax.scales import AnyScale, PowerOfTwo
+from daq_jax.searches import AbsMax, CoarseToFine, Grid, WithBaseScale
+from daq_jax.tilings import Block, Channel, Group, PerTensor
+from daq_jax.trees import dequantize, quantize
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DEFAULT_RULES",
+    "AbsMax",
+    "AnyScale",
+    "Block",
+    "Channel",
+    "CoarseToFine",
+    "Comparison",
+    "Figures",
+    "Grid",
+    "Group",
+    "Nearest",
+    "PerTensor",
+    "PowerOfTwo",
+    "QTensor",
+    "Recipe",
+    "Rule",
+    "SignRate",
+    "UnusedRuleWarning",
+    "WithBaseScale",
+    "compare",
+    "cosine",
+    "dequantize",
+    "fp4_bnb",
+    "fp4_e2m1",
+    "fp8_e4m3fn",
+    "fp8_e5m2",
+    "int4",
+    "int8",
+    "keep",
+    "neg_mse",
+    "nf4",
+    "quantize",
+    "recipes",
+    "use",
+]

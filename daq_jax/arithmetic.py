@@ -1,0 +1,59 @@
+"""Arithmetic that a compiler must not improve on.
+
+XLA rewrites float32 expressions in ways that are right for training and wrong for a search that has to
+score exactly what it stores. Each function here is an ordinary operation written so that it keeps its IEEE
+meaning on every backend, inside and outside `jax.jit`.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+SMALLEST_NORMAL = 2.0**-126  # float32; anything below may be flushed to zero by the hardware
+_LARGEST = float(jnp.finfo(jnp.float32).max)
+_RUN = 128  # elements summed one after another before partial sums are combined
+
+
+def divide(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`x / y`, rounded once. Broadcasts; float32.
+
+    XLA turns a division by a broadcast value into a multiplication by its reciprocal, which is one unit in
+    the last place off in a third of all quotients. A divisor that depends on `x` is not a broadcast value.
+    """
+    return x / jnp.where(x == x, y, x)  # NaN where x is NaN, which is what x / y gives too
+
+
+def multiply(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`x * y`, rounded once even where a sum follows. Broadcasts; float32.
+
+    A product and the sum after it may be fused into one rounding. `code * scale - base` is then not zero
+    where the stored weight equals the base, and a change that was lost looks kept. Taking the smaller of
+    the product and the largest float stands between the two and changes no finite product.
+    """
+    return jnp.minimum(x * y, _LARGEST)
+
+
+def total(x: Array, axes: tuple[int, ...]) -> Array:
+    """Sum over `axes`, which stay with length 1, in runs of at most 128 elements.
+
+    A plain float32 sum of 64M terms can be wrong in the third digit. Short runs, and then runs of their
+    sums, keep the relative error near 1e-7 of the sum of absolute values.
+
+    Args:
+        x: any shape; float32 or int32.
+        axes: the axes to sum over, not negative.
+    """
+    for axis in axes:
+        while x.shape[axis] > 1:
+            n = x.shape[axis]
+            runs = -(-n // _RUN)
+            if runs > 1 and n % _RUN:
+                x = jnp.pad(x, [(0, runs * _RUN - n if i == axis else 0) for i in range(x.ndim)])
+            if runs > 1:
+                x = x.reshape(*x.shape[:axis], runs, _RUN, *x.shape[axis + 1 :])
+                x = jnp.sum(x, axis + 1)
+            else:
+                x = jnp.sum(x, axis, keepdims=True)
+            # Without a barrier XLA merges the sums into one long run again.
+            x = lax.optimization_barrier(x)
+    return x

@@ -1,0 +1,94 @@
+"""How well does a quantized tensor keep the change that tuning made?
+
+A metric takes the true change `d = tuned - base` and the kept change `q = dequantized - base`, cut into `T`
+tiles of `K` elements, and returns one score per tile. Higher is better. Both are float32, in weight units.
+A tile cut off at an edge is filled up with zeros, where `d = q = 0`.
+
+Any callable of that signature is a metric. Ours are made of sums over elements (`Additive`), which lets the
+search take the sums wherever the elements lie, without gathering each tile into a row.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Metric = Callable[[Array, Array], Array]  # (d, q) -> one score per tile, higher is better
+
+
+class Additive(abc.ABC):
+    """A metric that is a function of sums over the elements of a tile."""
+
+    @abc.abstractmethod
+    def terms(self, d: Array, q: Array) -> tuple[Array, ...]:
+        """What is summed, element by element, in the shape of `d` and `q`."""
+
+    @abc.abstractmethod
+    def score(self, *sums: Array) -> Array:
+        """The score, given the sums of `terms` over a tile."""
+
+    def __call__(self, d: Float[Array, "T K"], q: Float[Array, "T K"]) -> Float[Array, " T"]:
+        """One score per tile."""
+        return self.score(*(jnp.sum(x, axis=-1) for x in self.terms(d, q)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Cosine(Additive):
+    """Cosine of the angle between the true and the kept change, `<d, q> / (|d| |q|)`.
+
+    Between -1 and 1. Where nothing changed (`d = 0`) it is 1, where all of a change was lost (`q = 0`) 0.
+    It does not see the size of `q`: read it beside the projection. Source: arXiv:2603.22324.
+    """
+
+    def terms(self, d: Array, q: Array) -> tuple[Array, ...]:
+        return d * q, d * d, q * q
+
+    def score(self, *sums: Array) -> Array:
+        dq, dd, qq = sums
+        size = jnp.sqrt(dd) * jnp.sqrt(qq)  # the root of the product could underflow
+        return jnp.where(dd > 0, dq / jnp.where(size > 0, size, 1), 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class SignRate(Additive):
+    """Share of the elements with `|d| > threshold` whose kept change has the sign of the true one.
+
+    Between 0 and 1. A kept change of zero counts as lost. Where no element changes by more than the
+    threshold it is 1. Source: arXiv:2603.22324, its threshold from the released program.
+    """
+
+    threshold: float = 1e-5  # weight units; smaller changes count as noise
+
+    def __post_init__(self) -> None:
+        if not self.threshold >= 0:  # also refuses NaN
+            raise ValueError(f"`threshold` must be 0 or more; got {self.threshold}.")
+
+    def terms(self, d: Array, q: Array) -> tuple[Array, ...]:
+        counted = jnp.abs(d) > self.threshold
+        kept = counted & (jnp.sign(d) == jnp.sign(q))
+        return kept.astype(jnp.int32), counted.astype(jnp.int32)  # exact in any order of summation
+
+    def score(self, *sums: Array) -> Array:
+        kept, counted = (x.astype(jnp.float32) for x in sums)
+        return jnp.where(counted > 0, kept / jnp.maximum(counted, 1), 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class NegMse(Additive):
+    """Minus the mean squared error of the weights, `-mean((q - d)^2)`; it does not look at the base.
+
+    The control against which metrics of the change are measured; the search by reconstruction error.
+    """
+
+    def terms(self, d: Array, q: Array) -> tuple[Array, ...]:
+        return (q - d) ** 2, jnp.ones_like(d)
+
+    def score(self, *sums: Array) -> Array:
+        squares, count = sums
+        return -squares / count
+
+
+cosine = Cosine()
+neg_mse = NegMse()

@@ -1,0 +1,89 @@
+"""The result of quantizing one weight: codes, scales, and what they mean."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from daq_jax.arithmetic import multiply
+from daq_jax.formats import Format, round_to_dtype
+from daq_jax.sharding import run_sharded, sharding_of
+from daq_jax.tilings import DEFAULT_MATRIX, Matrix, TileView, Tiling
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QTensor:
+    """A quantized weight: `float32(code) * scale`, each scale spread over its tile.
+
+    A pytree whose leaves are `codes` and `scale`; the rest is static. jnp functions take it in place of
+    an array (it becomes one, in its original dtype); for lax functions call `dequantize` first.
+
+    Attributes:
+        codes: storage dtype of the format, in the weight's own shape and axis order.
+        scale: float32 `[batch..., grid rows, grid columns]`, weight units per code unit; see `tilings`.
+        format: the number format of the codes.
+        tiling: which elements share a scale.
+        dtype: dtype of the weight that was quantized.
+        matrix: input axes and output axes of the weight; all other axes are a batch.
+    """
+
+    codes: Any  # an array; what stands for one (a shape, a sharding) in a tree mapped over a tree
+    scale: Any
+    format: Format = dataclasses.field(metadata={"static": True})
+    tiling: Tiling = dataclasses.field(metadata={"static": True})
+    dtype: np.dtype = dataclasses.field(metadata={"static": True})
+    matrix: Matrix = dataclasses.field(default=DEFAULT_MATRIX, metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        return self.codes.shape
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the weight."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of elements of the weight."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the codes and scales in memory."""
+        return self.codes.nbytes + self.scale.nbytes
+
+    @property
+    def view(self) -> TileView:
+        """How the weight is cut into tiles."""
+        return TileView(self.shape, self.matrix, self.tiling)
+
+    def values(self) -> Array:
+        """Float32 weights, before the cast to a dtype, cut into tiles by `view`."""
+        values = self.format.decode(self.view.cut(self.codes))
+        return multiply(values, self.view.spread(self.scale))
+
+    def dequantize(self, dtype: jax.typing.DTypeLike | None = None) -> Array:
+        """The weight as an array again: one product and one cast.
+
+        Args:
+            dtype: of the result; None gives the dtype of the weight that was quantized.
+        """
+        return _dequantize(self, np.dtype(dtype or self.dtype))
+
+    def __jax_array__(self) -> Array:
+        return self.dequantize()
+
+
+def _dequantize(q: QTensor, dtype: np.dtype) -> Array:
+    def run(codes: Array, scale: Array) -> Array:
+        part = dataclasses.replace(q, codes=codes, scale=scale)
+        return round_to_dtype(q.view.join(part.values()), dtype)
+
+    sharding = sharding_of(q.codes)
+    return run_sharded(run, sharding)(q.codes, q.scale)

@@ -1,0 +1,125 @@
+"""Rules: which leaves of a tree are quantized, how, and which are left as they are.
+
+A leaf's path is its dict keys, indices and attribute names joined by "/"; a bare array has path "". Rules
+are an ordered list; the first one whose pattern is found in the path (`re.search`, case-sensitive) decides.
+A leaf that no rule names is quantized if it is floating point with two axes or more, and kept otherwise.
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+from daq_jax.recipes import Recipe
+from daq_jax.tilings import DEFAULT_MATRIX, Matrix
+
+
+class UnusedRuleWarning(UserWarning):
+    """A rule's pattern matched no leaf: probably a misspelt name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What to do with the leaves whose path matches. Made by `keep` and `use`.
+
+    Attributes:
+        pattern: regular expression, found anywhere in the path.
+        quantize: whether to quantize the leaf or keep it.
+        recipe: how to quantize it; None for the recipe that was passed to `quantize`.
+        matrix: its input axes and output axes; None for the last two.
+        ndim_at_least: leaves with fewer axes are not matched.
+    """
+
+    pattern: str
+    quantize: bool
+    recipe: Recipe | None = None
+    matrix: Matrix | None = None
+    ndim_at_least: int = 0
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(f"`{self.pattern}` is not a regular expression: {error}.") from error
+
+    def matches(self, path: str, ndim: int) -> bool:
+        """Whether this rule speaks of a leaf."""
+        return ndim >= self.ndim_at_least and re.search(self.pattern, path) is not None
+
+
+def keep(pattern: str) -> Rule:
+    """Leaves whose path matches stay as they are.
+
+    Raises:
+        ValueError: if `pattern` is not a regular expression.
+
+    >>> keep("lm_head").matches("decoder/lm_head/kernel", ndim=2)
+    True
+    """
+    return Rule(pattern, quantize=False)
+
+
+def use(pattern: str, recipe: Recipe | None = None, *, matrix: Matrix | None = None) -> Rule:
+    """Leaves whose path matches are quantized.
+
+    Args:
+        pattern: regular expression, found anywhere in the path.
+        recipe: how; None for the recipe that was passed to `quantize`.
+        matrix: `(input axes, output axes)`, for weights that are not `[..., in, out]`: `((1,), (0,))` for
+            a weight `[out, in]` as Hugging Face stores it, `((-3,), (-2, -1))` for a kernel `[D, heads, hd]`.
+
+    Raises:
+        ValueError: if `pattern` is not a regular expression or `matrix` is not two tuples of axes.
+    """
+    if matrix is not None:
+        try:
+            rows, columns = matrix
+            matrix = (tuple(int(a) for a in rows), tuple(int(a) for a in columns))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"`matrix` must be (input axes, output axes), such as ((1,), (0,)); got {matrix!r}."
+            ) from error
+    return Rule(pattern, quantize=True, recipe=recipe, matrix=matrix)
+
+
+def _kernel(pattern: str, matrix: Matrix) -> Rule:
+    return Rule(pattern, quantize=True, matrix=matrix, ndim_at_least=3)
+
+
+# Embeddings and output heads decide which token comes out, routers which expert is asked, and norms and
+# biases are small: none is worth the risk. A norm or bias has two axes where layers are stacked.
+DEFAULT_RULES: tuple[Rule, ...] = (
+    keep(r"(?i)embed|(^|[./])(wte|wpe)([./]|$)"),
+    keep(r"(?i)norm|(^|[./])(ln\w*|scale)([./]|$)"),
+    keep(r"(?i)bias"),
+    keep(r"(^|[./])(\w*head|logits\w*|classifier)([./]|$)"),
+    keep(r"(?i)router|(moe\w*|experts?)[./]gate([./]|$)|(^|[./])mlp\.gate\.weight$"),
+    # Attention of Flax: [D, heads, hd] into the heads, [heads, hd, D] out of them.
+    _kernel(r"(^|/)(query|key|value)/kernel$", ((-3,), (-2, -1))),
+    _kernel(r"(^|/)out/kernel$", ((-3, -2), (-1,))),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What the rules say of one leaf; `rule` is None where none speaks of it."""
+
+    rule: Rule | None
+    quantize: bool
+    recipe: Recipe
+    matrix: Matrix
+
+
+def decide(path: str, ndim: int, is_float: bool, rules: Sequence[Rule], recipe: Recipe) -> Decision:
+    """Applies the rules to one leaf.
+
+    Args:
+        path: the leaf's path.
+        ndim: its number of axes.
+        is_float: whether its dtype is a floating-point one.
+        rules: in order; the first match wins.
+        recipe: for leaves whose rule names none.
+    """
+    for rule in rules:
+        if rule.matches(path, ndim):
+            return Decision(rule, rule.quantize, rule.recipe or recipe, rule.matrix or DEFAULT_MATRIX)
+    return Decision(None, is_float and ndim >= 2, recipe, DEFAULT_MATRIX)

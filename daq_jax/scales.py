@@ -1,0 +1,63 @@
+"""The scale of a tile: what AbsMax gives, and which scales a file or a server can hold.
+
+A scale is float32, weight units per code unit, and always positive.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from daq_jax.arithmetic import SMALLEST_NORMAL, divide
+
+
+def usable(scale: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Scale 1 in place of zero and of scales too small for a normal float32; NaN stays NaN."""
+    return jnp.where(scale < SMALLEST_NORMAL, 1.0, scale)
+
+
+def absmax_scale(tiles: Float[Array, "..."], axes: tuple[int, ...], *, largest: float) -> Float[Array, "..."]:
+    """Smallest scale at which no element of a tile saturates: `absmax / largest`, rounded once.
+
+    Args:
+        tiles: any shape, float32. Weights, cut into tiles.
+        axes: the axes that a tile's elements lie on; they stay with length 1.
+        largest: largest value of the format, in code units; 448 for e4m3.
+
+    Returns:
+        Float32, weight units per code unit. An all-zero tile gets 1; a tile with NaN or infinity NaN.
+
+    >>> absmax_scale(jnp.array([[2.0, -896.0]]), (1,), largest=448.0)
+    Array([[2.]], dtype=float32)
+    """
+    # A maximum may drop a NaN (XLA's does on CPUs), so NaN travels through it as infinity.
+    size = jnp.where(jnp.isfinite(tiles), jnp.abs(tiles), jnp.inf)
+    absmax = jnp.max(size, axis=axes, keepdims=True)
+    # Behind the barrier `largest` is no constant, whose reciprocal XLA would multiply with.
+    scale = divide(absmax, lax.optimization_barrier(jnp.float32(largest)))
+    return jnp.where(jnp.isfinite(absmax), usable(scale), jnp.nan)
+
+
+@dataclasses.dataclass(frozen=True)
+class AnyScale:
+    """Every positive float32 is a scale."""
+
+    def __call__(self, scale: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The scale to store in place of `scale`."""
+        return scale
+
+
+@dataclasses.dataclass(frozen=True)
+class PowerOfTwo:
+    """Powers of two only, for servers that would re-quantize other scales: the next one not below.
+
+    A search has nothing to find here: two candidates within an octave give the same scale.
+    """
+
+    def __call__(self, scale: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The scale to store in place of `scale`."""
+        bits = lax.bitcast_convert_type(scale, jnp.int32)
+        power = lax.bitcast_convert_type(bits & 0x7F800000, jnp.float32)
+        power = jnp.where(bits & 0x007FFFFF, power * 2, power)
+        return jnp.where(jnp.isfinite(scale), power, jnp.nan)

@@ -1,0 +1,71 @@
+"""Keeping the sharding of a weight through reshapes.
+
+Cutting a weight into tiles reshapes it, which JAX refuses for an array whose mesh axes are Explicit: there
+the user says where things lie. We do: codes lie as the weight does and scales with their tiles, so the
+reshapes in between may be left to the compiler (mesh axes Auto).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.core import Tracer
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
+
+from daq_jax.tilings import TileView
+
+
+def sharding_of(x: ArrayLike) -> NamedSharding | None:
+    """Where an array lies, if on a mesh and known: for a tracer only if the mesh axes are Explicit."""
+    traced = isinstance(x, Tracer)
+    sharding = jax.typeof(x).sharding if traced else getattr(x, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or sharding.mesh.empty:
+        return None
+    return None if traced and not _is_explicit(sharding) else sharding
+
+
+def _is_explicit(sharding: NamedSharding) -> bool:
+    return AxisType.Explicit in sharding.mesh.axis_types
+
+
+def run_sharded(function: Callable[..., Any], out: Any) -> Callable[..., Any]:
+    """`function`, with its result lying as `out` says and everything inside left to the compiler.
+
+    Args:
+        function: of arrays.
+        out: a tree of `NamedSharding` for the result, or of None to leave the result to the compiler too.
+    """
+    leaves = [s for s in jax.tree.leaves(out) if isinstance(s, NamedSharding)]
+    if not leaves:
+        return function
+    if any(_is_explicit(s) for s in leaves):
+        return jax.sharding.auto_axes(function, out_sharding=out)
+    return lambda *args: jax.lax.with_sharding_constraint(function(*args), out)
+
+
+def scale_sharding(weight: NamedSharding | None, view: TileView) -> NamedSharding | None:
+    """Where the scales of a weight lie: with their tiles, or everywhere if a tile crosses devices."""
+    if weight is None:
+        return None
+    spec = tuple(weight.spec) + (None,) * (len(view.shape) - len(weight.spec))
+    sizes = dict(weight.mesh.shape)
+    batch, rows, columns = view.axes
+
+    def parts(names: Any) -> int:
+        names = () if names is None else names if isinstance(names, tuple) else (names,)
+        n = 1
+        for name in names:
+            n *= sizes[name]
+        return n
+
+    def of(axes: tuple[int, ...], grid: int, tile: int, length: int) -> Any:
+        names = spec[axes[0]]  # the leading axis of several is the one whose shards are whole runs
+        if any(spec[a] for a in axes[1:]) or grid % parts(names) or (length // parts(names)) % tile:
+            return None
+        return names
+
+    r, c = view.tile
+    new = [spec[a] for a in batch]
+    new += [of(rows, view.grid[-2], r, view.rows), of(columns, view.grid[-1], c, view.columns)]
+    return NamedSharding(weight.mesh, PartitionSpec(*new))

@@ -1,0 +1,230 @@
+"""Which elements of a weight share one scale, and the view of the weight in which they stand together.
+
+A tiling says how large a tile is, `(r, c)`, for a matrix of `R` inputs and `C` outputs. Everything else is
+the same for all of them: a `TileView` splits each matrix axis into (tiles, elements of a tile) where it lies,
+so that nothing is transposed for the common layouts, and later code reduces over the two element axes.
+
+| tiling | tile | scale |
+|---|---|---|
+| `Block(r, c)` | `r` inputs by `c` outputs | `[..., ceil(R / r), ceil(C / c)]` |
+| `Channel()` | all inputs of one output | `[..., 1, C]` |
+| `PerTensor()` | the whole matrix | `[..., 1, 1]` |
+| `Group(n)` | `n` inputs of one output | `[..., ceil(R / n), C]` |
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+Matrix = tuple[tuple[int, ...], tuple[int, ...]]  # (input axes, output axes) of a weight
+DEFAULT_MATRIX: Matrix = ((-2,), (-1,))  # as Flax stores a kernel; all other axes are a batch
+
+
+@runtime_checkable
+class Tiling(Protocol):
+    """What the rest of the library asks of a tiling; a frozen value with this method is one."""
+
+    def tile(self, rows: int, columns: int) -> tuple[int, int]: ...
+
+
+def _check_sizes(tiling: object, **sizes: int) -> None:
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(
+                f"{type(tiling).__name__}: `{name}` must be a whole number above 0; got {size!r}."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """One scale for each block of `r` inputs by `c` outputs; blocks cut off at an edge are blocks too."""
+
+    r: int = 128
+    c: int = 128
+
+    def __post_init__(self) -> None:
+        _check_sizes(self, r=self.r, c=self.c)
+
+    def tile(self, rows: int, columns: int) -> tuple[int, int]:
+        """Rows and columns of a tile in a `[rows, columns]` matrix."""
+        return min(self.r, rows), min(self.c, columns)
+
+
+@dataclasses.dataclass(frozen=True)
+class Channel:
+    """One scale for each output."""
+
+    def tile(self, rows: int, columns: int) -> tuple[int, int]:
+        """Rows and columns of a tile in a `[rows, columns]` matrix."""
+        return rows, 1
+
+
+@dataclasses.dataclass(frozen=True)
+class PerTensor:
+    """One scale for the whole matrix; each matrix of a batch has its own."""
+
+    def tile(self, rows: int, columns: int) -> tuple[int, int]:
+        """Rows and columns of a tile in a `[rows, columns]` matrix."""
+        return rows, columns
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """One scale for each run of `n` inputs of one output."""
+
+    n: int
+
+    def __post_init__(self) -> None:
+        _check_sizes(self, n=self.n)
+
+    def tile(self, rows: int, columns: int) -> tuple[int, int]:
+        """Rows and columns of a tile in a `[rows, columns]` matrix."""
+        return min(self.n, rows), 1
+
+
+def matrix_problem(shape: Sequence[int], matrix: Matrix) -> str | None:
+    """Why `matrix` cannot be the matrix view of a weight of this shape, or None if it can."""
+    axes = [*matrix[0], *matrix[1]]
+    if not matrix[0] or not matrix[1]:
+        return "it needs at least one input axis and one output axis"
+    if any(not -len(shape) <= a < len(shape) for a in axes):
+        return f"the weight has only {len(shape)} axes"
+    if len({a % len(shape) for a in axes}) < len(axes):
+        return "an axis is named twice"
+    return None
+
+
+def _is_run(axes: Sequence[int]) -> bool:
+    return all(b == a + 1 for a, b in itertools.pairwise(axes))
+
+
+@dataclasses.dataclass(frozen=True)
+class TileView:
+    """How a weight of one shape is cut into tiles and joined again. The only place that pads.
+
+    A cut weight keeps its axis order; each batch axis stays, and the input axes become two, (grid rows, rows
+    of a tile), and the output axes two, (grid columns, columns of a tile). An HF weight `[out, in]` is cut to
+    `[C / c, c, R / r, r]`, a Flax kernel `[in, out]` to `[R / r, r, C / c, c]`. Input or output axes that do
+    not lie side by side are moved to the end first. Padding is zero.
+
+    Attributes:
+        shape: the weight's shape.
+        matrix: its input axes and its output axes.
+        tiling: the tiling.
+    """
+
+    shape: tuple[int, ...]
+    matrix: Matrix
+    tiling: Tiling
+
+    @property
+    def axes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Batch, input and output axes, none negative."""
+        n = len(self.shape)
+        rows, columns = (tuple(a % n for a in axes) for axes in self.matrix)
+        return tuple(a for a in range(n) if a not in rows + columns), rows, columns
+
+    @property
+    def _order(self) -> tuple[int, ...]:
+        """Axis order in which the input axes, and the output axes, stand side by side."""
+        batch, rows, columns = self.axes
+        in_place = _is_run(rows) and _is_run(columns)
+        return tuple(range(len(self.shape))) if in_place else batch + rows + columns
+
+    @property
+    def rows(self) -> int:
+        """R, the number of inputs."""
+        return math.prod(self.shape[a] for a in self.axes[1])
+
+    @property
+    def columns(self) -> int:
+        """C, the number of outputs."""
+        return math.prod(self.shape[a] for a in self.axes[2])
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """(r, c), the size of a whole tile."""
+        return self.tiling.tile(self.rows, self.columns)
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """Lengths of the batch axes, in the weight's order."""
+        return tuple(self.shape[a] for a in self.axes[0])
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Shape of the scale: batch, rows of tiles, columns of tiles."""
+        r, c = self.tile
+        return (*self.batch, -(-self.rows // r), -(-self.columns // c))
+
+    @property
+    def _roles(self) -> tuple[str, ...]:
+        """'b', 'r' or 'c' for each axis once input and output axes are merged."""
+        _, rows, columns = self.axes
+        roles = ["r" if a in rows else "c" if a in columns else "b" for a in self._order]
+        return tuple(x for i, x in enumerate(roles) if x == "b" or i == 0 or roles[i - 1] != x)
+
+    @property
+    def tile_axes(self) -> tuple[int, int]:
+        """Positions of a tile's rows and columns in a cut weight."""
+        start = {role: i for i, role in enumerate(self._split_roles)}
+        return start["r"], start["c"]
+
+    @property
+    def _split_roles(self) -> tuple[str, ...]:
+        split = {"b": ("b",), "r": ("R", "r"), "c": ("C", "c")}  # capitals: axes of the grid
+        return tuple(x for role in self._roles for x in split[role])
+
+    def _merged_shape(self) -> list[int]:
+        batch, sizes = iter(self.batch), {"r": self.rows, "c": self.columns}
+        return [next(batch) if role == "b" else sizes[role] for role in self._roles]
+
+    def _padded_shape(self) -> list[int]:
+        whole = dict(zip("rc", (g * t for g, t in zip(self.grid[-2:], self.tile, strict=True)), strict=True))
+        return [whole.get(role, n) for role, n in zip(self._roles, self._merged_shape(), strict=True)]
+
+    def _cut_shape(self) -> list[int]:
+        batch = iter(self.batch)
+        sizes = dict(zip("RCrc", (*self.grid[-2:], *self.tile), strict=True))
+        return [next(batch) if role == "b" else sizes[role] for role in self._split_roles]
+
+    def cut(self, x: Array) -> Array:
+        """A weight, or anything of its shape, cut into tiles."""
+        x = x.transpose(self._order).reshape(self._merged_shape())
+        missing = [(0, whole - n) for whole, n in zip(self._padded_shape(), x.shape, strict=True)]
+        return (jnp.pad(x, missing) if any(m for _, m in missing) else x).reshape(self._cut_shape())
+
+    def join(self, tiles: Array) -> Array:
+        """The inverse of `cut`."""
+        x = tiles.reshape(self._padded_shape())[tuple(slice(n) for n in self._merged_shape())]
+        x = x.reshape([self.shape[a] for a in self._order])
+        return x.transpose([self._order.index(a) for a in range(len(self.shape))])
+
+    def spread(self, scale: Array) -> Array:
+        """A scale `[batch..., R / r, C / c]` in a shape that broadcasts over the cut weight."""
+        grid_roles = [role for role in self._split_roles if role not in "rc"]
+        batch = iter(range(len(self.batch)))
+        at = {"R": len(self.batch), "C": len(self.batch) + 1}
+        scale = scale.transpose([next(batch) if role == "b" else at[role] for role in grid_roles])
+        return jnp.expand_dims(scale, self.tile_axes)
+
+    def gather(self, spread: Array) -> Array:
+        """The inverse of `spread`."""
+        kept = jnp.squeeze(spread, self.tile_axes)
+        grid_roles = [role for role in self._split_roles if role not in "rc"]
+        batch = [i for i, role in enumerate(grid_roles) if role == "b"]
+        return kept.transpose([*batch, grid_roles.index("R"), grid_roles.index("C")])
+
+    def flat(self, tiles: Array) -> Array:
+        """A cut weight as `[T, K]`: one row a tile, in the order of the scale's elements."""
+        r, c = self.tile_axes
+        rest = [i for i in range(tiles.ndim) if i not in (r, c)]
+        names = [self._split_roles[i] for i in rest]
+        order = [i for i, name in zip(rest, names, strict=True) if name == "b"]
+        order += [rest[names.index("R")], rest[names.index("C")], r, c]
+        return tiles.transpose(order).reshape(-1, math.prod(self.tile))

@@ -1,0 +1,247 @@
+"""Trees of weights: paired by path, checked as a whole, quantized leaf by leaf."""
+
+import collections
+import dataclasses
+import re
+import warnings
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from daq_jax import recipes
+from daq_jax.qtensor import QTensor
+from daq_jax.quantizer import quantize_pair
+from daq_jax.recipes import Recipe
+from daq_jax.rules import DEFAULT_RULES, Decision, Rule, UnusedRuleWarning, decide
+from daq_jax.tilings import matrix_problem
+
+PyTree = Any
+_FLOATS = ("bfloat16", "float16", "float32")
+
+
+def is_qtensor(x: object) -> bool:
+    """Whether a node of a tree is a QTensor, which is a leaf to us."""
+    return isinstance(x, QTensor)
+
+
+def _is_box(x: object) -> bool:
+    """Flax boxes that add metadata to an array: `nnx.Variable`, `nn.Partitioned` and their kin."""
+    return hasattr(x, "get_raw_value") or (hasattr(x, "unbox") and hasattr(x, "replace_boxed"))
+
+
+def _word(key: Any) -> str:
+    for name in ("key", "idx", "name"):  # of DictKey, SequenceKey, GetAttrKey
+        if hasattr(key, name):
+            return str(getattr(key, name))
+    return str(key)
+
+
+def named_leaves(tree: PyTree) -> dict[str, Any]:
+    """Leaves of a tree by path, in the tree's order; a QTensor is one leaf, a box adds nothing to a path.
+
+    Raises:
+        ValueError: if two leaves have the same path, such as `{"a/b": x, "a": {"b": y}}`.
+    """
+    leaves: dict[str, Any] = {}
+    outer, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: is_qtensor(x) or _is_box(x))
+    for keys, node in outer:
+        for leaf in jax.tree.leaves(node, is_leaf=is_qtensor):
+            path = "/".join(map(_word, keys))
+            if path in leaves:
+                raise ValueError(f"two leaves have the path {path!r}; rename one so that paths are unique.")
+            leaves[path] = leaf
+    return leaves
+
+
+def with_leaves(tree: PyTree, leaves: Sequence[Any]) -> PyTree:
+    """The tree with other leaves, in the order of `named_leaves`."""
+    return jax.tree.unflatten(jax.tree.structure(tree, is_leaf=is_qtensor), leaves)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A leaf before and after tuning, and what to do with it."""
+
+    path: str
+    base: Any
+    tuned: Any
+    decision: Decision
+
+
+def pair_leaves(base: PyTree, tuned: PyTree, recipe: Recipe, rules: Sequence[Rule]) -> list[Pair]:
+    """Pairs the leaves of two trees by path, in the order of `tuned`, and applies the rules.
+
+    Raises:
+        ValueError: naming every path that only one of the trees has.
+    """
+    before, after = named_leaves(base), named_leaves(tuned)
+    problems = [f"{p!r} is in base but not in tuned" for p in before if p not in after]
+    problems += [f"{p!r} is in tuned but not in base" for p in after if p not in before]
+    if problems:
+        raise ValueError(
+            _report("base and tuned must have one structure", problems)
+            + "\nPass two trees of the same model, or cut both down to the leaves they share."
+        )
+    return [
+        Pair(p, before[p], x, decide(p, np.ndim(x), _is_float(x), rules, recipe)) for p, x in after.items()
+    ]
+
+
+def _is_float(x: Any) -> bool:
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _report(headline: str, problems: Sequence[str]) -> str:
+    return f"{headline}:" + "".join(f"\n  {p}" for p in problems)
+
+
+def _kind(x: Any) -> str:
+    return f"{tuple(x.shape)} {x.dtype}" if hasattr(x, "dtype") else f"a {type(x).__name__}"
+
+
+def problem_of(pair: Pair) -> str | None:
+    """Why a pair cannot be quantized, from shapes and dtypes alone: what came, what was needed."""
+    base, tuned = pair.base, pair.tuned
+    for word, x in (("base", base), ("tuned", tuned)):
+        if not hasattr(x, "dtype") or str(x.dtype) not in _FLOATS:
+            return f"{word} is {_kind(x)}; a quantized leaf must be bfloat16, float16 or float32"
+    if tuple(base.shape) != tuple(tuned.shape):
+        return f"base is {tuple(base.shape)} but tuned is {tuple(tuned.shape)}; a pair must share one shape"
+    if base.dtype != tuned.dtype:
+        return (
+            f"base is {base.dtype} but tuned is {tuned.dtype}; a pair must share one dtype: cast one of them"
+        )
+    if tuned.size == 0:
+        return f"it is empty, {tuple(tuned.shape)}; a quantized leaf needs at least one element"
+    why = matrix_problem(tuned.shape, pair.decision.matrix)
+    if why:
+        return f"it is {tuple(tuned.shape)} and cannot be viewed as matrix={pair.decision.matrix}: {why}"
+    return None
+
+
+@jax.jit
+def _all_finite(leaves: list[Any]) -> jax.Array:
+    """One flag for each leaf: no NaN, no infinity. The only thing the host waits for."""
+    arrays = [jax.tree.leaves(x) for x in leaves]
+    return jnp.stack([jnp.stack([jnp.isfinite(a).all() for a in group]).all() for group in arrays])
+
+
+def _is_concrete(x: Any) -> bool:
+    return not any(isinstance(a, (Tracer, jax.ShapeDtypeStruct)) for a in jax.tree.leaves(x))
+
+
+def _not_finite(pairs: Sequence[Pair]) -> dict[str, str]:
+    """Of the pairs with NaN or infinity in a concrete array: path, and which of the two it is."""
+    named = [(p.path, word, x) for p in pairs for word, x in (("base", p.base), ("tuned", p.tuned))]
+    named = [(path, word, x) for path, word, x in named if _is_concrete(x)]
+    if not named:
+        return {}
+    flags = np.asarray(_all_finite([x for _, _, x in named]))
+    return {path: word for (path, word, _), fine in zip(named, flags, strict=True) if not fine}
+
+
+def refuse_unquantizable(pairs: Sequence[Pair], check_finite: bool) -> None:
+    """Raises one ValueError that names every pair that is to be quantized and cannot be."""
+    pairs = [p for p in pairs if p.decision.quantize]
+    problems = {p.path: why for p in pairs if (why := problem_of(p))}
+    if check_finite:
+        broken = _not_finite([p for p in pairs if p.path not in problems])
+        problems |= {
+            path: f"{word} holds NaN or infinity; every weight must be finite: mend the checkpoint"
+            for path, word in broken.items()
+        }
+    if problems:
+        lines = [
+            f"{path!r}: {why}. "
+            f"Or leave it as it is: put keep({f'^{re.escape(path)}$'!r}) before your other rules."
+            for path, why in problems.items()
+        ]
+        raise ValueError(_report(f"{len(problems)} leaves cannot be quantized", lines))
+
+
+def warn_unused(pairs: Sequence[Pair], rules: Sequence[Rule]) -> None:
+    """Warns of each rule of the caller's own that no leaf's path matches."""
+    for rule in rules:
+        if rule not in DEFAULT_RULES and not any(rule.matches(p.path, np.ndim(p.tuned)) for p in pairs):
+            warnings.warn(f"the rule for {rule.pattern!r} matches no leaf", UnusedRuleWarning, stacklevel=3)
+
+
+def quantize(
+    base: PyTree,
+    tuned: PyTree,
+    recipe: Recipe = recipes.default,
+    *,
+    rules: Sequence[Rule] = DEFAULT_RULES,
+    donate: bool = False,
+    check_finite: bool = True,
+) -> PyTree:
+    """Quantizes a tuned model so that what tuning changed survives.
+
+    Pure; works eagerly and under `jax.jit`, `jax.eval_shape` and `jax.export`, on NumPy arrays, and on
+    sharded arrays, whose sharding the result keeps.
+
+    Args:
+        base: tree of weights before tuning: bfloat16, float16 or float32 arrays `[..., in, out]`, or
+            QTensors, each of which stands for what it dequantizes to.
+        tuned: tree of weights after tuning, of the same structure; dtypes agree leaf by leaf.
+        recipe: how to quantize leaves whose rule does not say.
+        rules: which leaves are quantized, in place of `DEFAULT_RULES`; write `[..., *daq.DEFAULT_RULES]` to
+            add to those.
+        donate: delete each input array as soon as its codes exist. Ignored under a trace.
+        check_finite: look for NaN and infinity first, in one pass over both trees. Under a trace there is
+            no look, and a tile that holds one gets the scale NaN.
+
+    Returns:
+        A tree like `tuned`, with a `QTensor` for each leaf that was quantized.
+
+    Raises:
+        ValueError: before any work, naming every leaf at fault: other structure, shape or dtype, an empty
+            leaf, NaN or infinity, or a rule that quantizes what cannot be quantized.
+
+    Source: arXiv:2603.22324 for the question; see `Recipe` for the answers.
+
+    >>> base = {"kernel": jnp.ones((128, 128))}
+    >>> tuned = {"kernel": jnp.full((128, 128), 1.25)}
+    >>> quantize(base, tuned)["kernel"].codes.dtype
+    dtype(float8_e4m3fn)
+    """
+    pairs = pair_leaves(base, tuned, recipe, rules)
+    warn_unused(pairs, rules)
+    refuse_unquantizable(pairs, check_finite)
+    uses = collections.Counter(id(x) for x in jax.tree.leaves((base, tuned)))
+    results = []
+    for pair in pairs:
+        results.append(_quantize_leaf(pair) if pair.decision.quantize else pair.tuned)
+        if donate and pair.decision.quantize:
+            _delete(pair, uses)
+    return with_leaves(tuned, results)
+
+
+def _quantize_leaf(pair: Pair) -> QTensor:
+    stream = np.uint32(zlib.crc32(pair.path.encode()))
+    return quantize_pair(
+        pair.base, pair.tuned, stream, recipe=pair.decision.recipe, matrix=pair.decision.matrix
+    )
+
+
+def _delete(pair: Pair, uses: collections.Counter[int]) -> None:
+    """Frees the arrays of a pair, but for those that stand in other places of the trees too."""
+    for x in jax.tree.leaves((pair.base, pair.tuned)):
+        uses[id(x)] -= 1
+        if not uses[id(x)] and isinstance(x, jax.Array) and not isinstance(x, Tracer):
+            x.delete()
+
+
+def dequantize(tree: PyTree, dtype: jax.typing.DTypeLike | None = None) -> PyTree:
+    """Arrays again: every QTensor of a tree dequantized, everything else as it is.
+
+    Args:
+        tree: any pytree.
+        dtype: of the results; None gives each leaf's original dtype.
+    """
+    return jax.tree.map(lambda x: x.dequantize(dtype) if is_qtensor(x) else x, tree, is_leaf=is_qtensor)

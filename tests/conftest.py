@@ -1,0 +1,15 @@
+"""Set up before JAX starts: eight CPU devices, strict dtype promotion, and types checked on every call."""
+
+import os
+
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+)
+
+import jax
+from jaxtyping import install_import_hook
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# The package must not be imported before this line: the hook rewrites modules as they load.
+install_import_hook("daq_jax", "beartype.beartype")

@@ -1,0 +1,129 @@
+"""Every figure of a comparison against its definition in float64, per leaf and pooled."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from cases import FORMATS, LAYERS, TILINGS, Stored, native, pair
+
+import daq_jax as daq
+
+FIGURES = (
+    "elements sign_rate flipped lost unchanged cosine projection norm_ratio mse snr_db counts on_grid".split()
+)
+E4M3 = oracles.FORMATS["fp8_e4m3fn"]
+
+
+def leaf_of(name, i):
+    """One leaf of the compared tree: its pair, recipe, matrix, and what the oracle needs to know of them."""
+    shape, matrix = LAYERS[name]
+    base, tuned = native(name, shape, 0.01) if i == 0 else pair(name, shape, change=0.01 * 3**i)
+    (fmt, number), (tiling, tile) = FORMATS[i % 3], TILINGS[(i + 2) % 4]  # the first with one scale
+    search = daq.AbsMax() if i == 0 else daq.CoarseToFine(0.8, 1.5, 5, 10)
+    recipe = daq.Recipe(format=fmt, tiling=tiling, search=search)
+    return base, tuned, daq.use(f"^{name}$", recipe, matrix=matrix), (number, tile, matrix)
+
+
+NAMES = ["odd", "qwen3_moe experts", "linen DenseGeneral query", "maxtext scanned query"]
+
+
+@pytest.fixture(scope="module")
+def compared():
+    """Base, tuned and quantized trees, and the oracle's figures by path, with the total under `total`."""
+    found = {name: leaf_of(name, i) for i, name in enumerate(NAMES)}
+    base, tuned = ({name: leaf[i] for name, leaf in found.items()} for i in (0, 1))
+    base["kept"], tuned["kept"] = pair("kept", (8, 8))
+    rules = [*(leaf[2] for leaf in found.values()), daq.keep("^kept$")]
+    q = daq.quantize(base, tuned, daq.Recipe(), rules=rules)
+    wanted, pool = {}, []
+    for name, (b, t, _, (number, tile, matrix)) in found.items():
+        stored = Stored.of(q[name])
+        kept = oracles.dequantized(stored.codes, stored.scale, number, tile, matrix)
+        b32, t32 = (oracles.matrix_view(x, matrix).astype(np.float32) for x in (b, t))
+        grid = oracles.on_grid(b, number, tile, matrix=matrix)
+        pool.append([x.ravel() for x in (b32, t32, kept, grid)])
+        wanted[name] = oracles.figures(*pool[-1])
+    wanted["total"] = oracles.figures(*(np.concatenate(x) for x in zip(*pool, strict=True)))
+    return base, tuned, q, wanted
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+def test_figures_agree_with_float64(compared, jit):
+    base, tuned, q, wanted = compared
+    table = (jax.jit(daq.compare) if jit else daq.compare)(base, tuned, q)
+    assert set(table.leaves) == set(NAMES)  # the kept leaf is not in it
+    for name in [*NAMES, "total"]:
+        row = table.total if name == "total" else table.leaves[name]
+        for figure in FIGURES:
+            got, want = np.asarray(getattr(row, figure)), wanted[name][figure]
+            np.testing.assert_allclose(got, want, rtol=1e-5, err_msg=f"{name} {figure}")
+        np.testing.assert_allclose(row.sign_rate + row.flipped + row.lost, 1.0, rtol=1e-6)
+        np.testing.assert_array_equal(row.counts, wanted[name]["counts"])
+        assert int(row.elements) == wanted[name]["elements"]
+
+
+def test_the_cases_are_not_trivial(compared):
+    wanted = compared[-1]["total"]
+    assert min(wanted["sign_rate"], wanted["flipped"], wanted["lost"], wanted["unchanged"]) > 0.01
+    assert wanted["counts"].min() > 0 and 0.1 < wanted["on_grid"] < 0.9
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+def test_no_change_gives_nan_where_a_figure_has_no_meaning(jit):
+    base, _ = pair("no change", (16, 16))
+    q = daq.quantize(base, base, daq.Recipe(search=daq.AbsMax()))
+    row = (jax.jit(daq.compare) if jit else daq.compare)(base, base, q).total
+    for figure in ("sign_rate", "flipped", "lost", "cosine", "projection", "norm_ratio", "snr_db"):
+        assert np.isnan(getattr(row, figure)), figure
+    assert np.isfinite(row.mse) and int(row.elements) == 256
+    np.testing.assert_array_equal(row.counts, [256, 0, 0, 0])
+
+
+def test_an_erased_change_has_projection_zero_and_no_nan():
+    base, tuned = native("erased", (16, 16), change=0.001)
+    q = daq.quantize(base, tuned, daq.Recipe(tiling=daq.PerTensor(), search=daq.AbsMax()))
+    row = daq.compare(base, tuned, q).total
+    assert float(row.unchanged) > 0.99
+    np.testing.assert_allclose([row.projection, row.norm_ratio], 0.0, atol=1e-4)
+    assert float(row.lost) > 0.99 and float(row.flipped) == 0.0
+
+
+def test_a_base_on_the_grid_of_its_stored_scale_is_seen():
+    weight, tuned = pair("stored grid", (64, 48))
+    recipe = daq.Recipe(tiling=daq.Block(16, 16), search=daq.Grid(1.0, 1.4, 9), metric=daq.SignRate())
+    qbase = daq.quantize(tuned, weight, recipe)
+    q = daq.quantize(qbase, tuned, recipe)
+    assert float(daq.compare(qbase, tuned, q).total.on_grid) == 1.0
+    plain = np.asarray(qbase.dequantize())
+    table = daq.compare(plain, tuned, q)
+    wanted = oracles.on_grid(plain, E4M3, (16, 16)).mean()
+    np.testing.assert_allclose(table.total.on_grid, wanted, rtol=1e-5)
+
+
+def test_totals_are_pooled_not_averaged():
+    small, large = pair("small", (8, 8), change=1.0), pair("large", (64, 64), change=0.001)
+    base, tuned = ({"small": small[i], "large": large[i]} for i in (0, 1))
+    q = daq.quantize(base, tuned, daq.Recipe(search=daq.AbsMax()))
+    table = daq.compare(base, tuned, q)
+    flat = [
+        np.concatenate([tree[k].astype(np.float32).ravel() for k in ("large", "small")])
+        for tree in (base, tuned)
+    ]
+    stored = {k: Stored.of(q[k]) for k in q}
+    kept = [
+        oracles.dequantized(s.codes, s.scale, E4M3, (128, 128)).ravel() for _, s in sorted(stored.items())
+    ]
+    wanted = oracles.figures(*flat, np.concatenate(kept), np.zeros(1))
+    np.testing.assert_allclose(table.total.cosine, wanted["cosine"], rtol=1e-5)
+    np.testing.assert_allclose(table.total.snr_db, wanted["snr_db"], rtol=1e-5)
+    assert int(table.total.elements) == 64 * 65
+
+
+def test_trees_that_do_not_fit_are_refused():
+    base, tuned = (jnp.asarray(x) for x in pair("refused", (8, 8)))
+    q = daq.quantize({"w": base, "other": base}, {"w": tuned, "other": tuned}, daq.Recipe())
+    with pytest.raises(ValueError, match="other"):
+        daq.compare({"w": base}, {"w": tuned}, q)
+    with pytest.raises(ValueError, match="other"):
+        daq.compare({"w": base, "other": base[:4]}, {"w": tuned, "other": tuned}, q)
