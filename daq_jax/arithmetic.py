@@ -14,13 +14,31 @@ _LARGEST = float(jnp.finfo(jnp.float32).max)
 _RUN = 128  # elements summed one after another before partial sums are combined
 
 
-def divide(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`x / y`, rounded once. Broadcasts; float32.
+def _leading_half(x: Array) -> Array:
+    """The upper 12 bits of a float32's 24; products of such halves are exact."""
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) & ~0xFFF, jnp.float32)
 
-    XLA turns a division by a broadcast value into a multiplication by its reciprocal, which is one unit in
-    the last place off in a third of all quotients. A divisor that depends on `x` is not a broadcast value.
+
+def divide(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`x / y`, rounded once. Broadcasts; float32; `y` is positive, normal, and shared by many `x`.
+
+    Plain division is not that everywhere: XLA turns a division by a broadcast value into a multiplication by
+    its reciprocal, and on NVIDIA GPUs it divides approximately. Either is one unit in the last place off in a
+    third of all quotients. So: an approximate quotient, its exact remainder by products of half-length
+    numbers (Dekker, doi:10.1007/BF01397083), and one correction. It took no more time than `/` on the
+    machines we measured, because all that concerns `y` alone is done once per tile.
     """
-    return x / jnp.where(x == x, y, x)  # NaN where x is NaN, which is what x / y gives too
+    power = lax.bitcast_convert_type(lax.bitcast_convert_type(y, jnp.int32) & 0x7F800000, jnp.float32)
+    shrink = 1 / jnp.minimum(power, 2.0**126)  # a power of two: exact, and keeps what follows in range
+    x, y = x * shrink, y * shrink
+    reciprocal = 1 / y
+    y_high = _leading_half(y)
+    y_low = y - y_high
+    quotient = x * reciprocal
+    high = _leading_half(quotient)
+    low = quotient - high
+    remainder = (((x - high * y_high) - high * y_low) - low * y_high) - low * y_low
+    return quotient + remainder * reciprocal
 
 
 def multiply(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -22,16 +22,20 @@ class Additive(abc.ABC):
     """A metric that is a function of sums over the elements of a tile."""
 
     @abc.abstractmethod
+    def fixed_terms(self, d: Array) -> tuple[Array, ...]:
+        """What is summed of `d` alone, element by element: the same for every candidate."""
+
+    @abc.abstractmethod
     def terms(self, d: Array, q: Array) -> tuple[Array, ...]:
-        """What is summed, element by element, in the shape of `d` and `q`."""
+        """What is summed of `d` and `q`, element by element."""
 
     @abc.abstractmethod
     def score(self, *sums: Array) -> Array:
-        """The score, given the sums of `terms` over a tile."""
+        """The score, given the sums of `fixed_terms` and then of `terms` over a tile."""
 
     def __call__(self, d: Float[Array, "T K"], q: Float[Array, "T K"]) -> Float[Array, " T"]:
         """One score per tile."""
-        return self.score(*(jnp.sum(x, axis=-1) for x in self.terms(d, q)))
+        return self.score(*(jnp.sum(x, axis=-1) for x in (*self.fixed_terms(d), *self.terms(d, q))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +46,14 @@ class Cosine(Additive):
     It does not see the size of `q`: read it beside the projection. Source: arXiv:2603.22324.
     """
 
+    def fixed_terms(self, d: Array) -> tuple[Array, ...]:
+        return (d * d,)
+
     def terms(self, d: Array, q: Array) -> tuple[Array, ...]:
-        return d * q, d * d, q * q
+        return d * q, q * q
 
     def score(self, *sums: Array) -> Array:
-        dq, dd, qq = sums
+        dd, dq, qq = sums
         size = jnp.sqrt(dd) * jnp.sqrt(qq)  # the root of the product could underflow
         return jnp.where(dd > 0, dq / jnp.where(size > 0, size, 1), 1)
 
@@ -65,13 +72,15 @@ class SignRate(Additive):
         if not self.threshold >= 0:  # also refuses NaN
             raise ValueError(f"`threshold` must be 0 or more; got {self.threshold}.")
 
+    def fixed_terms(self, d: Array) -> tuple[Array, ...]:
+        return ((jnp.abs(d) > self.threshold).astype(jnp.int32),)  # int32: exact in any order of summation
+
     def terms(self, d: Array, q: Array) -> tuple[Array, ...]:
-        counted = jnp.abs(d) > self.threshold
-        kept = counted & (jnp.sign(d) == jnp.sign(q))
-        return kept.astype(jnp.int32), counted.astype(jnp.int32)  # exact in any order of summation
+        kept = (jnp.abs(d) > self.threshold) & (jnp.sign(d) == jnp.sign(q))
+        return (kept.astype(jnp.int32),)
 
     def score(self, *sums: Array) -> Array:
-        kept, counted = (x.astype(jnp.float32) for x in sums)
+        counted, kept = (x.astype(jnp.float32) for x in sums)
         return jnp.where(counted > 0, kept / jnp.maximum(counted, 1), 1)
 
 
@@ -82,11 +91,14 @@ class NegMse(Additive):
     The control against which metrics of the change are measured; the search by reconstruction error.
     """
 
+    def fixed_terms(self, d: Array) -> tuple[Array, ...]:
+        return (jnp.ones_like(d),)
+
     def terms(self, d: Array, q: Array) -> tuple[Array, ...]:
-        return (q - d) ** 2, jnp.ones_like(d)
+        return ((q - d) ** 2,)
 
     def score(self, *sums: Array) -> Array:
-        squares, count = sums
+        count, squares = sums
         return -squares / count
 
 

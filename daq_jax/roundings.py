@@ -9,38 +9,8 @@ from collections.abc import Callable
 
 from jaxtyping import Array
 
-from daq_jax.arithmetic import divide, multiply
-from daq_jax.formats import Format
-from daq_jax.tilings import TileView
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-    """A pair of weights, cut into tiles.
-
-    Attributes:
-        base: float32, cut by `view`. Weights before tuning.
-        tuned: float32, cut by `view`. Weights after.
-        view: how they were cut; `view.tile_axes` are the axes of a tile's elements.
-        format: the number format of the codes.
-        stream: uint32, a hash of the weight's path, for roundings that draw.
-    """
-
-    base: Array
-    tuned: Array
-    view: TileView
-    format: Format
-    stream: Array
-
-    @property
-    def change(self) -> Array:
-        """The true change d."""
-        return self.tuned - self.base
-
-    def kept(self, values: Array, scale: Array) -> Array:
-        """The kept change q of codes with these values."""
-        return multiply(values, scale) - self.base
-
+from daq_jax.arithmetic import divide
+from daq_jax.tiles import Tiles
 
 Rounding = Callable[[Tiles, Array], Array]  # (tiles, scale per tile) -> value of each code
 

@@ -4,98 +4,20 @@ A search takes `Trials` and returns one scale per tile. `Trials` holds the AbsMa
 a candidate is a ratio to the AbsMax scale. All searches here also try AbsMax itself. Of equal scores the
 ratio nearest 1 wins, then the smaller, so a tile in which nothing changed keeps its AbsMax scale.
 
-By definition a search is `jax.vmap` over candidates and tiles of one score. The order of the loops is free:
-`Trials.best` holds it.
+A search of one's own is any callable of that signature.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from daq_jax.arithmetic import divide, total
-from daq_jax.metrics import Additive, Metric
-from daq_jax.roundings import Rounding, Tiles
+from daq_jax.arithmetic import divide
 from daq_jax.scales import usable
-
-
-class Trial(NamedTuple):
-    """One candidate for every tile: its scale, its ratio to the AbsMax scale, its score."""
-
-    scale: Array
-    ratio: Array
-    score: Array
-
-
-def better(a: Trial, b: Trial) -> Trial:
-    """Tile by tile the better of two candidates; `a` where `b` cannot be compared (NaN)."""
-    off_a, off_b = jnp.abs(a.ratio - 1), jnp.abs(b.ratio - 1)
-    nearer = (off_b < off_a) | ((off_b == off_a) & (b.ratio < a.ratio))
-    take = (b.score > a.score) | ((b.score == a.score) & nearer)
-    return Trial(*(jnp.where(take, y, x) for x, y in zip(a, b, strict=True)))
-
-
-@dataclasses.dataclass(frozen=True)
-class Trials:
-    """What a search may ask.
-
-    Attributes:
-        tiles: the pair of weights, cut into tiles.
-        changed: whether a tile holds any change, in a shape that broadcasts over the tiles.
-        absmax: AbsMax scale of each tile, in that shape too.
-        base: the scale that the base was stored with, or the base's own AbsMax scale.
-        metric: `(d, q) -> score per tile`.
-        rounding: `(tiles, scale) -> code values`.
-        allowed: `scale -> the scale to store in its place`.
-    """
-
-    tiles: Tiles
-    changed: Array
-    absmax: Array
-    base: Array
-    metric: Metric
-    rounding: Rounding
-    allowed: Callable[[Array], Array]
-
-    def score(self, scale: Array, rounding: Rounding | None = None) -> Array:
-        """Score of each tile under a scale, of the codes that `rounding` (the recipe's) would store."""
-        values = (rounding or self.rounding)(self.tiles, scale)
-        view, d, q = self.tiles.view, self.tiles.change, self.tiles.kept(values, scale)
-        if isinstance(self.metric, Additive):
-            score = self.metric.score(*(total(x, view.tile_axes) for x in self.metric.terms(d, q)))
-        else:
-            score = view.spread(self.metric(view.flat(d), view.flat(q)).reshape(view.grid))
-        return jnp.where(self.changed, score, 0)  # all alike where nothing changed: AbsMax wins the tie
-
-    def at_scale(self, scale: Array) -> Trial:
-        """A scale of one's own as a candidate."""
-        scale = self.allowed(usable(scale))
-        return Trial(scale, divide(scale, self.absmax), self.score(scale))
-
-    def at_ratio(self, ratio: Array) -> Trial:
-        """The candidate `ratio * absmax`; `ratio` is float32, one for all tiles or one for each."""
-        scale = self.allowed(usable(ratio * self.absmax))
-        return Trial(scale, jnp.broadcast_to(ratio, scale.shape), self.score(scale))
-
-    def best(self, ratios: Array, start: Trial | None = None) -> Trial:
-        """The best of several ratios, and of `start`.
-
-        Args:
-            ratios: `[N]` for all tiles, or `[N, ...]` with one for each tile; float32.
-            start: a candidate that stays in play.
-        """
-        if start is None:
-            start, ratios = self.at_ratio(ratios[0]), ratios[1:]
-
-        def step(best: Trial, ratio: Array) -> tuple[Trial, None]:
-            return better(best, self.at_ratio(ratio)), None
-
-        return jax.lax.scan(step, start, ratios)[0]
-
+from daq_jax.tiles import Tiles
+from daq_jax.trials import Trial, Trials, better
 
 Search = Callable[[Trials], Array]  # -> scale per tile, in the shape of `Trials.absmax`
 
@@ -119,7 +41,7 @@ class AbsMax:
 
     def __call__(self, trials: Trials) -> Array:
         """One scale per tile."""
-        return trials.allowed(trials.absmax)
+        return trials.recipe.scales(trials.absmax)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,23 +133,25 @@ class Released:
     def __call__(self, trials: Trials) -> Array:
         """One scale per tile."""
 
-        def first_best(ratios: Array) -> Trial:
-            def step(best: Trial, ratio: Array) -> tuple[Trial, None]:
-                new = self._trial(trials, ratio)
-                return Trial(
-                    *(jnp.where(new.score > best.score, y, x) for x, y in zip(best, new, strict=True))
-                ), None
+        def trial(ratio: Array) -> Trial:
+            return self._trial(trials, ratio)
 
-            return jax.lax.scan(step, self._trial(trials, ratios[0]), ratios[1:])[0]
+        def first_best(ratios: Array) -> Trial:
+            return trials.fold(_higher, trial(ratios[0]), ratios[1:], trial)
 
         grid = CoarseToFine(self.low, self.high, self.coarse, self.fine)
         winner = first_best(grid.around(first_best(jnp.asarray(grid.coarse_ratios)).ratio))
-        one = self._trial(trials, jnp.float32(1))
+        one = trial(jnp.float32(1))
         return jnp.where(winner.score < one.score, one.scale, winner.scale)
 
     def _trial(self, trials: Trials, ratio: Array) -> Trial:
-        scale = trials.allowed(usable(ratio * trials.absmax))
+        scale = trials.recipe.scales(usable(ratio * trials.absmax))
         return Trial(scale, jnp.broadcast_to(ratio, scale.shape), trials.score(scale, _twice))
+
+
+def _higher(a: Trial, b: Trial) -> Trial:
+    """Tile by tile the one with the higher score, the first of equals."""
+    return Trial(*(jnp.where(b.score > a.score, y, x) for x, y in zip(a, b, strict=True)))
 
 
 def _twice(tiles: Tiles, scale: Array) -> Array:

@@ -219,12 +219,3 @@ class TileView:
         grid_roles = [role for role in self._split_roles if role not in "rc"]
         batch = [i for i, role in enumerate(grid_roles) if role == "b"]
         return kept.transpose([*batch, grid_roles.index("R"), grid_roles.index("C")])
-
-    def flat(self, tiles: Array) -> Array:
-        """A cut weight as `[T, K]`: one row a tile, in the order of the scale's elements."""
-        r, c = self.tile_axes
-        rest = [i for i in range(tiles.ndim) if i not in (r, c)]
-        names = [self._split_roles[i] for i in rest]
-        order = [i for i, name in zip(rest, names, strict=True) if name == "b"]
-        order += [rest[names.index("R")], rest[names.index("C")], r, c]
-        return tiles.transpose(order).reshape(-1, math.prod(self.tile))

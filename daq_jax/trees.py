@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import re
 import warnings
-import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -223,10 +222,8 @@ def quantize(
 
 
 def _quantize_leaf(pair: Pair) -> QTensor:
-    stream = np.uint32(zlib.crc32(pair.path.encode()))
-    return quantize_pair(
-        pair.base, pair.tuned, stream, recipe=pair.decision.recipe, matrix=pair.decision.matrix
-    )
+    how = pair.decision
+    return quantize_pair(pair.base, pair.tuned, recipe=how.recipe, matrix=how.matrix)
 
 
 def _delete(pair: Pair, uses: collections.Counter[int]) -> None:

@@ -52,7 +52,8 @@ def test_eval_shape_tells_the_result_without_any_work():
     q = daq.quantize(base, tuned, COSINE, rules=rules)
     assert jax.tree.structure(shapes) == jax.tree.structure(q)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(lambda x: (x.shape, x.dtype), q)
-    assert shapes["odd"].shape == (33, 70) and shapes["odd"].ndim == 2
+    assert shapes["odd"].shape == (33, 70)
+    assert shapes["odd"].ndim == 2
 
 
 @pytest.mark.parametrize("name", ["absmax", "sign_rate"])
@@ -212,4 +213,5 @@ def test_the_second_call_compiles_nothing_for_any_entry_point():
 def test_the_result_of_jit_is_a_tree_of_qtensors():
     base, tuned, rules = tree("odd")
     q = jax.jit(lambda b, t: daq.quantize(b, t, COSINE, rules=rules))(base, tuned)
-    assert is_qtensor(q["odd"]) and q["odd"].tiling == daq.Block(16, 16)
+    assert is_qtensor(q["odd"])
+    assert q["odd"].tiling == daq.Block(16, 16)

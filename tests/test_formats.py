@@ -106,5 +106,6 @@ def test_nothing_rounds_to_infinity_or_nan(fmt, number, run):
 
 def test_formats_are_values():
     for fmt, _ in FORMATS:
-        assert hash(fmt) == hash(fmt) and fmt == fmt
+        assert hash(fmt) == hash(fmt)
+        assert fmt == fmt
     assert len({fmt for fmt, _ in FORMATS}) == len(FORMATS)

@@ -27,7 +27,8 @@ def test_metric_agrees_with_float64(metric, oracle):
         oracle(*pair)[0] for pair in zip(d.astype(np.float64), q.astype(np.float64)[:, None], strict=True)
     ]
     score = metric(jnp.asarray(d), jnp.asarray(q))
-    assert score.shape == (7,) and score.dtype == jnp.float32
+    assert score.shape == (7,)
+    assert score.dtype == jnp.float32
     np.testing.assert_allclose(score, wanted, rtol=1e-5)
     np.testing.assert_allclose(jax.jit(metric)(d, q), wanted, rtol=1e-5)
 

@@ -23,7 +23,8 @@ def test_absmax_codes_and_scales_are_exact(dtype, fmt, number):
     np.testing.assert_array_equal(q.scale, scale)
     wanted = number.round(tuned.astype(np.float32) / oracles.spread(scale, tuned.shape, (32, 32)))
     np.testing.assert_array_equal(number.decode(np.asarray(q.codes)), wanted)
-    assert q.codes.dtype == fmt.dtype and q.dtype == DTYPES[dtype]
+    assert q.codes.dtype == fmt.dtype
+    assert q.dtype == DTYPES[dtype]
 
 
 @pytest.mark.parametrize(("fmt", "number"), FORMATS, ids=lambda f: getattr(f, "name", None))
@@ -54,7 +55,8 @@ def test_dequantize_is_code_times_scale_and_one_cast(layer, tiling, tile):
     wanted = oracles.dequantized(stored.codes, stored.scale, E4M3, tile, matrix)
     for dtype, cast in ((None, BF16), (jnp.float32, np.float32), (jnp.bfloat16, BF16)):
         for weight in (q.dequantize(dtype), daq.dequantize(q, dtype=dtype)):
-            assert weight.shape == shape and weight.dtype == cast
+            assert weight.shape == shape
+            assert weight.dtype == cast
             np.testing.assert_array_equal(
                 oracles.matrix_view(np.asarray(weight), matrix), wanted.astype(cast)
             )
@@ -81,7 +83,8 @@ def test_dequantize_leaves_other_leaves_alone_and_casts_floats_when_told():
     tree = {"w": tuned, "scale": np.ones(4, np.float32), "steps": np.arange(3), "none": None}
     q = daq.quantize({**tree, "w": base}, tree, ABSMAX, rules=[])
     params = daq.dequantize(q)
-    assert params["w"].dtype == BF16 and params["none"] is None
+    assert params["w"].dtype == BF16
+    assert params["none"] is None
     np.testing.assert_array_equal(params["scale"], tree["scale"])
     np.testing.assert_array_equal(params["steps"], tree["steps"])
     assert daq.dequantize(q, dtype=jnp.float32)["w"].dtype == jnp.float32
@@ -114,7 +117,8 @@ def test_a_qtensor_in_tuned_stands_for_its_weight():
     stored = daq.quantize(base, tuned, daq.Recipe(format=daq.int8, tiling=daq.Channel()))
     q = daq.quantize({"w": base}, {"w": stored}, SMALL)
     assert_same_bits(q, daq.quantize({"w": base}, {"w": stored.dequantize()}, SMALL))
-    assert q["w"].dtype == BF16 and q["w"].format == daq.fp8_e4m3fn
+    assert q["w"].dtype == BF16
+    assert q["w"].format == daq.fp8_e4m3fn
 
 
 def test_d_is_taken_in_float32():
@@ -123,7 +127,8 @@ def test_d_is_taken_in_float32():
     tuned = (base + np.float32(2.0**-20)).astype(np.float32)
     q = daq.quantize(base, tuned, ABSMAX)
     table = daq.compare(base, tuned, q)
-    assert float(table.total.unchanged) == 0.0 and int(table.total.elements) == 256
+    assert float(table.total.unchanged) == 0.0
+    assert int(table.total.elements) == 256
 
 
 def test_donate_deletes_the_quantized_inputs_alone():
@@ -132,7 +137,8 @@ def test_donate_deletes_the_quantized_inputs_alone():
     plain = daq.quantize(base, tuned, ABSMAX, rules=[daq.keep("b")])
     assert not any(x.is_deleted() for x in jax.tree.leaves((base, tuned)))
     q = daq.quantize(base, tuned, ABSMAX, rules=[daq.keep("b")], donate=True)
-    assert base["w"].is_deleted() and tuned["w"].is_deleted()
+    assert base["w"].is_deleted()
+    assert tuned["w"].is_deleted()
     np.testing.assert_array_equal(q["b"], pairs["b"][1])  # the kept leaf is still there
     assert_same_bits(q["w"], plain["w"])
 
@@ -151,7 +157,8 @@ def test_nan_in_a_trace_gives_a_nan_scale_and_harms_no_other_tile():
     recipe = daq.Recipe(tiling=daq.Block(16, 16), search=daq.CoarseToFine(0.8, 1.5, 5, 10))
     q = jax.jit(lambda b, t: daq.quantize(b, t, recipe))(base, bad)
     clean = daq.quantize(base, tuned, recipe)
-    assert np.isnan(q.scale[0, 0]) and np.isnan(q.scale[1, 1])
+    assert np.isnan(q.scale[0, 0])
+    assert np.isnan(q.scale[1, 1])
     np.testing.assert_allclose(
         [q.scale[0, 1], q.scale[1, 0]], [clean.scale[0, 1], clean.scale[1, 0]], rtol=1e-6
     )

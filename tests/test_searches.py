@@ -78,7 +78,7 @@ def test_full_size_blocks_of_a_native_base(metric, oracle):
     base, tuned = native("native blocks", (130, 257))
     search, spec = COARSE_TO_FINE
     recipe = daq.Recipe(metric=metric, search=search)
-    stored, best = check(base, tuned, recipe, E4M3, (128, 128), oracle, spec)
+    _stored, best = check(base, tuned, recipe, E4M3, (128, 128), oracle, spec)
     if metric is not daq.neg_mse:
         assert (
             best.score[:, :2] > best.absmax[:, :2]
@@ -91,7 +91,7 @@ def test_hard_tiles(fmt, number, metric, oracle):
     base, tuned, names = hard_matrix()
     search, spec = COARSE_TO_FINE
     recipe = daq.Recipe(format=fmt, tiling=daq.Block(16, 16), metric=metric, search=search)
-    stored, best = check(base, tuned, recipe, number, (16, 16), oracle, spec)
+    stored, _best = check(base, tuned, recipe, number, (16, 16), oracle, spec)
     scale = dict(zip(names, stored.scale[0], strict=True))
     absmax = dict(zip(names, oracles.absmax_scales(tuned, number, (16, 16))[0], strict=True))
     for name in ("all zero", "frozen", "tuned to zero", "subnormal"):
@@ -135,7 +135,7 @@ def test_ties_go_to_the_ratio_nearest_one_then_to_the_smaller(search, spec):
     """Tiles of six elements have seven possible sign rates, so that most picks are ties."""
     base, tuned = native("many ties", (48, 60), change=0.3)
     recipe = daq.Recipe(tiling=daq.Block(2, 3), metric=daq.SignRate(), search=search)
-    stored, best = check(base, tuned, recipe, E4M3, (2, 3), oracles.sign_rate, spec)
+    stored, _best = check(base, tuned, recipe, E4M3, (2, 3), oracles.sign_rate, spec)
     ratio = stored.scale / oracles.absmax_scales(tuned, E4M3, (2, 3))
     assert len(np.unique(np.round(ratio, 4))) > 1
 
@@ -153,7 +153,7 @@ def test_where_all_ratios_tie_absmax_is_kept():
 def test_power_of_two_scales_are_rounded_up(search, spec):
     base, tuned = pair("powers", (48, 40))
     recipe = daq.Recipe(tiling=daq.Block(16, 16), search=search, scales=daq.PowerOfTwo())
-    options = dict(finish=oracles.power_of_two_above)
+    options = {"finish": oracles.power_of_two_above}
     stored, _ = check(base, tuned, recipe, E4M3, (16, 16), oracles.cosine, spec, **options)
     assert (np.frexp(stored.scale)[0] == 0.5).all()
 
@@ -243,7 +243,7 @@ def test_a_callers_own_metric(metric, oracle):
     ],
 )
 def test_searches_are_checked_when_made(wrong):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="must"):
         wrong()
 
 

@@ -44,7 +44,7 @@ TREES = {
 
 def quantized_paths(tree_base, tree_tuned, recipe=ABSMAX, rules=None):
     """Paths of the quantized leaves, as the comparison names them."""
-    q = daq.quantize(tree_base, tree_tuned, recipe, **({} if rules is None else dict(rules=rules)))
+    q = daq.quantize(tree_base, tree_tuned, recipe, **({} if rules is None else {"rules": rules}))
     return set(daq.compare(tree_base, tree_tuned, q).leaves)
 
 
@@ -55,7 +55,7 @@ def two(tree_of):
 
 def flat(*names):
     """A base and a tuned dict whose every leaf is the same weight."""
-    return {name: BASE for name in names}, {name: TUNED for name in names}
+    return dict.fromkeys(names, BASE), dict.fromkeys(names, TUNED)
 
 
 # --- Trees and paths ----------------------------------------------------------------------------------------
@@ -88,7 +88,8 @@ def test_none_leaves_pass_and_the_rest_is_untouched():
     base = {"w": BASE, "none": None, "bias": jnp.ones(4), "step": jnp.int32(3)}
     tuned = {"w": TUNED, "none": None, "bias": jnp.full(4, 2.0), "step": jnp.int32(9)}
     q = daq.quantize(base, tuned, ABSMAX)
-    assert isinstance(q["w"], daq.QTensor) and q["none"] is None
+    assert isinstance(q["w"], daq.QTensor)
+    assert q["none"] is None
     np.testing.assert_array_equal(q["bias"], tuned["bias"])
     assert int(q["step"]) == 9
 
@@ -121,7 +122,8 @@ def test_use_without_a_recipe_takes_the_argument_and_sets_the_matrix():
     recipe = daq.Recipe(tiling=daq.Channel())
     q = daq.quantize(base, tuned, recipe, rules=[daq.use("hf", matrix=((1,), (0,)))])
     assert q["hf"].tiling == q["flax"].tiling == daq.Channel()
-    assert q["hf"].scale.shape == (1, 24) and q["flax"].scale.shape == (1, 16)
+    assert q["hf"].scale.shape == (1, 24)
+    assert q["flax"].scale.shape == (1, 16)
     assert q["hf"].codes.shape == (24, 16)
 
 
@@ -196,12 +198,13 @@ def test_a_kept_leaf_may_differ_in_shape_and_dtype():
     base = {"w": BASE, "embed": jnp.ones((10, 4), jnp.bfloat16)}
     tuned = {"w": TUNED, "embed": jnp.ones((12, 4), jnp.float32)}
     q = daq.quantize(base, tuned, ABSMAX, rules=[daq.keep("embed")])
-    assert q["embed"].shape == (12, 4) and is_qtensor(q["w"])
+    assert q["embed"].shape == (12, 4)
+    assert is_qtensor(q["w"])
 
 
 @pytest.mark.parametrize("wrong", [lambda: daq.keep("("), lambda: daq.use("[")])
 def test_rules_are_checked_when_made(wrong):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="regular expression"):
         wrong()
 
 
@@ -238,10 +241,11 @@ def trees_with(faults):
 @pytest.mark.parametrize("name", FAULTS)
 def test_an_error_names_the_leaf_what_came_and_a_way_out(name):
     base, tuned = trees_with({name: FAULTS[name]})
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=f"layers/{name}") as caught:
         daq.quantize(base, tuned, ABSMAX, rules=[daq.use(f"layers/{name}$")])
     message = str(caught.value)
-    assert f"layers/{name}" in message and "good_leaf" not in message
+    assert f"layers/{name}" in message
+    assert "good_leaf" not in message
     for came in FAULTS[name][2]:
         assert re.search(came, message), message
     assert "keep(" in message or "check_finite" in message, message
@@ -249,7 +253,7 @@ def test_an_error_names_the_leaf_what_came_and_a_way_out(name):
 
 def test_one_error_names_all_bad_leaves():
     base, tuned = trees_with(FAULTS)
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match="layers/shape") as caught:
         daq.quantize(base, tuned, ABSMAX, rules=[daq.use("layers")])
     for name in FAULTS:
         assert f"layers/{name}" in str(caught.value), name

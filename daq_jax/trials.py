@@ -1,0 +1,183 @@
+"""Scoring candidate scales: the loop that every search runs.
+
+By definition a search is `jax.vmap` over candidates and tiles of one score. The order of the loops is free,
+and differs by machine: an accelerator scores a few candidates of all tiles at once, with the elements of a
+tile side by side; a CPU takes candidates one after another, over as many tiles as its cache holds.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from daq_jax.arithmetic import divide, total
+from daq_jax.metrics import Additive
+from daq_jax.roundings import Rounding
+from daq_jax.scales import absmax_scale, usable
+from daq_jax.tiles import Tiles
+
+if TYPE_CHECKING:
+    from daq_jax.recipes import Recipe  # which holds a search, which is made of trials
+
+_TOGETHER = 4  # candidates that an accelerator scores at once; more were slower on an H200
+_IN_CACHE = 2**18  # elements that a CPU searches before it moves on
+_MOST_PARTS = 8  # each is compiled on its own
+
+
+class Trial(NamedTuple):
+    """One candidate for every tile: its scale, its ratio to the AbsMax scale, its score."""
+
+    scale: Array
+    ratio: Array
+    score: Array
+
+
+def better(a: Trial, b: Trial) -> Trial:
+    """Tile by tile the better of two candidates; `a` where `b` cannot be compared (NaN)."""
+    off_a, off_b = jnp.abs(a.ratio - 1), jnp.abs(b.ratio - 1)
+    nearer = (off_b < off_a) | ((off_b == off_a) & (b.ratio < a.ratio))
+    take = (b.score > a.score) | ((b.score == a.score) & nearer)
+    return Trial(*(jnp.where(take, y, x) for x, y in zip(a, b, strict=True)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Trials:
+    """What a search may ask. Values per tile have a shape that broadcasts over the tiles.
+
+    Attributes:
+        tiles: the pair of weights, cut into tiles.
+        recipe: its metric, its rounding and the scales it allows.
+        absmax: AbsMax scale of each tile; NaN where the base or the tuned weights are not finite.
+        base: the scale that the base was stored with, else the base's own AbsMax scale.
+        changed: whether a tile holds any change.
+        fixed_sums: sums over each tile of what an `Additive` metric takes of the change alone.
+        parallel: whether to score several candidates at once.
+    """
+
+    tiles: Tiles
+    recipe: "Recipe"
+    absmax: Array
+    base: Array
+    changed: Array
+    fixed_sums: tuple[Array, ...]
+    parallel: bool
+
+    def score(self, scale: Array, rounding: Rounding | None = None) -> Array:
+        """Score of each tile under a scale, of the codes that `rounding` (the recipe's) would store."""
+        metric = self.recipe.metric
+        values = (rounding or self.recipe.rounding)(self.tiles, scale)
+        d, q = self.tiles.change, self.tiles.kept(values, scale)
+        if isinstance(metric, Additive):
+            score = metric.score(
+                *self.fixed_sums, *(_total(x, self.tiles.axes, self.parallel) for x in metric.terms(d, q))
+            )
+        else:
+            score = self.tiles.per_tile(metric(self.tiles.flat(d), self.tiles.flat(q)))
+        return jnp.where(self.changed, score, 0)  # all alike where nothing changed: AbsMax wins the tie
+
+    def at_scale(self, scale: Array) -> Trial:
+        """A scale of one's own as a candidate."""
+        scale = self.recipe.scales(usable(scale))
+        return Trial(scale, divide(scale, self.absmax), self.score(scale))
+
+    def at_ratio(self, ratio: Array) -> Trial:
+        """The candidate `ratio * absmax`; `ratio` is float32, one for all tiles or one for each."""
+        scale = self.recipe.scales(usable(ratio * self.absmax))
+        return Trial(scale, jnp.broadcast_to(ratio, scale.shape), self.score(scale))
+
+    def best(self, ratios: Array, start: Trial | None = None) -> Trial:
+        """The best of several ratios, and of `start`.
+
+        Args:
+            ratios: `[N]` for all tiles, or `[N, ...]` with one for each tile; float32.
+            start: a candidate that stays in play.
+        """
+        if start is None:
+            start, ratios = self.at_ratio(ratios[0]), ratios[1:]
+
+        return self.fold(better, start, ratios, self.at_ratio)
+
+    def fold(
+        self,
+        choose: Callable[[Trial, Trial], Trial],
+        start: Trial,
+        ratios: Array,
+        trial: Callable[[Array], Trial],
+    ) -> Trial:
+        """Folds the trials of several ratios into one, in their order."""
+        if not self.parallel:
+            return lax.scan(lambda best, ratio: (choose(best, trial(ratio)), None), start, ratios)[0]
+        for i in range(0, len(ratios), _TOGETHER):
+            some = jax.vmap(trial)(ratios[i : i + _TOGETHER])
+            for k in range(len(some.score)):
+                start = choose(start, Trial(*(x[k] for x in some)))
+        return start
+
+
+def _total(x: Array, axes: tuple[int, int], parallel: bool) -> Array:
+    # An accelerator sums in short runs by itself.
+    return jnp.sum(x, axes, keepdims=True) if parallel else total(x, axes)
+
+
+def _trials(recipe: "Recipe", tiles: Tiles, stored_base: Array | None, parallel: bool) -> Trials:
+    absmax = functools.partial(absmax_scale, axes=tiles.axes, largest=tiles.format.largest)
+    fixed = recipe.metric.fixed_terms(tiles.change) if isinstance(recipe.metric, Additive) else ()
+    return Trials(
+        tiles,
+        recipe,
+        absmax=absmax(jnp.where(jnp.isfinite(tiles.base), tiles.tuned, jnp.nan)),
+        base=absmax(tiles.base) if stored_base is None else stored_base,
+        changed=jnp.any(tiles.change != 0, axis=tiles.axes, keepdims=True),
+        fixed_sums=tuple(_total(x, tiles.axes, parallel) for x in fixed),
+        parallel=parallel,
+    )
+
+
+def find_scales(recipe: "Recipe", tiles: Tiles, stored_base: Array | None, *, split: bool) -> Array:
+    """The scales that the recipe's search picks, by the order of loops that suits the machine.
+
+    Args:
+        recipe: its search, metric, rounding and scales.
+        tiles: the pair of weights.
+        stored_base: the scale of each tile that the base was stored with, or None.
+        split: whether a CPU may take the tiles part by part. Cutting an array that lies on several devices
+            would move it between them.
+    """
+    arrays = [tiles.stored_base, tiles.stored_tuned, *([] if stored_base is None else [stored_base])]
+
+    def parallel(*arrays: Array) -> Array:
+        moved = [jnp.moveaxis(x, tiles.axes, (-2, -1)) for x in arrays]
+        last_two = (len(tiles.shape) - 2, len(tiles.shape) - 1)
+        return jnp.moveaxis(search(moved, last_two, parallel=True), (-2, -1), tiles.axes)
+
+    def in_parts(*arrays: Array) -> Array:
+        axis, parts = _parts(tiles) if split else (0, 1)
+        edges = [tiles.shape[axis] * i // parts for i in range(parts + 1)]
+        scales: list[Array] = []
+        for start, stop in itertools.pairwise(edges):
+            # No scale is negative, but only we know: each part waits for the one before, and uses its memory.
+            wait = jnp.any(scales[-1] < 0).astype(jnp.int32) if scales else 0
+            part = [lax.dynamic_slice_in_dim(x, start + wait, stop - start, axis) for x in arrays]
+            scales.append(search(part, tiles.axes, parallel=False))
+        return jnp.concatenate(scales, axis)
+
+    def search(arrays: Sequence[Array], axes: tuple[int, int], *, parallel: bool) -> Array:
+        base, tuned, stored = *arrays, *[None][len(arrays) - 2 :]
+        part = dataclasses.replace(tiles, stored_base=base, stored_tuned=tuned, axes=axes)
+        return recipe.search(_trials(recipe, part, stored, parallel))
+
+    return lax.platform_dependent(*arrays, cpu=in_parts, default=parallel)
+
+
+def _parts(tiles: Tiles) -> tuple[int, int]:
+    """The axis over tiles to split along, the longest, and into how many parts."""
+    lengths = [1 if i in tiles.axes else n for i, n in enumerate(tiles.shape)]
+    wanted = -(-math.prod(tiles.shape) // _IN_CACHE)
+    return lengths.index(max(lengths)), min(wanted, _MOST_PARTS, max(lengths))
