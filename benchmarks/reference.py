@@ -1,21 +1,40 @@
 """The scale search of the program released with arXiv:2603.22324, as it stands in its wheel, to time it.
 
-The wheel (`angelslim==0.5.0`) is fetched once with pip, without its dependencies, and read in place. Its
-search needs only PyTorch; Triton kernels of the same module need a GPU, so on a CPU stand-ins take Triton's
-place and the AbsMax scales are handed in.
+    python benchmarks/reference.py square_1024 cosine --wheels DIR
+
+prints a line of JSON. It runs in a process of its own, so that its memory can be told from ours.
+
+The wheel (`angelslim==0.5.0`) is fetched once with pip, without its dependencies. With a GPU and Triton the
+whole released function runs: AbsMax scales, search, codes. Without, its search class runs alone, which needs
+only PyTorch: stand-ins take Triton's place and it is handed the AbsMax scales.
 """
 
+import argparse
 import hashlib
+import importlib
 import importlib.util
+import json
 import pathlib
+import resource
+import statistics
 import subprocess
 import sys
+import time
 import types
 import zipfile
+from collections.abc import Callable
 from typing import Any
+
+import workloads
 
 WHEEL = "angelslim-0.5.0-py3-none-any.whl"
 SHA256 = "66a6ec607419c9eac99c38c8117742fb322b740042875fb5c3950a9a9ed94bc6"
+ROOT = "angelslim.compressor.quant"
+METRICS = {
+    "paper_cosine": "cosine",
+    "paper_sign": "sign",
+    "mse": "mse",
+}  # its name for what a recipe maximizes
 
 
 def fetch(folder: pathlib.Path) -> pathlib.Path:
@@ -41,33 +60,111 @@ def _stand_in(name: str, **attributes: Any) -> types.ModuleType:
     return module
 
 
-def _triton() -> None:
-    """Enough of Triton for the module to load where there is no GPU."""
-    if importlib.util.find_spec("triton"):
-        return
-    language = _stand_in("triton.language", constexpr=object)
-    _stand_in("triton", jit=lambda f: f, cdiv=lambda a, b: -(-a // b), language=language)
+def has_triton() -> bool:
+    """Whether the released kernels can run here."""
+    import torch
+
+    return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
 
 
-def load_search(folder: pathlib.Path) -> Any:
-    """The released class `ScaleSearchHelper`."""
-    _triton()
+def load(folder: pathlib.Path) -> types.ModuleType:
+    """The released module `scale_search`, without the packages around it and what they need."""
+    unpacked = folder / "angelslim-0.5.0"  # Triton compiles from source files, so they must lie on a disk
     with zipfile.ZipFile(fetch(folder)) as wheel:
-        root = "angelslim/compressor/quant/"
-        for name in ("core.quant_func", "modules.daq.utils"):
-            _stand_in(f"angelslim.compressor.quant.{name}", weight_dequant=None, print_info=print)
-        for name in ("angelslim", "angelslim.compressor", "angelslim.compressor.quant"):
-            _stand_in(name, __path__=[])
-        for name in ("core", "modules", "modules.daq"):
-            _stand_in(f"angelslim.compressor.quant.{name}", __path__=[])
-        for name in ("core.kernels", "modules.daq.scale_search"):
-            module = _stand_in(f"angelslim.compressor.quant.{name}")
-            module.__package__ = module.__name__.rpartition(".")[0]
-            source = wheel.read(f"{root}{name.replace('.', '/')}.py")
-            exec(compile(source, name, "exec"), module.__dict__)
-    return module.ScaleSearchHelper
+        names = [f"{ROOT}.core.kernels", f"{ROOT}.modules.daq.scale_search"]
+        wheel.extractall(unpacked, [f"{name.replace('.', '/')}.py" for name in names])
+    if not has_triton():
+        language = _stand_in("triton.language", constexpr=object)
+        _stand_in("triton", jit=lambda f: f, cdiv=lambda a, b: -(-a // b), language=language)
+    packages = ["angelslim", "angelslim.compressor", ROOT, *(f"{ROOT}.{x}" for x in ("core", "modules"))]
+    for package in [*packages, f"{ROOT}.modules.daq"]:
+        _stand_in(package, __path__=[str(unpacked / package.replace(".", "/"))])
+    _stand_in(f"{ROOT}.core.quant_func", weight_dequant=None)
+    _stand_in(f"{ROOT}.modules.daq.utils", print_info=print)
+    return importlib.import_module(f"{ROOT}.modules.daq.scale_search")
 
 
-def make_search(folder: pathlib.Path, metric: str) -> Any:
-    """A released search with the settings it ships: ratios 0.8 to 1.5, 5 coarse and 10 fine."""
-    return load_search(folder)(0.8, 1.5, 5, 10, 1e-5, metric)
+def _call(module: types.ModuleType, shape: workloads.Shape, metric: str) -> Callable[[], Any]:
+    """What is timed, with the settings that the program ships: ratios 0.8 to 1.5, 5 coarse and 10 fine."""
+    import torch
+
+    on_gpu = has_triton()
+    base, tuned = (
+        torch.from_numpy(x.view("int16")).view(torch.bfloat16).to("cuda" if on_gpu else "cpu")
+        for x in workloads.pair(shape)
+    )
+    if on_gpu:
+        return lambda: module.scale_search_weight_quant(tuned, base, metric=metric)
+    rows, columns = (-(-n // 128) for n in shape)
+    padding = (0, columns * 128 - shape[1], 0, rows * 128 - shape[0])
+    blocks = torch.nn.functional.pad(tuned.float(), padding).view(rows, 128, columns, 128)
+    scales = blocks.abs().amax((1, 3)) / 448
+    search = module.ScaleSearchHelper(0.8, 1.5, 5, 10, 1e-5, metric)
+    return lambda: search.batch_search_optimal_scales(tuned, base, scales)
+
+
+def _peak_bytes(call: Callable[[], Any]) -> int:
+    """Most memory that one call takes beyond what was held before it."""
+    import torch
+
+    if has_triton():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+    call()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - pages * resource.getpagesize()
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    import torch
+
+    start = time.perf_counter()
+    call()
+    if has_triton():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure(workload: workloads.Workload, metric: str, repeats: int, wheels: pathlib.Path) -> dict[str, Any]:
+    """Seconds for all matrices of a workload, each distinct shape timed once, and memory an element.
+
+    It takes one matrix at a time: a stack of experts is as many calls.
+    """
+    import torch
+
+    module, seconds, peaks = load(wheels), 0.0, []
+    for shape, count in workload.counts.items():
+        call = _call(module, shape, metric)
+        peaks.append(_peak_bytes(call) / (shape[0] * shape[1]))  # also the warm-up
+        seconds += count * statistics.median(_seconds(call) for _ in range(repeats))
+    return {
+        "seconds": seconds,
+        "temp_bytes_per_element": max(peaks),
+        "what": "released function, Triton" if has_triton() else "released search alone, PyTorch",
+        "torch": torch.__version__,
+    }
+
+
+def measure_apart(workload: str, recipe: str, repeats: int, wheels: pathlib.Path) -> dict[str, Any]:
+    """`measure`, in a process of its own."""
+    command = [sys.executable, __file__, workload, METRICS[recipe]]
+    options = ["--repeats", str(repeats), "--wheels", str(wheels)]
+    done = subprocess.run([*command, *options], check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("workload", choices=workloads.WORKLOADS)
+    parser.add_argument("metric", choices=METRICS.values())
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--wheels", type=pathlib.Path, default=pathlib.Path("build/wheels"))
+    args = parser.parse_args()
+    workload = workloads.WORKLOADS[args.workload]
+    print(json.dumps(measure(workload, args.metric, args.repeats, args.wheels)))
+
+
+if __name__ == "__main__":
+    main()

@@ -12,12 +12,13 @@ from daq_jax.formats import fp4_bnb, fp4_e2m1, fp8_e4m3fn, fp8_e5m2, int4, int8,
 from daq_jax.metrics import SignRate, cosine, neg_mse
 from daq_jax.qtensor import QTensor
 from daq_jax.recipes import Recipe
-from daq_jax.roundings import Nearest
+from daq_jax.roundings import Nearest, Stochastic
 from daq_jax.rules import DEFAULT_RULES, Rule, UnusedRuleWarning, keep, use
 from daq_jax.scales import AnyScale, PowerOfTwo
 from daq_jax.searches import AbsMax, CoarseToFine, Grid, WithBaseScale
 from daq_jax.tilings import Block, Channel, Group, PerTensor
 from daq_jax.trees import dequantize, quantize
+from daq_jax.unbiased import UnbiasedGain, UnbiasedSubspace
 
 __version__ = "0.1.0"
 
@@ -39,6 +40,9 @@ __all__ = [
     "Recipe",
     "Rule",
     "SignRate",
+    "Stochastic",
+    "UnbiasedGain",
+    "UnbiasedSubspace",
     "UnusedRuleWarning",
     "WithBaseScale",
     "compare",

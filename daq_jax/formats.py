@@ -1,8 +1,10 @@
 """Number formats: which values a code can have, and how a real number becomes the nearest one.
 
-A format is a value that describes itself: its storage dtype, its largest value, and three functions:
-`round` (a float32 to the float32 value of the nearest code, after clipping), `encode` (such a value to its
-code) and `decode` (a code to its value, always exact). Any object with these attributes is as good.
+A format is a value that describes itself: its storage dtype, its largest value, and the functions
+
+`round` (a float32 to the float32 value of the nearest code, after clipping; `floor` and `ceil` likewise),
+`encode` (such a value to its code) and `decode` (a code to its value, always exact). Any object with these
+attributes is as good.
 
 Rounding is done in float32 arithmetic, not by a cast: on a GPU, XLA drops a cast to FP8 and back inside
 `jit`, so a search written with casts would score weights that were never quantized.
@@ -20,6 +22,7 @@ Rounding is done in float32 arithmetic, not by a cast: on a GPU, XLA drops a cas
 Sources: arXiv:2209.05433 (FP8), OCP Microscaling Formats v1.0 (FP4), arXiv:2305.14314 (NF4).
 """
 
+import abc
 import dataclasses
 from typing import Protocol, runtime_checkable
 
@@ -40,12 +43,14 @@ class Format(Protocol):
     @property
     def largest(self) -> float: ...  # largest finite value, in code units
     def round(self, x: Array) -> Array: ...
+    def floor(self, x: Array) -> Array: ...
+    def ceil(self, x: Array) -> Array: ...
     def encode(self, x: Array) -> Array: ...
     def decode(self, codes: Array) -> Array: ...
 
 
 @dataclasses.dataclass(frozen=True)
-class _Cast:
+class _Cast(abc.ABC):
     """A format whose codes are numbers of their storage dtype, so that coding is a cast."""
 
     name: str
@@ -59,6 +64,13 @@ class _Cast:
     def decode(self, codes: Array) -> Float[Array, "..."]:
         """Float32 value of each code."""
         return codes.astype(jnp.float32)
+
+    @abc.abstractmethod
+    def floor(self, x: Array) -> Array: ...
+
+    def ceil(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Smallest value not below each number, after clipping; these formats are symmetric."""
+        return -self.floor(-x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,12 +86,22 @@ class SmallFloat(_Cast):
     def round(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Nearest value of the format, ties to even, after clipping to its largest; NaN stays NaN."""
         x = jnp.clip(x, -self.largest, self.largest)
-        magnitude = jnp.maximum(jnp.abs(x), 2.0**self.min_exponent)
-        bits = lax.bitcast_convert_type(magnitude, jnp.int32) & 0x7F800000  # keeps the power of two
         # Adding 1.5 * 2^23 units in the last place leaves no room for a fraction of a unit, so float32
         # addition itself rounds, to even. `shift` varies by element: XLA folds (x + c) - c for constants.
-        shift = lax.bitcast_convert_type(bits, jnp.float32) * (1.5 * 2.0 ** (23 - self.mantissa_bits))
+        shift = self._unit(x) * (1.5 * 2.0**23)
         return (x + shift) - shift
+
+    def floor(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Largest value not above each number, after clipping."""
+        x = jnp.clip(x, -self.largest, self.largest)
+        unit = self._unit(x)  # a power of two, so that scaling by it is exact
+        return jnp.floor(x / unit) * unit
+
+    def _unit(self, x: Array) -> Array:
+        """Unit in the last place of the format at each number, float32."""
+        magnitude = jnp.maximum(jnp.abs(x), 2.0**self.min_exponent)
+        bits = lax.bitcast_convert_type(magnitude, jnp.int32) & 0x7F800000  # keeps the power of two
+        return lax.bitcast_convert_type(bits, jnp.float32) * 2.0**-self.mantissa_bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +111,10 @@ class Integer(_Cast):
     def round(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Nearest whole number, ties to even, after clipping to the largest; NaN stays NaN."""
         return jnp.round(jnp.clip(x, -self.largest, self.largest))
+
+    def floor(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Largest whole number not above each number, after clipping."""
+        return jnp.floor(jnp.clip(x, -self.largest, self.largest))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +146,14 @@ class Codebook:
     def round(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Nearest level; a tie takes the lower one; NaN stays NaN."""
         return jnp.where(jnp.isnan(x), x, self.decode(self._index(x)))
+
+    def floor(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Highest level not above each number; the lowest level below them all."""
+        return self.decode(sum((x >= level).astype(jnp.int32) for level in self.levels[1:]))  # pyright: ignore
+
+    def ceil(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Lowest level not below each number; the highest level above them all."""
+        return self.decode(sum((x > level).astype(jnp.int32) for level in self.levels[:-1]))  # pyright: ignore
 
     def encode(self, x: Float[Array, "..."]) -> Array:
         """Index of each level that `round` returned."""

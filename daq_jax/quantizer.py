@@ -1,15 +1,18 @@
 """One pair of leaves to one QTensor: cut, scale, round, join."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.core import Tracer
 from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
+from daq_jax.parts import in_parts
 from daq_jax.qtensor import QTensor
 from daq_jax.recipes import Recipe
 from daq_jax.sharding import run_sharded, scale_sharding, sharding_of
@@ -19,7 +22,12 @@ from daq_jax.trials import find_scales
 
 
 def quantize_pair(
-    base: ArrayLike | QTensor, tuned: ArrayLike | QTensor, *, recipe: Recipe, matrix: Matrix
+    base: ArrayLike | QTensor,
+    tuned: ArrayLike | QTensor,
+    *,
+    recipe: Recipe,
+    matrix: Matrix,
+    stream: int = 0,
 ) -> QTensor:
     """Quantizes one weight.
 
@@ -28,45 +36,59 @@ def quantize_pair(
         tuned: the weight after, of the same shape.
         recipe: how to.
         matrix: input axes and output axes of the weight.
+        stream: tells this weight's random draws from those of others; 32 bits.
     """
     like = tuned.codes if isinstance(tuned, QTensor) else tuned
     sharding = sharding_of(like)
     # Under a trace an array may lie on many devices without our knowing.
-    whole_here = sharding is None and not isinstance(like, Tracer)
-    return _quantize_pair(base, tuned, recipe=recipe, matrix=matrix, sharding=sharding, split=whole_here)
+    split = sharding is None and not isinstance(like, Tracer)
+    how = _How(recipe, matrix, sharding, split)
+    return _quantize_pair(base, tuned, np.uint32(stream), how=how)
 
 
-@functools.partial(jax.jit, static_argnames=("recipe", "matrix", "sharding", "split"))
-def _quantize_pair(
-    base: Array | QTensor,
-    tuned: Array | QTensor,
-    *,
-    recipe: Recipe,
-    matrix: Matrix,
-    sharding: NamedSharding | None,
-    split: bool,
-) -> QTensor:
-    view = TileView(tuple(tuned.shape), matrix, recipe.tiling)
+@dataclasses.dataclass(frozen=True)
+class _How:
+    """What shapes the compiled program, beside the arrays."""
 
-    def run(base: Array, tuned: Array, base_scale: Array | None) -> tuple[Array, Array]:
-        return _codes_and_scale(base, tuned, base_scale, recipe, view, split)
+    recipe: Recipe
+    matrix: Matrix
+    sharding: NamedSharding | None
+    split: bool
 
-    base_scale = None
+
+@functools.partial(jax.jit, static_argnames="how")
+def _quantize_pair(base: Array | QTensor, tuned: Array | QTensor, stream: Array, *, how: _How) -> QTensor:
+    recipe = how.recipe
+    view = TileView(tuple(tuned.shape), how.matrix, recipe.tiling)
+    stored = None
     if isinstance(base, QTensor) and (base.view, base.format) == (view, recipe.format):
-        base_scale = base.scale
+        stored = base.scale
+
+    def run(base: Array, tuned: Array, stored: Array | None, stream: Array) -> tuple[Array, Array]:
+        draw = getattr(recipe.rounding, "draw", None)
+        noise = view.cut(draw(tuned.shape, stream)) if draw else None
+        axes, grid = view.tile_axes, view.grid_axes
+        tiles = Tiles(view.cut(base), view.cut(tuned), noise, axes, grid, recipe.format)
+        codes, scale = _codes_and_scale(
+            tiles, None if stored is None else view.spread(stored), recipe, how.split
+        )
+        return view.join(codes), view.gather(scale)
+
     base, tuned = (x.dequantize() if isinstance(x, QTensor) else x for x in (base, tuned))
-    out = (sharding, scale_sharding(sharding, view))
-    codes, scale = run_sharded(run, out)(base, tuned, base_scale)
-    return QTensor(codes, scale, recipe.format, recipe.tiling, np.dtype(tuned.dtype), matrix)
+    out = (how.sharding, scale_sharding(how.sharding, view))
+    codes, scale = run_sharded(run, out)(base, tuned, stored, stream)
+    return QTensor(codes, scale, recipe.format, recipe.tiling, np.dtype(tuned.dtype), how.matrix)
 
 
-def _codes_and_scale(
-    base: Array, tuned: Array, base_scale: Array | None, recipe: Recipe, view: TileView, split: bool
-) -> tuple[Array, Array]:
-    tiles = Tiles(view.cut(base), view.cut(tuned), view.tile_axes, recipe.format)
-    stored = None if base_scale is None else view.spread(base_scale)
+def _codes_and_scale(tiles: Tiles, stored: Array | None, recipe: Recipe, split: bool) -> tuple[Array, Array]:
+    def encode(tiles: Tiles, scale: Array) -> Array:
+        values = recipe.rounding(tiles, scale)
+        # A zero keeps its sign, as in a cast: arithmetic rounding makes every zero positive.
+        values = jnp.where(values == 0, jnp.copysign(values, tiles.tuned), values)
+        return recipe.format.encode(values)
+
     scale = find_scales(recipe, tiles, stored, split=split)
-    values = recipe.rounding(tiles, scale)
-    # A zero keeps its sign, as in a cast: arithmetic rounding makes every zero positive.
-    values = jnp.where(values == 0, jnp.copysign(values, tiles.tuned), values)
-    return view.join(recipe.format.encode(values)), view.gather(scale)
+    if split and getattr(recipe.rounding, "by_tile", False):
+        on_cpu = functools.partial(in_parts, encode)
+        return lax.platform_dependent(tiles, scale, cpu=on_cpu, default=encode), scale
+    return encode(tiles, scale), scale

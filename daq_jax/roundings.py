@@ -1,16 +1,27 @@
 """Which code stands for each element, once its tile's scale is chosen.
 
 A rounding takes the cut weights (`Tiles`) and one scale per tile, and returns the value of each element's
-code, float32, in code units, in the shape of the cut weights. The search scores what it returns.
+code, float32, in code units, in the shape of the cut weights. The search scores what it returns. Any callable
+of that signature will do; it may also have
+
+- `draw(shape, stream)`, which makes the noise it finds in `tiles.noise`, in the shape of the weight;
+- `by_tile = True`, if it works on each tile by itself, which lets a CPU take the weight part by part;
+- `scored_as`, a rounding that a search scores in its place, if it needs the whole weight at once.
+
+The unbiased roundings are in `unbiased`.
 """
 
 import dataclasses
 from collections.abc import Callable
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from daq_jax.arithmetic import divide
 from daq_jax.tiles import Tiles
+
+_SALT = 0x5EED  # any number
 
 Rounding = Callable[[Tiles, Array], Array]  # (tiles, scale per tile) -> value of each code
 
@@ -22,3 +33,27 @@ class Nearest:
     def __call__(self, tiles: Tiles, scale: Array) -> Array:
         """Code values; see the module's docstring."""
         return tiles.format.round(divide(tiles.tuned, scale))
+
+
+@dataclasses.dataclass(frozen=True)
+class Stochastic:
+    """One of the two codes around the tuned weight, the nearer the likelier, so that errors average out.
+
+    Draws depend on `seed`, the weight's path and the element's place, and on nothing else. It needs neither a
+    base nor a change; the price is twice the mean squared error of `Nearest`.
+    """
+
+    seed: int = 0
+
+    def draw(self, shape: tuple[int, ...], stream: Array) -> Array:
+        """Uniform numbers in [0, 1), float32."""
+        # A salt of our own: without it the noise could repeat the draws that made the weights.
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self.seed), _SALT), stream)
+        return jax.random.uniform(key, shape, jnp.float32)
+
+    def __call__(self, tiles: Tiles, scale: Array) -> Array:
+        """Code values; see the module's docstring."""
+        assert tiles.noise is not None
+        x = divide(tiles.tuned, scale)
+        low, high = tiles.format.floor(x), tiles.format.ceil(x)
+        return jnp.where(tiles.noise * (high - low) < x - low, high, low)

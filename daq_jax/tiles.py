@@ -5,8 +5,10 @@ runs over tiles. A scale has length 1 on those two axes, so that it broadcasts.
 """
 
 import dataclasses
+import functools
 import math
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -14,6 +16,11 @@ from daq_jax.arithmetic import multiply
 from daq_jax.formats import Format
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["stored_base", "stored_tuned", "noise"],
+    meta_fields=["axes", "grid", "format"],
+)
 @dataclasses.dataclass(frozen=True)
 class Tiles:
     """A pair of weights, cut into tiles.
@@ -21,14 +28,26 @@ class Tiles:
     Attributes:
         stored_base: weights before tuning, in the dtype they came in.
         stored_tuned: weights after, of the same shape.
+        noise: for a rounding that draws, a uniform number in [0, 1) for each element; else None.
         axes: positions of a tile's rows and of its columns.
+        grid: positions of the rows and the columns of tiles.
         format: the number format of the codes.
     """
 
     stored_base: Array
     stored_tuned: Array
+    noise: Array | None
     axes: tuple[int, int]
+    grid: tuple[int, int]
     format: Format
+
+    @property
+    def moved(self) -> "Tiles":
+        """What these tiles are called once each array has had `axes` moved to its end."""
+        n = len(self.shape)
+        rest = [i for i in range(n) if i not in self.axes]
+        grid = (rest.index(self.grid[0]), rest.index(self.grid[1]))
+        return dataclasses.replace(self, axes=(n - 2, n - 1), grid=grid)
 
     @property
     def base(self) -> Array:
@@ -62,3 +81,21 @@ class Tiles:
     def per_tile(self, x: Array) -> Array:
         """`[T]` in the shape of a scale."""
         return x.reshape([1 if i in self.axes else n for i, n in enumerate(self.shape)])
+
+    def as_matrix(self, x: Array) -> Array:
+        """An array of the tiles' shape as `[B, R, C]`, padding included; for tiles that were not moved."""
+        batch = [i for i in range(x.ndim) if i not in self.axes + self.grid]
+        order = [*batch, self.grid[0], self.axes[0], self.grid[1], self.axes[1]]
+        return x.transpose(order).reshape(-1, *self._padded)
+
+    def from_matrix(self, x: Array) -> Array:
+        """The inverse of `as_matrix`."""
+        batch = [i for i in range(len(self.shape)) if i not in self.axes + self.grid]
+        order = [*batch, self.grid[0], self.axes[0], self.grid[1], self.axes[1]]
+        x = x.reshape([self.shape[i] for i in order])
+        return x.transpose([order.index(i) for i in range(len(order))])
+
+    @property
+    def _padded(self) -> tuple[int, int]:
+        rows, columns = (self.shape[g] * self.shape[t] for g, t in zip(self.grid, self.axes, strict=True))
+        return rows, columns

@@ -176,6 +176,12 @@ class TileView:
         return start["r"], start["c"]
 
     @property
+    def grid_axes(self) -> tuple[int, int]:
+        """Positions of the rows and of the columns of tiles in a cut weight."""
+        r, c = self.tile_axes
+        return r - 1, c - 1
+
+    @property
     def _split_roles(self) -> tuple[str, ...]:
         split = {"b": ("b",), "r": ("R", "r"), "c": ("C", "c")}  # capitals: axes of the grid
         return tuple(x for role in self._roles for x in split[role])

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import re
 import warnings
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -222,8 +223,8 @@ def quantize(
 
 
 def _quantize_leaf(pair: Pair) -> QTensor:
-    how = pair.decision
-    return quantize_pair(pair.base, pair.tuned, recipe=how.recipe, matrix=how.matrix)
+    how, stream = pair.decision, zlib.crc32(pair.path.encode())
+    return quantize_pair(pair.base, pair.tuned, recipe=how.recipe, matrix=how.matrix, stream=stream)
 
 
 def _delete(pair: Pair, uses: collections.Counter[int]) -> None:

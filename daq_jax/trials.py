@@ -7,9 +7,7 @@ tile side by side; a CPU takes candidates one after another, over as many tiles 
 
 import dataclasses
 import functools
-import itertools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -19,6 +17,7 @@ from jaxtyping import Array
 
 from daq_jax.arithmetic import divide, total
 from daq_jax.metrics import Additive
+from daq_jax.parts import in_parts
 from daq_jax.roundings import Rounding
 from daq_jax.scales import absmax_scale, usable
 from daq_jax.tiles import Tiles
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
     from daq_jax.recipes import Recipe  # which holds a search, which is made of trials
 
 _TOGETHER = 4  # candidates that an accelerator scores at once; more were slower on an H200
-_IN_CACHE = 2**18  # elements that a CPU searches before it moves on
-_MOST_PARTS = 8  # each is compiled on its own
 
 
 class Trial(NamedTuple):
@@ -72,12 +69,12 @@ class Trials:
     def score(self, scale: Array, rounding: Rounding | None = None) -> Array:
         """Score of each tile under a scale, of the codes that `rounding` (the recipe's) would store."""
         metric = self.recipe.metric
-        values = (rounding or self.recipe.rounding)(self.tiles, scale)
+        rounding = rounding or self.recipe.rounding
+        values = getattr(rounding, "scored_as", rounding)(self.tiles, scale)
         d, q = self.tiles.change, self.tiles.kept(values, scale)
         if isinstance(metric, Additive):
-            score = metric.score(
-                *self.fixed_sums, *(_total(x, self.tiles.axes, self.parallel) for x in metric.terms(d, q))
-            )
+            sums = [_total(x, self.tiles.axes, self.parallel) for x in metric.terms(d, q)]
+            score = metric.score(*self.fixed_sums, *sums)
         else:
             score = self.tiles.per_tile(metric(self.tiles.flat(d), self.tiles.flat(q)))
         return jnp.where(self.changed, score, 0)  # all alike where nothing changed: AbsMax wins the tie
@@ -150,34 +147,15 @@ def find_scales(recipe: "Recipe", tiles: Tiles, stored_base: Array | None, *, sp
         split: whether a CPU may take the tiles part by part. Cutting an array that lies on several devices
             would move it between them.
     """
-    arrays = [tiles.stored_base, tiles.stored_tuned, *([] if stored_base is None else [stored_base])]
 
-    def parallel(*arrays: Array) -> Array:
-        moved = [jnp.moveaxis(x, tiles.axes, (-2, -1)) for x in arrays]
-        last_two = (len(tiles.shape) - 2, len(tiles.shape) - 1)
-        return jnp.moveaxis(search(moved, last_two, parallel=True), (-2, -1), tiles.axes)
+    def search(tiles: Tiles, stored_base: Array | None, parallel: bool = False) -> Array:
+        return recipe.search(_trials(recipe, tiles, stored_base, parallel))
 
-    def in_parts(*arrays: Array) -> Array:
-        axis, parts = _parts(tiles) if split else (0, 1)
-        edges = [tiles.shape[axis] * i // parts for i in range(parts + 1)]
-        scales: list[Array] = []
-        for start, stop in itertools.pairwise(edges):
-            # No scale is negative, but only we know: each part waits for the one before, and uses its memory.
-            wait = jnp.any(scales[-1] < 0).astype(jnp.int32) if scales else 0
-            part = [lax.dynamic_slice_in_dim(x, start + wait, stop - start, axis) for x in arrays]
-            scales.append(search(part, tiles.axes, parallel=False))
-        return jnp.concatenate(scales, axis)
+    def parallel(tiles: Tiles, stored_base: Array | None) -> Array:
+        moved = jax.tree.map(lambda x: jnp.moveaxis(x, tiles.axes, (-2, -1)), (tiles.moved, stored_base))
+        return jnp.moveaxis(search(*moved, parallel=True), (-2, -1), tiles.axes)
 
-    def search(arrays: Sequence[Array], axes: tuple[int, int], *, parallel: bool) -> Array:
-        base, tuned, stored = *arrays, *[None][len(arrays) - 2 :]
-        part = dataclasses.replace(tiles, stored_base=base, stored_tuned=tuned, axes=axes)
-        return recipe.search(_trials(recipe, part, stored, parallel))
+    def in_order(tiles: Tiles, stored_base: Array | None) -> Array:
+        return in_parts(search, tiles, stored_base) if split else search(tiles, stored_base)
 
-    return lax.platform_dependent(*arrays, cpu=in_parts, default=parallel)
-
-
-def _parts(tiles: Tiles) -> tuple[int, int]:
-    """The axis over tiles to split along, the longest, and into how many parts."""
-    lengths = [1 if i in tiles.axes else n for i, n in enumerate(tiles.shape)]
-    wanted = -(-math.prod(tiles.shape) // _IN_CACHE)
-    return lengths.index(max(lengths)), min(wanted, _MOST_PARTS, max(lengths))
+    return lax.platform_dependent(tiles, stored_base, cpu=in_order, default=parallel)

@@ -1,0 +1,64 @@
+"""What the behaviour study compares: one table of recipes and baselines. To add a row, edit `METHODS`."""
+
+import dataclasses
+from typing import NamedTuple
+
+from behaviour_baselines import Baseline, awq, smoothquant
+
+import daq_jax as daq
+from daq_jax.formats import Format
+from daq_jax.tilings import Tiling
+
+
+class Method(NamedTuple):
+    """A row of the table, and how the plots draw it."""
+
+    means: daq.Recipe | Baseline
+    colour: str
+    marker: str
+
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart. One for each family, a marker for each row.
+BLACK, GREY, ORANGE, SKY, GREEN, BLUE, RED, PINK = (
+    "#000000", "#999999", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7",
+)  # fmt: skip
+
+WITH_BASE_SCALE = daq.Recipe(search=daq.WithBaseScale(daq.AbsMax()))
+
+
+def _subspace(rank: int, recipe: daq.Recipe = daq.recipes.absmax) -> daq.Recipe:
+    return dataclasses.replace(recipe, rounding=daq.UnbiasedSubspace(rank=rank, per="column"))
+
+
+METHODS: dict[str, Method] = {
+    "absmax": Method(daq.recipes.absmax, BLACK, "o"),
+    "mse": Method(daq.recipes.mse, ORANGE, "v"),
+    "paper_sign": Method(daq.recipes.paper_sign, RED, "s"),
+    "paper_cosine": Method(daq.recipes.paper_cosine, RED, "D"),
+    "released_sign": Method(daq.recipes.released_sign, PINK, "s"),
+    "released_cosine": Method(daq.recipes.released_cosine, PINK, "D"),
+    "smoothquant": Method(smoothquant, GREY, "<"),
+    "awq": Method(awq, GREY, ">"),
+    "stochastic": Method(daq.Recipe(rounding=daq.Stochastic(seed=0)), SKY, "x"),
+    "gain_row": Method(daq.Recipe(rounding=daq.UnbiasedGain(per="row")), GREEN, "^"),
+    "gain_tile": Method(daq.Recipe(rounding=daq.UnbiasedGain(per="tile")), GREEN, "s"),
+    "gain_column": Method(daq.Recipe(rounding=daq.UnbiasedGain(per="column")), GREEN, "v"),
+    "subspace_32": Method(_subspace(32), BLUE, "<"),
+    "subspace_64": Method(_subspace(64), BLUE, ">"),
+    "subspace_128": Method(_subspace(128), BLUE, "*"),
+    "subspace_128_base_scale": Method(_subspace(128, WITH_BASE_SCALE), BLUE, "P"),
+    "default": Method(daq.recipes.default, BLACK, "*"),
+}
+
+# Format and tiling of every method in a run; the FP8-native base of the study lies on the same grid.
+LAYOUTS: dict[str, tuple[Format, Tiling]] = {
+    "fp8-block": (daq.fp8_e4m3fn, daq.Block(128, 128)),
+    "fp8-channel": (daq.fp8_e4m3fn, daq.Channel()),
+    "int8-channel": (daq.int8, daq.Channel()),
+}
+
+
+def in_layout(recipe: daq.Recipe, layout: str) -> daq.Recipe:
+    """The recipe with the format and the tiling of a layout."""
+    number, tiling = LAYOUTS[layout]
+    return dataclasses.replace(recipe, format=number, tiling=tiling)
