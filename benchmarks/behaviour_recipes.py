@@ -18,7 +18,7 @@ class Method(NamedTuple):
     marker: str
 
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart. One for each family, a marker for each row.
+# Okabe and Ito's colours, which colour-blind readers can tell apart: one for each family of methods.
 BLACK, GREY, ORANGE, SKY, GREEN, BLUE, RED, PINK = (
     "#000000", "#999999", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7",
 )  # fmt: skip

@@ -11,13 +11,17 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from behaviour_recipes import METHODS
+from matplotlib.ticker import NullFormatter
 
 Row = dict[str, Any]
-TITLES = {"fp8": "FP8-native base", "bf16": "bf16 base"}
 
 
 def load(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], list[Row]]:
-    """The files, and all of their rows with `ratio`: KL over that of AbsMax on the bf16 base, same seed and rate."""
+    """The files, and their rows with three columns more.
+
+    `title`: what to call the base. `ratio`: KL over the floor of the same seed and rate. `general_rise`: loss
+    on the general text less that of the tuned model.
+    """
     files = [json.loads(path.read_text()) for path in paths]
     kinds = {(file["size"], file["layout"]) for file in files}
     if len(kinds) != 1:
@@ -28,7 +32,13 @@ def load(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], list[Row]]:
         for row in rows
         if (row["base_kind"], row["recipe"]) == ("bf16", "absmax")
     }
+    native = files[0]["layout"].partition("-")[0].upper()
+    key = ("seed", "base_kind", "rate")
+    pairs = {tuple(pair[k] for k in key): pair for file in files for pair in file["pairs"]}
     for row in rows:
+        tuned = pairs[tuple(row[k] for k in key)]["tuned"]
+        row["general_rise"] = row["general_loss"] - tuned["general_loss"]
+        row["title"] = "bf16 base" if row["base_kind"] == "bf16" else f"{native}-native base"
         least = floor.get((row["seed"], row["rate"]))
         row["ratio"] = row["kl"] / least if least else None
     return files, rows
@@ -80,7 +90,7 @@ def other(rows: list[Row]) -> str:
 
 
 TABLES: dict[str, Callable[[list[Row]], str]] = {
-    "KL from the tuned model, mean ± standard deviation over seeds (over the floor: mean, worst seed)": divergence,
+    "KL from the tuned model, mean ± deviation over seeds (over the floor: mean, worst seed)": divergence,
     "Of the change of the weights: projection / sign rate / cosine": change_kept,
     "Style kept / loss on the general text": style_kept,
     "KL on the general text / mse of the weights / codes that equal AbsMax's": other,
@@ -105,14 +115,15 @@ def markdown(files: list[dict[str, Any]], rows: list[Row]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     parts = [
         f"# What quantization keeps of a tune: size {first['size']}, {first['layout']}",
-        f"Seeds {seeds}; {first['date'][:10]}; {first['device']}; {versions}.\n\n"
-        f"Made by `{first['command']}`" + (f" and {len(files) - 1} more." if len(files) > 1 else "."),
-        "Change: |tuned - base| / |base| over the quantized matrices. KL and losses in nats per byte of held-out "
-        "text. Floor: the KL of AbsMax on the bf16 base at the same seed and learning rate, which is the "
-        "noise of the format. Style kept: the share of the loss that tuning gained on the tuning text.",
+        f"Seeds {seeds}; {first['date'][:10]}; {first['device']}; {versions}.",
+        f"Made by {', '.join(f'`{command}`' for command in unique(files, 'command'))}.",
+        "Change: |tuned - base| / |base| over the quantized matrices. KL and losses in nats per byte of "
+        "held-out text. Floor: the KL of AbsMax on the bf16 base at the same seed and learning rate, "
+        "which is the noise of the format. Style kept: the share of the loss that tuning gained "
+        "on its own text.",
     ]
     for kind in unique(rows, "base_kind"):
-        parts.append(f"## {TITLES[kind]}")
+        parts.append(f"## {select(rows, base_kind=kind)[0]['title']}")
         pairs = [pair for file in files for pair in file["pairs"] if pair["base_kind"] == kind]
         for rate in unique(pairs, "rate"):
             same = select(pairs, rate=rate)
@@ -134,8 +145,9 @@ def panels(rows: list[Row], title: str, draw: Callable[[Any, list[Row]], None]) 
         1, len(kinds), figsize=(3 + 4.2 * len(kinds), 4.4), sharey=True, squeeze=False, layout="constrained"
     )
     for axis, kind in zip(axes[0], kinds, strict=True):
-        draw(axis, select(rows, base_kind=kind))
-        axis.set_title(TITLES[kind])
+        own = select(rows, base_kind=kind)
+        draw(axis, own)
+        axis.set_title(own[0]["title"])
         axis.grid(alpha=0.3)
     figure.suptitle(title)
     handles, labels = axes[0][0].get_legend_handles_labels()
@@ -158,6 +170,8 @@ def draw_divergence(axis: Any, rows: list[Row]) -> None:
             values = [row["kl"] for row in group]
             axis.plot([place] * 2, [min(values), max(values)], color=METHODS[name].colour, linewidth=0.8)
     axis.set(xscale="log", yscale="log", xlabel="|tuned - base| / |base|")
+    axis.set_xticks([0.003, 0.01, 0.03, 0.1], ["0.3 %", "1 %", "3 %", "10 %"])
+    axis.xaxis.set_minor_formatter(NullFormatter())
     if axis.get_subplotspec().is_first_col():
         axis.set_ylabel("KL from the tuned model, nats per byte")
 
@@ -166,10 +180,10 @@ def draw_style(axis: Any, rows: list[Row]) -> None:
     for name in unique(rows, "recipe"):
         own = select(rows, recipe=name)
         groups = [select(own, rate=rate) for rate in unique(own, "rate")]
-        x, y = ([mean(group, key) for group in groups] for key in ("general_loss", "style_kept"))
+        x, y = ([mean(group, key) for group in groups] for key in ("general_rise", "style_kept"))
         axis.plot(x, y, linestyle="none", alpha=0.8, **looks(name))
     axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
-    axis.set(xlabel="loss on the general text, nats per byte")
+    axis.set(xlabel="loss on the general text above the tuned model's, nats per byte")
     if axis.get_subplotspec().is_first_col():
         axis.set_ylabel("style kept: share of tuning's gain")
 

@@ -11,6 +11,7 @@ floor, a program that does no more than read both weights and write a byte for e
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -21,6 +22,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
+
+os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # leave the reference its share of a GPU's memory
 
 import jax
 import jax.numpy as jnp
@@ -222,6 +225,7 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "temp B/element": lambda r: f"{r['temp_bytes_per_element']:.2f}",
     "in jit": lambda r: f"{r['temp_bytes_per_element_in_jit']:.2f}",
     "reference's": lambda r: f"{r['reference']['temp_bytes_per_element']:.0f}" if "reference" in r else "-",
+    "load": lambda r: f"{r['load_average']:.1f}",
     "compile s": lambda r: f"{r['compile_seconds']:.2g}",
 }
 
@@ -259,16 +263,15 @@ def main() -> None:
     )
     parser.add_argument("--out", type=pathlib.Path, default=HERE / "results")
     args = parser.parse_args()
-    cases = [(w, r) for w in args.workload for r in args.recipe]
-    # The reference goes first: once JAX has started it holds most of a GPU's memory.
-    wanted = [c for c in cases if args.reference and c[1] in reference.METRICS]
-    found = {c: reference.measure_apart(*c, args.repeats or 10, args.wheels) for c in wanted}
     repeats = args.repeats or (7 if jax.default_backend() == "cpu" else 10)
     report = environment() | {"rows": []}
-    for case in cases:
-        report["rows"].append(with_reference(measure(*case, repeats), found.get(case)))
+    for name, recipe in itertools.product(args.workload, args.recipe):
+        found = None
+        if args.reference and recipe in reference.METRICS:
+            found = reference.measure_apart(name, recipe, repeats, args.wheels)
+        report["rows"].append(with_reference(measure(name, recipe, repeats), found))
         print(markdown(report | {"rows": report["rows"][-1:]}).splitlines()[2], flush=True)
-    write(report, args.out)
+        write(report, args.out)  # after every row: a long run may be cut short
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ class Figures:
         counted: of them, those with `|d| > 1e-5`.
         same_sign: of the counted, those whose q has the sign of d.
         opposite_sign: of the counted, those whose q has the other sign.
+        erased: of the counted, those with `q = 0`.
         zero: elements with `q = 0`.
         dd, qq, dq, ee: sums of `d^2`, `q^2`, `d q` and `(q - d)^2`.
         counts: `[4]` elements with |d| below 1e-5, 1e-4, 1e-3, and above.
@@ -48,6 +49,7 @@ class Figures:
     counted: Any
     same_sign: Any
     opposite_sign: Any
+    erased: Any
     zero: Any
     dd: Any
     qq: Any
@@ -69,7 +71,7 @@ class Figures:
     @property
     def lost(self) -> Any:
         """Share of the counted elements with `q = 0`."""
-        return _ratio(self.counted - self.same_sign - self.opposite_sign, self.counted)
+        return _ratio(self.erased, self.counted)
 
     @property
     def unchanged(self) -> Any:
@@ -254,6 +256,7 @@ def _sums_of_leaf(base: Any, tuned: Any, q: QTensor) -> dict[str, Array]:
         "counted": _count(counted),
         "same_sign": _count(counted & same),
         "opposite_sign": _count(counted & ~same & (kept != 0)),
+        "erased": _count(counted & (kept == 0)),
         "zero": _count(kept == 0),
         "dd": _total(change * change),
         "qq": _total(kept * kept),

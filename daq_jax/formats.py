@@ -149,11 +149,13 @@ class Codebook:
 
     def floor(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Highest level not above each number; the lowest level below them all."""
-        return self.decode(sum((x >= level).astype(jnp.int32) for level in self.levels[1:]))  # pyright: ignore
+        index = sum((x >= level).astype(jnp.int32) for level in self.levels[1:])
+        return jnp.where(jnp.isnan(x), x, self.decode(index))  # pyright: ignore
 
     def ceil(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Lowest level not below each number; the highest level above them all."""
-        return self.decode(sum((x > level).astype(jnp.int32) for level in self.levels[:-1]))  # pyright: ignore
+        index = sum((x > level).astype(jnp.int32) for level in self.levels[:-1])
+        return jnp.where(jnp.isnan(x), x, self.decode(index))  # pyright: ignore
 
     def encode(self, x: Float[Array, "..."]) -> Array:
         """Index of each level that `round` returned."""

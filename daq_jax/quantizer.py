@@ -88,7 +88,8 @@ def _codes_and_scale(tiles: Tiles, stored: Array | None, recipe: Recipe, split: 
         return recipe.format.encode(values)
 
     scale = find_scales(recipe, tiles, stored, split=split)
-    if split and getattr(recipe.rounding, "by_tile", False):
-        on_cpu = functools.partial(in_parts, encode)
+    alignment = getattr(recipe.rounding, "alignment", None)
+    if split and alignment:
+        on_cpu = functools.partial(in_parts, encode, step=alignment(tiles))
         return lax.platform_dependent(tiles, scale, cpu=on_cpu, default=encode), scale
     return encode(tiles, scale), scale

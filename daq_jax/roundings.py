@@ -5,7 +5,8 @@ code, float32, in code units, in the shape of the cut weights. The search scores
 of that signature will do; it may also have
 
 - `draw(shape, stream)`, which makes the noise it finds in `tiles.noise`, in the shape of the weight;
-- `by_tile = True`, if it works on each tile by itself, which lets a CPU take the weight part by part;
+- `alignment(tiles)`, if it needs only some tiles at a time: a CPU may then take the weight part by part,
+  parts beginning at multiples of that number of tiles;
 - `scored_as`, a rounding that a search scores in its place, if it needs the whole weight at once.
 
 The unbiased roundings are in `unbiased`.

@@ -156,6 +156,10 @@ def find_scales(recipe: "Recipe", tiles: Tiles, stored_base: Array | None, *, sp
         return jnp.moveaxis(search(*moved, parallel=True), (-2, -1), tiles.axes)
 
     def in_order(tiles: Tiles, stored_base: Array | None) -> Array:
-        return in_parts(search, tiles, stored_base) if split else search(tiles, stored_base)
+        if not split:
+            return search(tiles, stored_base)
+        rounding = getattr(recipe.rounding, "scored_as", recipe.rounding)
+        step = rounding.alignment(tiles) if hasattr(rounding, "alignment") else 1  # pyright: ignore
+        return in_parts(search, tiles, stored_base, step=step)
 
     return lax.platform_dependent(tiles, stored_base, cpu=in_order, default=parallel)

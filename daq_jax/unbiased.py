@@ -28,6 +28,8 @@ Per = Literal["row", "column", "tile"]
 _SMALLEST_SET = 64  # elements; the projection of fewer is too noisy to aim at
 _HALVINGS = 14  # of ten octaves of gain: the last step is 0.04 %
 _LARGEST_GAIN = 2.0**10  # a change of a thousandth of a step still moves its codes
+_SMALLEST_REGION = 4096  # elements; over fewer, a bias does not stand out from the noise
+_WINDOW = 64  # tiles; no set, region or running sum reaches over the edge of a window
 _TOLERATED = 2.0  # standard deviations of a projection's own noise
 
 
@@ -35,56 +37,95 @@ _TOLERATED = 2.0  # standard deviations of a projection's own noise
 class Sets:
     """The sets of elements that share a gain: rows, columns or the whole of a tile, or of a run of tiles.
 
-    In the matrix view a row is one input and a column one output. Where that leaves fewer than 64 elements,
-    as in the narrow tiles of `Channel` and `Group`, a set reaches over several tiles that stand in line.
+    In the matrix view a row is one input and a column one output. Where a tile gives a set fewer than 64
+    elements, as in narrow tiles of `Channel` and `Group`, the set reaches over several tiles in line.
 
     Attributes:
         axes: axes of a tile that a set sums over.
-        grid_axis: axis over tiles along which a set may reach.
-        run: number of tiles that it reaches over.
-        rest: the axis of a tile along which sets stand side by side, if any.
+        rest: the axis of a tile along which sets stand side by side, if there are several in a tile.
+        along: axis over tiles along which a set may reach.
+        across: the other axis over tiles.
+        run: number of tiles that a set reaches over, a power of two.
+        region: number of runs, across, over which the bias of plain rounding is judged; a power of two.
     """
 
     axes: tuple[int, ...]
-    grid_axis: int
-    run: int
     rest: int | None
+    along: int
+    across: int
+    run: int
+    region: int
 
     @classmethod
     def of(cls, per: Per, tiles: Tiles) -> "Sets":
         """The sets of a weight."""
         (r, c), (grid_r, grid_c) = tiles.axes, tiles.grid
-        axes, grid_axis, rest = {
-            "row": ((c,), grid_c, r),
-            "column": ((r,), grid_r, c),
-            "tile": ((r, c), grid_r if tiles.shape[r] >= tiles.shape[c] else grid_c, None),
+        height, width = tiles.shape[r], tiles.shape[c]
+        axes, rest, along, across = {
+            "row": ((c,), r, grid_c, grid_r),
+            "column": ((r,), c, grid_r, grid_c),
+            "tile": ((r, c), None, *((grid_r, grid_c) if height >= width else (grid_c, grid_r))),
         }[per]
-        elements = math.prod(tiles.shape[a] for a in axes)
-        return cls(axes, grid_axis, min(-(-_SMALLEST_SET // elements), tiles.shape[grid_axis]), rest)
+        if rest is not None and tiles.shape[rest] == 1:
+            rest = None
+        run = _power_of_two(_SMALLEST_SET / math.prod(tiles.shape[a] for a in axes))
+        region = _power_of_two(_SMALLEST_REGION / (height * width * run))
+        return cls(axes, rest, along, across, run, region)
 
     def total(self, x: Array) -> Array:
         """Sum over each set, in a shape that broadcasts over the tiles."""
-        x = jnp.sum(x, self.axes, keepdims=True)
-        if self.run == 1:
-            return x
-        n = x.shape[self.grid_axis]
-        runs = -(-n // self.run)
-        padding = [(0, runs * self.run - n if i == self.grid_axis else 0) for i in range(x.ndim)]
-        split = (*x.shape[: self.grid_axis], runs, self.run, *x.shape[self.grid_axis + 1 :])
-        sums = jnp.sum(jnp.pad(x, padding).reshape(split), self.grid_axis + 1)
-        return lax.slice_in_dim(jnp.repeat(sums, self.run, self.grid_axis), 0, n, axis=self.grid_axis)
+        return _sum_of_runs(jnp.sum(x, self.axes, keepdims=True), self.along, self.run)
+
+    def region_total(self, x: Array) -> Array:
+        """Sum over the whole region that each set lies in, in a shape that broadcasts over the tiles."""
+        sums = self.total(x)
+        sums = sums if self.rest is None else jnp.sum(sums, self.rest, keepdims=True)
+        return _sum_of_runs(sums, self.across, self.region)
 
     def spread_evenly(self, share: Array) -> Array:
-        """Picks sets so that, along the sets side by side in a tile, a fraction `share` of them is picked.
+        """Picks sets so that, of those side by side, a fraction `share` is picked.
 
         The running sum of shares is rounded: the number picked so far is never off by more than half a set.
         """
-        if self.rest is not None and share.shape[self.rest] > 1:
+        if self.rest is not None:
             running = jnp.cumsum(share, self.rest)
-        else:  # one set to a tile: neighbouring tiles share out among them
-            along = max((a for a in range(share.ndim)), key=lambda a: share.shape[a])
-            running = jnp.cumsum(share, along)
+        else:  # one set to a tile: tiles across share out among them
+            split = _in_runs(share, self.across, _WINDOW)
+            running = _from_runs(jnp.cumsum(split, self.across + 1), self.across, share.shape[self.across])
         return jnp.floor(running + 0.5) > jnp.floor(running - share + 0.5)
+
+    @property
+    def alignment(self) -> int:
+        """At multiples of how many tiles a weight may be taken apart, so that nothing is cut through."""
+        return 1 if self.rest is not None and self.run == self.region == 1 else _WINDOW
+
+
+def _power_of_two(least: float) -> int:
+    """Smallest power of two, from 1 to the window, that is not below `least`."""
+    return min(1 << max(0, math.ceil(math.log2(least))), _WINDOW)
+
+
+def _in_runs(x: Array, axis: int, run: int) -> Array:
+    """An axis as two, (runs, elements of a run), filled up with zeros."""
+    n = x.shape[axis]
+    runs = -(-n // run)
+    padding = [(0, runs * run - n if i == axis else 0) for i in range(x.ndim)]
+    return jnp.pad(x, padding).reshape(*x.shape[:axis], runs, run, *x.shape[axis + 1 :])
+
+
+def _from_runs(x: Array, axis: int, length: int) -> Array:
+    """The inverse of `_in_runs`."""
+    joined = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+    return lax.slice_in_dim(joined, 0, length, axis=axis)
+
+
+def _sum_of_runs(x: Array, axis: int, run: int) -> Array:
+    """Each element's sum over its run along an axis."""
+    if run == 1:
+        return x
+    split = _in_runs(x, axis, run)
+    sums = jnp.broadcast_to(jnp.sum(split, axis + 1, keepdims=True), split.shape)
+    return _from_runs(sums, axis, x.shape[axis])
 
 
 def _between(low: Array, high: Array) -> Array:
@@ -97,11 +138,11 @@ def _between(low: Array, high: Array) -> Array:
 class UnbiasedGain:
     """The codes nearest to `base + g d`, with gains `g` that make the projection of each set of elements 1.
 
-    Found by bisection, since projection never falls as the gain grows. In a tile where the projection of
-    plain rounding is 1 within two standard deviations of its own noise, the codes are those of `Nearest`; so
-    they are, too, where nothing changed and where no gain up to 1024 reaches 1. The projection jumps where an
-    element takes its next code; sets take the gain before or after the jump nearest 1 in such shares that
-    their total is right.
+    Found by bisection, since projection never falls as the gain grows. In a tile (of narrow ones, in several)
+    where the projection of plain rounding is 1 within two standard deviations of its own noise, the codes are
+    those of `Nearest`; so they are where nothing changed, or no gain up to 1024 reaches 1. Projection jumps
+    where an element takes its next code; sets take the gain before or after the jump nearest 1 in such shares
+    that their total is right.
 
     Deterministic. Rounds about 18 times.
 
@@ -114,7 +155,6 @@ class UnbiasedGain:
     """
 
     per: Per = "column"
-    by_tile = True
 
     def __post_init__(self) -> None:
         if self.per not in ("row", "column", "tile"):
@@ -123,6 +163,10 @@ class UnbiasedGain:
     def __call__(self, tiles: Tiles, scale: Array) -> Array:
         """Code values; see `roundings`."""
         return _round_towards(tiles, scale, self.gains(tiles, scale))
+
+    def alignment(self, tiles: Tiles) -> int:
+        """At multiples of how many tiles a weight may be taken apart."""
+        return Sets.of(self.per, tiles).alignment
 
     def gains(self, tiles: Tiles, scale: Array) -> Array:
         """The gain of each set, in a shape that broadcasts over the tiles."""
@@ -155,12 +199,12 @@ class UnbiasedGain:
         one = jnp.ones_like(size)
         error = tiles.kept(_round_towards(tiles, scale, one), scale) - d
         short = sets.total(d * error) < 0
-        wide = Sets.of("tile", tiles)  # over a whole tile even a small bias stands out from the noise
-        unbiased = jnp.abs(wide.total(d * error)) <= _TOLERATED * jnp.sqrt(wide.total((d * error) ** 2))
+        excess, noise = sets.region_total(d * error), jnp.sqrt(sets.region_total((d * error) ** 2))
+        unbiased = jnp.abs(excess) <= _TOLERATED * noise
         low = jnp.where(short, 1.0, 1 / _LARGEST_GAIN)
         high = jnp.where(short, _LARGEST_GAIN, 1.0)
 
-        def halve(_: int, bracket: tuple[Array, ...]) -> tuple[Array, ...]:
+        def halve(_: Array, bracket: tuple[Array, ...]) -> tuple[Array, ...]:
             low, high, at_low, at_high = bracket
             middle = _between(low, high)
             reached = projected(middle)
@@ -234,7 +278,7 @@ class UnbiasedSubspace:
             correction = tiles.from_matrix(left @ core @ right.mT)
             return _round_towards(tiles, scale, gain, jnp.where(moved, correction, 0.0))
 
-        def turn(_: int, core: Array) -> Array:
+        def turn(_: Array, core: Array) -> Array:
             error = tiles.kept(values(core), scale) - tiles.change
             return core - left.mT @ tiles.as_matrix(error) @ right
 

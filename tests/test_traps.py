@@ -7,7 +7,7 @@ fails if the obvious code takes its place. What only a GPU shows is tested on th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import re
 
 import jax
 import jax.numpy as jnp
@@ -43,23 +43,14 @@ def test_rounding_survives_a_compiler_that_folds_x_plus_c_minus_c(fmt):
     np.testing.assert_array_equal(jax.jit(fmt.round)(x), oracles.FORMATS[fmt.name].round(x))
 
 
-def equations(jaxpr: jax.extend.core.Jaxpr) -> Iterator[jax.extend.core.JaxprEqn]:
-    """Every equation of a program, those of its inner programs too."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jax.core.jaxprs_in_params(equation.params):
-            yield from equations(inner)
-
-
 def narrow_casts(function, *args) -> list[str]:
-    """Dtypes of 8 bits that a traced program converts back to float32."""
-    casts = (e for e in equations(jax.make_jaxpr(function)(*args).jaxpr) if "convert" in e.primitive.name)
-    return [
-        str(dtype) for e in casts if (dtype := e.invars[0].aval.dtype).itemsize == 1 and dtype != jnp.bool_
-    ]
+    """Where a program, before XLA works on it, converts FP8 back to float32."""
+    return re.findall(
+        r"stablehlo.convert .*f8E\w+>\) -> tensor<.*f32>", jax.jit(function).lower(*args).as_text()
+    )
 
 
-@pytest.mark.parametrize("name", sorted(daq.recipes.RECIPES))
+@pytest.mark.parametrize("name", ["paper_cosine", "paper_sign", "released_cosine"])
 def test_a_search_never_reads_weights_back_from_a_cast(name):
     """On a GPU XLA drops a cast to FP8 and back, and the search would score weights that are not rounded."""
     base, tuned = pair("cast", (256, 256))
@@ -104,7 +95,7 @@ def test_absmax_scales_are_rounded_once():
 
 
 def lost_change() -> tuple[NDArray, NDArray]:
-    """A base whose every element is a code times its tile's scale, rounded; AbsMax loses all of the change."""
+    """A base whose every element is a code times its tile's scale; AbsMax loses all of the change."""
     rng = rng_for("lost")
     scale = next(
         s for s in rng.uniform(1e-3, 2e-3, 1000).astype(F32) if (s * np.float32(448)) / np.float32(448) == s
@@ -160,18 +151,18 @@ def test_a_scale_below_absmax_clips_and_makes_no_nan():
     assert np.max(np.abs(values)) == 448
 
 
-@pytest.mark.parametrize("name", sorted(daq.recipes.RECIPES))
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_inside_jit_a_tile_with_nan_or_infinity_has_scale_nan_and_others_are_untouched(name, bad):
+@pytest.mark.parametrize("name", ["absmax", "paper_cosine", "paper_sign", "released_cosine"])
+def test_inside_jit_a_tile_with_nan_or_infinity_has_scale_nan_and_others_are_untouched(name):
     recipe = dataclasses.replace(daq.recipes.RECIPES[name], tiling=daq.Block(*BLOCK))
     run = jax.jit(lambda b, t: daq.quantize(b, t, recipe))
     base, tuned = pair("bad tile", (48, 48), F32)
     good = np.asarray(run(base, tuned).scale)
-    tuned = tuned.copy()
-    tuned[20, 3], base[40, 40] = bad, bad
-    scale = np.asarray(run(base, tuned).scale)
-    assert np.argwhere(np.isnan(scale)).tolist() == [[1, 0], [2, 2]]
-    np.testing.assert_array_equal(scale[~np.isnan(scale)], good[~np.isnan(scale)])
+    broken_base, broken = base.copy(), tuned.copy()
+    broken[20, 3], broken[0, 40], broken[40, 20], broken_base[47, 47] = np.nan, np.inf, -np.inf, np.nan
+    scale = np.asarray(run(broken_base, broken).scale)
+    bad = np.isnan(scale)
+    assert np.argwhere(bad).tolist() == [[0, 2], [1, 0], [2, 1], [2, 2]]
+    np.testing.assert_array_equal(scale[~bad], good[~bad])
 
 
 def test_a_maximum_may_drop_a_nan():
@@ -198,28 +189,27 @@ def long_pair() -> tuple[NDArray, NDArray]:
 def test_long_sums_hold():
     x = np.abs(long_pair()[0]).reshape(-1)
     exact = np.sum(x, dtype=np.float64)
-    obvious = jax.jit(lambda x: jax.lax.reduce(x, np.float32(0), jax.lax.add, (0,)))(x)
-    assert abs(float(obvious) / exact - 1) > 1e-6
+    one_by_one = np.cumsum(x, dtype=np.float32)[-1]  # what a plain loop gives; XLA may or may not do better
+    assert abs(one_by_one / exact - 1) > 1e-5
     assert abs(float(jax.jit(lambda x: total(x, (0,)))(x)[0]) / exact - 1) < 3e-7
 
 
-@pytest.mark.parametrize(("metric", "oracle"), [(daq.cosine, oracles.cosine), (daq.neg_mse, oracles.neg_mse)])
-def test_the_score_of_a_tile_of_16m_elements_holds(metric, oracle):
+def test_the_score_of_a_tile_of_16m_elements_holds():
     """What the search compares, caught on its way, against float64."""
     seen: list[float] = []
 
-    class Caught(type(metric)):
+    class Caught(type(daq.cosine)):
         def score(self, *sums: jax.Array) -> jax.Array:
             score = super().score(*sums)
             jax.debug.callback(lambda s: seen.append(float(np.ravel(s)[0])), score)
             return score
 
     base, tuned = long_pair()
-    recipe = daq.Recipe(tiling=daq.PerTensor(), metric=Caught(), search=daq.Grid(1.25, 1.25, 1))
+    recipe = daq.Recipe(tiling=daq.PerTensor(), metric=Caught(), search=daq.Grid(1.25, 1.25, 2))
     jax.block_until_ready(daq.quantize(base, tuned, recipe))
     jax.effects_barrier()
     scale = np.float32(1.25) * oracles.absmax_scale(tuned, E4M3)
     kept = np.clip(tuned / scale, -448, 448).astype(jnp.float8_e4m3fn).astype(F32) * scale
     d, q = (x.astype(np.float64).ravel() for x in (tuned - base, kept - base))
-    wanted = oracle(d, q[None])[0]
+    wanted = oracles.cosine(d, q[None])[0]
     assert min(abs(s / wanted - 1) for s in seen) < 1e-6

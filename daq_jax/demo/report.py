@@ -39,7 +39,7 @@ def table_of(result: Result) -> Table:
         box=HORIZONTALS,  # without vertical lines all columns fit in a terminal of 80
         padding=0,
         title=f"What quantization keeps of a tune that moved the weights by {result.relative_change:.2%}",
-        caption="loss and KL in nats per byte of held-out text; KL from the tuned model's predictions; "
+        caption="loss, KL: nats per byte of held-out text; KL: from the tuned model\n"
         "projection: 1 keeps the change at its size, 0 erases it",
     )
     table.add_column("recipe", no_wrap=True)

@@ -36,7 +36,8 @@ RECIPES: Mapping[str, daq.Recipe] = {
     "mse": daq.recipes.mse,
     "paper_sign": daq.recipes.paper_sign,
     "paper_cosine": daq.recipes.paper_cosine,
-    "default": daq.recipes.default,
+    "unbiased gain": daq.Recipe(rounding=daq.UnbiasedGain()),
+    "unbiased subspace": daq.Recipe(rounding=daq.UnbiasedSubspace(rank=64)),
 }
 
 
