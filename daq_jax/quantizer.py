@@ -40,8 +40,8 @@ def quantize_pair(
     """
     like = tuned.codes if isinstance(tuned, QTensor) else tuned
     sharding = sharding_of(like)
-    # Under a trace an array may lie on many devices without our knowing.
-    split = sharding is None and not isinstance(like, Tracer)
+    # Under a trace an array may lie on several devices, where there are several, without our knowing.
+    split = sharding is None and (not isinstance(like, Tracer) or jax.device_count() == 1)
     how = _How(recipe, matrix, sharding, split)
     return _quantize_pair(base, tuned, np.uint32(stream), how=how)
 
