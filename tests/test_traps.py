@@ -39,7 +39,8 @@ def test_rounding_survives_a_compiler_that_folds_x_plus_c_minus_c(fmt):
     x = rng_for("fold").normal(0, 30, 4096).astype(F32)
     whole = np.float32(1.5 * 2**23)
     obvious = jax.jit(lambda x: (x + whole) - whole)(x)
-    assert differing(obvious, np.rint(x)) > 0.9
+    if jax.__version_info__ < (0, 12):  # newer ones do not fold it on CPUs
+        assert differing(obvious, np.rint(x)) > 0.9
     np.testing.assert_array_equal(jax.jit(fmt.round)(x), oracles.FORMATS[fmt.name].round(x))
 
 
