@@ -25,8 +25,8 @@ def divide(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."
     Plain division is not that everywhere: XLA turns a division by a broadcast value into a multiplication by
     its reciprocal, and on NVIDIA GPUs it divides approximately. Either is one unit in the last place off in a
     third of all quotients. So: an approximate quotient, its exact remainder by products of half-length
-    numbers (Dekker, doi:10.1007/BF01397083), and one correction. It took no more time than `/` on the
-    machines we measured, because all that concerns `y` alone is done once per tile.
+    numbers (Dekker, doi:10.1007/BF01397083), and one correction. All that concerns `y` alone is done once
+    per tile; a search was a sixth slower for it on an H200, and no slower on a CPU.
     """
     power = lax.bitcast_convert_type(lax.bitcast_convert_type(y, jnp.int32) & 0x7F800000, jnp.float32)
     shrink = 1 / jnp.minimum(power, 2.0**126)  # a power of two: exact, and keeps what follows in range

@@ -84,16 +84,19 @@ class Tiles:
 
     def as_matrix(self, x: Array) -> Array:
         """An array of the tiles' shape as `[B, R, C]`, padding included; for tiles that were not moved."""
-        batch = [i for i in range(x.ndim) if i not in self.axes + self.grid]
-        order = [*batch, self.grid[0], self.axes[0], self.grid[1], self.axes[1]]
-        return x.transpose(order).reshape(-1, *self._padded)
+        return x.transpose(self._matrix_order).reshape(-1, *self._padded)
 
     def from_matrix(self, x: Array) -> Array:
         """The inverse of `as_matrix`."""
-        batch = [i for i in range(len(self.shape)) if i not in self.axes + self.grid]
-        order = [*batch, self.grid[0], self.axes[0], self.grid[1], self.axes[1]]
+        order = self._matrix_order
         x = x.reshape([self.shape[i] for i in order])
         return x.transpose([order.index(i) for i in range(len(order))])
+
+    @property
+    def _matrix_order(self) -> list[int]:
+        """Axes in the order batch, rows, columns."""
+        batch = [i for i in range(len(self.shape)) if i not in self.axes + self.grid]
+        return [*batch, self.grid[0], self.axes[0], self.grid[1], self.axes[1]]
 
     @property
     def _padded(self) -> tuple[int, int]:

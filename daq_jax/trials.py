@@ -25,7 +25,7 @@ from daq_jax.tiles import Tiles
 if TYPE_CHECKING:
     from daq_jax.recipes import Recipe  # which holds a search, which is made of trials
 
-_TOGETHER = 4  # candidates that an accelerator scores at once; more were slower on an H200
+_TOGETHER = 4  # candidates that an accelerator scores at once; more were no faster on an H200
 
 
 class Trial(NamedTuple):

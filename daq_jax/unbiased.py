@@ -172,7 +172,8 @@ class UnbiasedGain:
         """The gain of each set, in a shape that broadcasts over the tiles."""
         if self.per != "column":
             return self._gains(tiles, scale)
-        # An accelerator is twice as fast with the elements of a set side by side, a copy included.
+        # Sums down a tile took twice the time of sums along it on an H200, so a set's elements are copied
+        # to lie side by side.
         r, last = tiles.axes[0], len(tiles.shape) - 1
 
         def side_by_side(tiles: Tiles, scale: Array) -> Array:
@@ -232,11 +233,11 @@ def _round_towards(tiles: Tiles, scale: Array, gain: Array, correction: Array | 
 
 @dataclasses.dataclass(frozen=True)
 class UnbiasedSubspace:
-    """`UnbiasedGain`, and then no error in the directions in which the change acts.
+    """`UnbiasedGain`, and then little error in the directions in which the change acts.
 
     With `U` and `V` the leading singular directions of the matrix's change and the gains fixed, it repeats:
     round `base + g d + U C V'`, take the error `e` against the tuned weights, and subtract `U' e V` from `C`.
-    The error ends nearly orthogonal to the change. The directions come from a randomized range finder (Halko,
+    Little of the error is left there. The directions come from a randomized range finder (Halko,
     Martinsson and Tropp, arXiv:0909.4061), as orthonormal bases; no full SVD is taken.
 
     Works on whole matrices: on a sharded weight its products are collectives. A search scores the gain alone.
