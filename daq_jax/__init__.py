@@ -6,6 +6,8 @@ direction, its size. Pure functions over pytrees. Letters used throughout: `R, C
 `q = dequantized - base` the kept change.
 """
 
+import importlib
+
 from daq_jax import recipes
 from daq_jax.comparison import Comparison, Figures, compare
 from daq_jax.formats import fp4_bnb, fp4_e2m1, fp8_e4m3fn, fp8_e5m2, int4, int8, nf4
@@ -21,6 +23,9 @@ from daq_jax.trees import dequantize, quantize
 from daq_jax.unbiased import UnbiasedGain, UnbiasedSubspace
 
 __version__ = "0.1.0"
+
+# Names at the edges, by the module that holds them; loaded when first used: the core imports none of it.
+_EDGES: dict[str, str] = {}
 
 __all__ = [
     "DEFAULT_RULES",
@@ -61,3 +66,13 @@ __all__ = [
     "recipes",
     "use",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _EDGES:
+        raise AttributeError(f"module 'daq_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(_EDGES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EDGES})

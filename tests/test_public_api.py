@@ -26,8 +26,9 @@ def documented(value: object) -> object:
 
 
 def test_all_lists_every_public_name_and_nothing_else():
-    modules = {name for name, value in vars(daq).items() if isinstance(value, types.ModuleType)}
-    names = {name for name in vars(daq) if not name.startswith("_")} - (modules - {"recipes"})
+    public = {name: getattr(daq, name) for name in dir(daq) if not name.startswith("_")}
+    modules = {name for name, value in public.items() if isinstance(value, types.ModuleType)}
+    names = set(public) - (modules - {"recipes"})
     assert set(daq.__all__) == names
     assert len(daq.__all__) == len(set(daq.__all__))
 
