@@ -102,5 +102,26 @@ class NegMse(Additive):
         return -squares / count
 
 
+@dataclasses.dataclass(frozen=True)
+class NegBias(Additive):
+    """Minus how far the projection is from 1, beyond what the noise of rounding explains.
+
+    `max(0, |<d, e>| - 2 sqrt(sum (d e)^2)) / <d, d>` for the error `e = q - d`: two standard deviations of
+    `<d, e>`, were the errors independent, are forgiven. 0 where the change is kept at its size.
+    """
+
+    def fixed_terms(self, d: Array) -> tuple[Array, ...]:
+        return (d * d,)
+
+    def terms(self, d: Array, q: Array) -> tuple[Array, ...]:
+        return d * (q - d), (d * (q - d)) ** 2
+
+    def score(self, *sums: Array) -> Array:
+        dd, de, noise = sums
+        excess = jnp.maximum(0, jnp.abs(de) - 2 * jnp.sqrt(noise))
+        return -jnp.where(dd > 0, excess / jnp.where(dd > 0, dd, 1), 0)
+
+
 cosine = Cosine()
 neg_mse = NegMse()
+neg_bias = NegBias()

@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array
 
 from daq_jax.arithmetic import divide, total
-from daq_jax.metrics import Additive
+from daq_jax.metrics import Additive, Metric
 from daq_jax.parts import in_parts
 from daq_jax.roundings import Rounding
 from daq_jax.scales import absmax_scale, usable
@@ -79,6 +79,12 @@ class Trials:
             score = self.tiles.per_tile(metric(self.tiles.flat(d), self.tiles.flat(q)))
         return jnp.where(self.changed, score, 0)  # all alike where nothing changed: AbsMax wins the tie
 
+    def judged_by(self, metric: Metric, rounding: Rounding) -> "Trials":
+        """The same trials under another metric, of the codes of another rounding."""
+        recipe = dataclasses.replace(self.recipe, metric=metric, rounding=rounding)
+        fixed = _fixed_sums(metric, self.tiles, self.parallel)
+        return dataclasses.replace(self, recipe=recipe, fixed_sums=fixed)
+
     def at_scale(self, scale: Array) -> Trial:
         """A scale of one's own as a candidate."""
         scale = self.recipe.scales(usable(scale))
@@ -123,16 +129,20 @@ def _total(x: Array, axes: tuple[int, int], parallel: bool) -> Array:
     return jnp.sum(x, axes, keepdims=True) if parallel else total(x, axes)
 
 
+def _fixed_sums(metric: Metric, tiles: Tiles, parallel: bool) -> tuple[Array, ...]:
+    terms = metric.fixed_terms(tiles.change) if isinstance(metric, Additive) else ()
+    return tuple(_total(x, tiles.axes, parallel) for x in terms)
+
+
 def _trials(recipe: "Recipe", tiles: Tiles, stored_base: Array | None, parallel: bool) -> Trials:
     absmax = functools.partial(absmax_scale, axes=tiles.axes, largest=tiles.format.largest)
-    fixed = recipe.metric.fixed_terms(tiles.change) if isinstance(recipe.metric, Additive) else ()
     return Trials(
         tiles,
         recipe,
         absmax=absmax(jnp.where(jnp.isfinite(tiles.base), tiles.tuned, jnp.nan)),
         base=absmax(tiles.base) if stored_base is None else stored_base,
         changed=jnp.any(tiles.change != 0, axis=tiles.axes, keepdims=True),
-        fixed_sums=tuple(_total(x, tiles.axes, parallel) for x in fixed),
+        fixed_sums=_fixed_sums(recipe.metric, tiles, parallel),
         parallel=parallel,
     )
 

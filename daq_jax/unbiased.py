@@ -225,10 +225,20 @@ class UnbiasedGain:
         return jnp.where(left_alone, 1, jnp.where(sets.spread_evenly(share), high, low))
 
 
+def target_of(tiles: Tiles, gain: Array) -> Array:
+    """`base + gain * d`; exactly `tuned` where the gain is 1."""
+    return jnp.where(gain == 1, tiles.tuned, tiles.base + multiply(gain, tiles.change))
+
+
 def _round_towards(tiles: Tiles, scale: Array, gain: Array, correction: Array | float = 0.0) -> Array:
-    """Code values nearest to `base + gain * d + correction`; exactly `tuned` for gain 1 and no correction."""
-    target = jnp.where(gain == 1, tiles.tuned, tiles.base + multiply(gain, tiles.change))
-    return tiles.format.round(divide(target + correction, scale))
+    """Values of the codes nearest to `base + gain * d + correction`."""
+    return tiles.format.round(divide(target_of(tiles, gain) + correction, scale))
+
+
+def check_whole_number(name: str, value: object) -> None:
+    """Raises ValueError unless `value`, called `name`, is an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"`{name}` must be a whole number above 0; got {value!r}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,10 +267,8 @@ class UnbiasedSubspace:
 
     def __post_init__(self) -> None:
         UnbiasedGain(self.per)  # checks `per`
-        for name in ("rank", "turns"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` must be a whole number above 0; got {value!r}.")
+        check_whole_number("rank", self.rank)
+        check_whole_number("turns", self.turns)
 
     @property
     def scored_as(self) -> UnbiasedGain:
