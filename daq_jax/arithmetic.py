@@ -14,7 +14,7 @@ _LARGEST = float(jnp.finfo(jnp.float32).max)
 _RUN = 128  # elements summed one after another before partial sums are combined
 
 
-def _leading_half(x: Array) -> Array:
+def leading_half(x: Array) -> Array:
     """The upper 12 bits of a float32's 24; products of such halves are exact."""
     return lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) & ~0xFFF, jnp.float32)
 
@@ -32,10 +32,10 @@ def divide(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."
     shrink = 1 / jnp.minimum(power, 2.0**126)  # a power of two: exact, and keeps what follows in range
     x, y = x * shrink, y * shrink
     reciprocal = 1 / y
-    y_high = _leading_half(y)
+    y_high = leading_half(y)
     y_low = y - y_high
     quotient = x * reciprocal
-    high = _leading_half(quotient)
+    high = leading_half(quotient)
     low = quotient - high
     remainder = (((x - high * y_high) - high * y_low) - low * y_high) - low * y_low
     return quotient + remainder * reciprocal

@@ -55,10 +55,14 @@ class Grid:
     def __post_init__(self) -> None:
         _check_range(self, self.low, self.high, n=self.n)
 
+    @property
+    def ratios(self) -> np.ndarray:
+        """`[n]` float32."""
+        return np.linspace(self.low, self.high, self.n).astype(np.float32)
+
     def __call__(self, trials: Trials) -> Array:
         """One scale per tile."""
-        ratios = np.linspace(self.low, self.high, self.n).astype(np.float32)
-        return trials.best(jnp.asarray(ratios), _one(trials)).scale
+        return trials.best(jnp.asarray(self.ratios), _one(trials)).scale
 
 
 @dataclasses.dataclass(frozen=True)
