@@ -12,7 +12,9 @@ from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
+from daq_jax import gpu_kernels
 from daq_jax.parts import in_parts
+from daq_jax.platforms import has_fp8_gpu, kernel_or_plain
 from daq_jax.qtensor import QTensor
 from daq_jax.recipes import Recipe
 from daq_jax.sharding import run_sharded, scale_sharding, sharding_of
@@ -81,6 +83,23 @@ def _quantize_pair(base: Array | QTensor, tuned: Array | QTensor, stream: Array,
 
 
 def _codes_and_scale(tiles: Tiles, stored: Array | None, recipe: Recipe, split: bool) -> tuple[Array, Array]:
+    def plain(base: Array, tuned: Array) -> tuple[Array, Array]:
+        pair = dataclasses.replace(tiles, stored_base=base, stored_tuned=tuned)
+        return _plain_codes_and_scale(pair, None, recipe, split)
+
+    def kernel(base: Array, tuned: Array) -> tuple[Array, Array]:
+        pair = dataclasses.replace(tiles, stored_base=base, stored_tuned=tuned)
+        return gpu_kernels.search(recipe, pair)
+
+    if split and has_fp8_gpu() and gpu_kernels.search_applies(recipe, tiles):
+        codes, scale = kernel_or_plain(kernel, plain, tiles.stored_base, tiles.stored_tuned)
+        return codes, scale
+    return _plain_codes_and_scale(tiles, stored, recipe, split)
+
+
+def _plain_codes_and_scale(
+    tiles: Tiles, stored: Array | None, recipe: Recipe, split: bool
+) -> tuple[Array, Array]:
     def encode(tiles: Tiles, scale: Array) -> Array:
         values = recipe.rounding(tiles, scale)
         # A zero keeps its sign, as in a cast: arithmetic rounding makes every zero positive.
