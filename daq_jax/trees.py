@@ -125,23 +125,28 @@ def problem_of(pair: Pair) -> str | None:
 
 
 @jax.jit
-def _all_finite(leaves: list[Any]) -> jax.Array:
-    """One flag for each leaf: no NaN, no infinity. The only thing the host waits for."""
-    arrays = [jax.tree.leaves(x) for x in leaves]
-    return jnp.stack([jnp.stack([jnp.isfinite(a).all() for a in group]).all() for group in arrays])
+def _is_finite(leaf: Any) -> jax.Array:
+    """No NaN, no infinity."""
+    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(leaf)]).all()
 
 
-def _is_concrete(x: Any) -> bool:
+def _all_finite(leaves: Sequence[Any]) -> list[bool]:
+    """A flag for each leaf. All are asked for before the host waits for one."""
+    return [bool(x) for x in jax.device_get([_is_finite(x) for x in leaves])]
+
+
+def is_concrete(x: Any) -> bool:
+    """Whether all arrays of a tree hold numbers: none is traced or abstract."""
     return not any(isinstance(a, (Tracer, jax.ShapeDtypeStruct)) for a in jax.tree.leaves(x))
 
 
 def _not_finite(pairs: Sequence[Pair]) -> dict[str, str]:
     """Of the pairs with NaN or infinity in a concrete array: path, and which of the two it is."""
     named = [(p.path, word, x) for p in pairs for word, x in (("base", p.base), ("tuned", p.tuned))]
-    named = [(path, word, x) for path, word, x in named if _is_concrete(x)]
+    named = [(path, word, x) for path, word, x in named if is_concrete(x)]
     if not named:
         return {}
-    flags = np.asarray(_all_finite([x for _, _, x in named]))
+    flags = _all_finite([x for _, _, x in named])
     return {path: word for (path, word, _), fine in zip(named, flags, strict=True) if not fine}
 
 
@@ -193,15 +198,16 @@ def quantize(
         rules: which leaves are quantized, in place of `DEFAULT_RULES`; write `[..., *daq.DEFAULT_RULES]` to
             add to those.
         donate: delete each input array as soon as its codes exist. Ignored under a trace.
-        check_finite: look for NaN and infinity first, in one pass over both trees. Under a trace there is
-            no look, and a tile that holds one gets the scale NaN.
+        check_finite: refuse NaN and infinity. A tile that holds one gets the scale NaN, so it takes a look at
+            all scales once every leaf is on its way; with `donate`, a look at both trees first. Under a trace
+            there is no look.
 
     Returns:
         A tree like `tuned`, with a `QTensor` for each leaf that was quantized.
 
     Raises:
-        ValueError: before any work, naming every leaf at fault: other structure, shape or dtype, an empty
-            leaf, NaN or infinity, or a rule that quantizes what cannot be quantized.
+        ValueError: naming every leaf at fault: other structure, shape or dtype, an empty leaf, a rule that
+            quantizes what cannot be quantized, all before any work, or NaN or infinity.
 
     Source: arXiv:2603.22324 for the question; see `Recipe` for the answers.
 
@@ -212,13 +218,17 @@ def quantize(
     """
     pairs = pair_leaves(base, tuned, recipe, rules)
     warn_unused(pairs, rules)
-    refuse_unquantizable(pairs, check_finite)
+    traced = not is_concrete((base, tuned))
+    look_first = donate or traced or any(problem_of(p) for p in pairs if p.decision.quantize)
+    refuse_unquantizable(pairs, check_finite and look_first)
     uses = collections.Counter(id(x) for x in jax.tree.leaves((base, tuned)))
     results = []
     for pair in pairs:
         results.append(_quantize_leaf(pair) if pair.decision.quantize else pair.tuned)
         if donate and pair.decision.quantize:
             _delete(pair, uses)
+    if check_finite and not look_first and not all(_all_finite([q.scale for q in results if is_qtensor(q)])):
+        refuse_unquantizable(pairs, check_finite)
     return with_leaves(tuned, results)
 
 
