@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
-from daq_jax import gpu_kernels
+from daq_jax import gpu_search
 from daq_jax.parts import in_parts
 from daq_jax.platforms import has_fp8_gpu, kernel_or_plain
 from daq_jax.qtensor import QTensor
@@ -70,9 +70,9 @@ def _quantize_pair(base: Array | QTensor, tuned: Array | QTensor, stream: Array,
         draw = getattr(recipe.rounding, "draw", None)
         noise = view.cut(draw(tuned.shape, stream)) if draw else None
         axes, grid = view.tile_axes, view.grid_axes
-        tiles = Tiles(view.cut(base), view.cut(tuned), noise, axes, grid, recipe.format)
+        tiles = Tiles(view.cut(base), view.cut(tuned), noise, axes, grid, recipe.format, how.split)
         codes, scale = _codes_and_scale(
-            tiles, None if stored is None else view.spread(stored), recipe, how.split
+            tiles, None if stored is None else view.spread(stored), recipe
         )
         return view.join(codes), view.gather(scale)
 
@@ -82,23 +82,23 @@ def _quantize_pair(base: Array | QTensor, tuned: Array | QTensor, stream: Array,
     return QTensor(codes, scale, recipe.format, recipe.tiling, np.dtype(tuned.dtype), how.matrix)
 
 
-def _codes_and_scale(tiles: Tiles, stored: Array | None, recipe: Recipe, split: bool) -> tuple[Array, Array]:
+def _codes_and_scale(tiles: Tiles, stored: Array | None, recipe: Recipe) -> tuple[Array, Array]:
     def plain(base: Array, tuned: Array) -> tuple[Array, Array]:
         pair = dataclasses.replace(tiles, stored_base=base, stored_tuned=tuned)
-        return _plain_codes_and_scale(pair, None, recipe, split)
+        return _plain_codes_and_scale(pair, None, recipe)
 
     def kernel(base: Array, tuned: Array) -> tuple[Array, Array]:
         pair = dataclasses.replace(tiles, stored_base=base, stored_tuned=tuned)
-        return gpu_kernels.search(recipe, pair)
+        return gpu_search.search(recipe, pair)
 
-    if split and has_fp8_gpu() and gpu_kernels.search_applies(recipe, tiles):
+    if tiles.local and has_fp8_gpu() and gpu_search.applies(recipe, tiles):
         codes, scale = kernel_or_plain(kernel, plain, tiles.stored_base, tiles.stored_tuned)
         return codes, scale
-    return _plain_codes_and_scale(tiles, stored, recipe, split)
+    return _plain_codes_and_scale(tiles, stored, recipe)
 
 
 def _plain_codes_and_scale(
-    tiles: Tiles, stored: Array | None, recipe: Recipe, split: bool
+    tiles: Tiles, stored: Array | None, recipe: Recipe
 ) -> tuple[Array, Array]:
     def encode(tiles: Tiles, scale: Array) -> Array:
         values = recipe.rounding(tiles, scale)
@@ -106,9 +106,9 @@ def _plain_codes_and_scale(
         values = jnp.where(values == 0, jnp.copysign(values, tiles.tuned), values)
         return recipe.format.encode(values)
 
-    scale = find_scales(recipe, tiles, stored, split=split)
+    scale = find_scales(recipe, tiles, stored)
     alignment = getattr(recipe.rounding, "alignment", None)
-    if split and alignment:
+    if tiles.local and alignment:
         on_cpu = functools.partial(in_parts, encode, step=alignment(tiles))
         return lax.platform_dependent(tiles, scale, cpu=on_cpu, default=encode), scale
     return encode(tiles, scale), scale

@@ -19,7 +19,7 @@ from daq_jax.formats import Format
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["stored_base", "stored_tuned", "noise"],
-    meta_fields=["axes", "grid", "format", "quick"],
+    meta_fields=["axes", "grid", "format", "local", "quick"],
 )
 @dataclasses.dataclass(frozen=True)
 class Tiles:
@@ -32,6 +32,7 @@ class Tiles:
         axes: positions of a tile's rows and of its columns.
         grid: positions of the rows and the columns of tiles.
         format: the number format of the codes.
+        local: whether they lie on one device, so that a kernel may take them.
         quick: whether quotients may be `divide_short`.
     """
 
@@ -41,6 +42,7 @@ class Tiles:
     axes: tuple[int, int]
     grid: tuple[int, int]
     format: Format
+    local: bool = False
     quick: bool = False
 
     @property

@@ -3,7 +3,7 @@
 By definition a search is `jax.vmap` over candidates and tiles of one score. The order of the loops is free,
 and differs by machine: an accelerator scores a few candidates of all tiles at once; a CPU takes candidates
 one after another, over as many tiles as its cache holds. NVIDIA GPUs have kernels for the common cases, in
-`gpu_kernels`.
+`gpu_search`.
 """
 
 import dataclasses
@@ -138,15 +138,13 @@ def _trials(recipe: "Recipe", tiles: Tiles, stored_base: Array | None, parallel:
     )
 
 
-def find_scales(recipe: "Recipe", tiles: Tiles, stored_base: Array | None, *, split: bool) -> Array:
+def find_scales(recipe: "Recipe", tiles: Tiles, stored_base: Array | None) -> Array:
     """The scales that the recipe's search picks, by the order of loops that suits the machine.
 
     Args:
         recipe: its search, metric, rounding and scales.
         tiles: the pair of weights.
         stored_base: the scale of each tile that the base was stored with, or None.
-        split: whether a CPU may take the tiles part by part. Cutting an array that lies on several devices
-            would move it between them.
     """
 
     def search(tiles: Tiles, stored_base: Array | None, parallel: bool = False) -> Array:
@@ -157,7 +155,7 @@ def find_scales(recipe: "Recipe", tiles: Tiles, stored_base: Array | None, *, sp
         return search(dataclasses.replace(tiles, quick=True), stored_base, parallel=True)
 
     def in_order(tiles: Tiles, stored_base: Array | None) -> Array:
-        if not split:
+        if not tiles.local:  # cutting them would move them between devices
             return search(tiles, stored_base)
         rounding = getattr(recipe.rounding, "scored_as", recipe.rounding)
         step = rounding.alignment(tiles) if hasattr(rounding, "alignment") else 1  # pyright: ignore

@@ -1,7 +1,7 @@
 """Searches as one kernel for NVIDIA GPUs: a tile is read once, tried under all scales on the chip, and coded.
 
 The plain search in `searches` and `trials` is the definition; this is the same, tile by tile, for the cases
-that `search_applies` names. XLA reads the weights again for every few candidates and rounds to FP8 with a
+that `applies` names. XLA reads the weights again for every few candidates and rounds to FP8 with a
 dozen instructions; the chip (compute capability 8.9 and later) has one for it.
 
 Written in Pallas for Triton. Where that is missing or the GPU is older, the plain search runs.
@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from daq_jax.arithmetic import divide, leading_half, multiply
-from daq_jax.formats import Format, fp8_e4m3fn, fp8_e5m2
+from daq_jax.arithmetic import divide
+from daq_jax.gpu_arithmetic import INSTRUCTION, kept, multiply_add, reciprocal
 from daq_jax.metrics import Cosine, NegMse, SignRate, SumOfProducts
 from daq_jax.roundings import Nearest
 from daq_jax.scales import AnyScale, usable
@@ -31,39 +31,18 @@ if TYPE_CHECKING:
 _SIDE = 128  # rows and columns of a tile
 _ROWS = 4  # rows of a tile that are in registers at a time
 _WARPS = 4
-_LANES = 8  # candidates that are scored together: their sums must fit into registers
-_INSTRUCTION = {fp8_e4m3fn: "e4m3x2", fp8_e5m2: "e5m2x2"}
-
-# Two elements at a time: the quotient by a reciprocal in two parts, the code, its value, and the kept change.
-# `.rn` also says that a product and the sum after it must not be fused. Saturates, as `Format.round` does.
-_KEPT = """{{
-.reg .f32 x, y;
-.reg .b16 pair, low, high;
-.reg .b32 both;
-mul.rn.f32 x, $2, $8;
-mul.rn.f32 y, $3, $9;
-fma.rn.f32 x, $2, $6, x;
-fma.rn.f32 y, $3, $7, y;
-cvt.rn.satfinite.{0}.f32 pair, y, x;
-cvt.rn.f16x2.{0} both, pair;
-mov.b32 {{low, high}}, both;
-cvt.f32.f16 x, low;
-cvt.f32.f16 y, high;
-mul.rn.f32 x, x, $10;
-mul.rn.f32 y, y, $11;
-sub.rn.f32 $0, x, $4;
-sub.rn.f32 $1, y, $5;
-}}"""
+_GROUP = 8  # candidates that are scored together: their sums must fit into registers
+_LANES = 8
 
 
-def search_applies(recipe: "Recipe", tiles: Tiles) -> bool:
+def applies(recipe: "Recipe", tiles: Tiles) -> bool:
     """Whether `search` is for this recipe and these weights."""
     parts = (recipe.search, recipe.metric, recipe.rounding, recipe.scales)
     known = ((AbsMax, Grid, CoarseToFine), (Cosine, SignRate, NegMse), (Nearest,), (AnyScale,))
     n, shape = len(tiles.shape), tiles.shape
     return (
         all(type(part) in types for part, types in zip(parts, known, strict=True))
-        and tiles.format in _INSTRUCTION
+        and tiles.format in INSTRUCTION
         and sorted(tiles.axes) == [n - 3, n - 1]
         and shape[-3] == shape[-1] == _SIDE
     )
@@ -73,7 +52,7 @@ def search(recipe: "Recipe", tiles: Tiles, *, interpret: bool = False) -> tuple[
     """Codes in the shape of the tiles, and the scale of each, as the plain search and `Nearest` give them.
 
     Args:
-        recipe: one that `search_applies` to.
+        recipe: one that `applies` to.
         tiles: the pair of weights.
         interpret: run as plain JAX, anywhere, for tests.
     """
@@ -144,8 +123,8 @@ def _search_tile(base_ref: Any, tuned_ref: Any, codes_ref: Any, scale_ref: Any, 
 
         def step(_: Array, sums: Any, base: Array, tuned: Array) -> Any:
             d = tuned - base
-            kept = (_kept(base, tuned, s, number, interpret) for s in scales)
-            return [_add_terms(metric, sum, d, q, interpret) for sum, q in zip(sums, kept, strict=True)]
+            changes = (kept(base, tuned, s, number, interpret) for s in scales)
+            return [_add_terms(metric, sum, d, q, interpret) for sum, q in zip(sums, changes, strict=True)]
 
         like = jax.eval_shape(metric.terms, zeros, zeros)
         start = [tuple(jnp.zeros(x.shape, x.dtype) for x in like) for _ in scales]
@@ -154,7 +133,7 @@ def _search_tile(base_ref: Any, tuned_ref: Any, codes_ref: Any, scale_ref: Any, 
         return jnp.where(changed, metric.score(*fixed, *(jnp.sum(x, 0) for x in totals)), 0.0)
 
     def best(ratios: Sequence[Any], start: Trial | None = None) -> Trial:
-        groups = -(-len(ratios) // _LANES)
+        groups = -(-len(ratios) // _GROUP)
         size = -(-len(ratios) // groups)
         for i in range(0, len(ratios), size):
             some = ratios[i : i + size]
@@ -166,10 +145,10 @@ def _search_tile(base_ref: Any, tuned_ref: Any, codes_ref: Any, scale_ref: Any, 
     scale = absmax if ratio is None else usable(ratio * absmax)
     scale_ref[0] = scale
 
-    reciprocal, rest = _reciprocal(scale)
+    whole, rest = reciprocal(scale)
 
     def encode(i: Array, _: Any, tuned: Array) -> Any:
-        x = divide(tuned, scale) if interpret else _multiply_add(tuned, reciprocal, tuned * rest, interpret)
+        x = divide(tuned, scale) if interpret else multiply_add(tuned, whole, tuned * rest, interpret)
         x = jnp.clip(x, -number.largest, number.largest)
         codes_ref[pl.ds(i * _ROWS, _ROWS), :] = x.astype(number.dtype)
         return _
@@ -213,50 +192,9 @@ def _best_lane(ratio: Array, score: Array, count: int) -> Trial:
     return Trial(ratio, ratio, top)
 
 
-def _kept(base: Array, tuned: Array, scale: Array, number: Format, interpret: bool) -> Array:
-    """The kept change of the nearest codes."""
-    if interpret:
-        return multiply(number.round(divide(tuned, scale)), scale) - base
-    from jax.experimental.pallas import triton
-
-    reciprocal, rest = _reciprocal(scale)
-    (kept,) = triton.elementwise_inline_asm(
-        _KEPT.format(_INSTRUCTION[number]),
-        args=[tuned, base, *(jnp.broadcast_to(x, base.shape) for x in (reciprocal, rest, scale))],
-        constraints="=f,=f" + ",f" * 10,
-        pack=2,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(base.shape, jnp.float32)],
-    )
-    return kept
-
-
 def _add_terms(metric: Any, sums: Sequence[Array], d: Array, q: Array, interpret: bool) -> tuple[Array, ...]:
     """`sums` and the metric's terms."""
     if isinstance(metric, SumOfProducts):
         pairs = zip(metric.factors(d, q), sums, strict=True)
-        return tuple(_multiply_add(a, b, sum, interpret) for (a, b), sum in pairs)
+        return tuple(multiply_add(a, b, sum, interpret) for (a, b), sum in pairs)
     return tuple(a + b for a, b in zip(sums, metric.terms(d, q), strict=True))
-
-
-def _multiply_add(a: Array, b: Array, c: Array, interpret: bool) -> Array:
-    """`a * b + c`, in one instruction, which Triton does not do here by itself; one rounding."""
-    if interpret:
-        return a * b + c
-    from jax.experimental.pallas import triton
-
-    (result,) = triton.elementwise_inline_asm(
-        "fma.rn.f32 $0, $1, $2, $3;",
-        args=[jnp.broadcast_to(x, c.shape) for x in (a, b, c)],
-        constraints="=f,f,f,f",
-        pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(c.shape, jnp.float32)],
-    )
-    return result
-
-
-def _reciprocal(y: Array) -> tuple[Array, Array]:
-    """`1 / y` as the sum of two floats, to 2^-46."""
-    x = 1 / y
-    (y_high, y_low), (x_high, x_low) = ((h, z - h) for z, h in ((y, leading_half(y)), (x, leading_half(x))))
-    error = (((1 - y_high * x_high) - y_high * x_low) - y_low * x_high) - y_low * x_low
-    return x, error * x
