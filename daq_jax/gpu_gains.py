@@ -19,7 +19,7 @@ from daq_jax.tiles import Tiles
 
 _SIDE = 128  # rows and columns of a tile
 _WARPS = 4
-_SETS = 16  # that are in registers at a time
+_SETS = 32  # that are in registers at a time
 _RESULTS = 7  # fields of a bracket
 
 
@@ -76,7 +76,15 @@ def per_set(
 
 
 def _bracket_tile(
-    base_ref: Any, tuned_ref: Any, scale_ref: Any, found_ref: Any, *, bracket: Any, number: Format, axis: int, interpret: bool
+    base_ref: Any,
+    tuned_ref: Any,
+    scale_ref: Any,
+    found_ref: Any,
+    *,
+    bracket: Any,
+    number: Format,
+    axis: int,
+    interpret: bool,
 ) -> None:
     """The kernel: all sets of one tile."""
     from jax.experimental import pallas as pl

@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 _SIDE = 128  # rows and columns of a tile
 _ROWS = 4  # rows of a tile that are in registers at a time
 _WARPS = 4
-_GROUP = 8  # candidates that are scored together: their sums must fit into registers
-_LANES = 8
+_LANES = 8  # candidates that are scored together: their sums must fit into registers
 
 
 def applies(recipe: "Recipe", tiles: Tiles) -> bool:
@@ -96,7 +95,9 @@ def _over_rows(refs: Sequence[Any], step: Callable[..., Any], start: Any) -> Any
     return lax.fori_loop(0, last + 1, body, (load(0), start))[1]
 
 
-def _search_tile(base_ref: Any, tuned_ref: Any, codes_ref: Any, scale_ref: Any, *, recipe: "Recipe", interpret: bool):
+def _search_tile(
+    base_ref: Any, tuned_ref: Any, codes_ref: Any, scale_ref: Any, *, recipe: "Recipe", interpret: bool
+):
     """The kernel: everything for one tile."""
     from jax.experimental import pallas as pl
 
@@ -133,7 +134,7 @@ def _search_tile(base_ref: Any, tuned_ref: Any, codes_ref: Any, scale_ref: Any, 
         return jnp.where(changed, metric.score(*fixed, *(jnp.sum(x, 0) for x in totals)), 0.0)
 
     def best(ratios: Sequence[Any], start: Trial | None = None) -> Trial:
-        groups = -(-len(ratios) // _GROUP)
+        groups = -(-len(ratios) // _LANES)
         size = -(-len(ratios) // groups)
         for i in range(0, len(ratios), size):
             some = ratios[i : i + size]

@@ -17,7 +17,15 @@ from daq_jax.parts import in_parts
 from daq_jax.platforms import has_fp8_gpu, kernel_or_plain
 from daq_jax.qtensor import QTensor
 from daq_jax.recipes import Recipe
-from daq_jax.sharding import run_sharded, scale_sharding, sharding_of
+from daq_jax.roundings import Nearest
+from daq_jax.searches import OURS
+from daq_jax.sharding import (
+    keeps_tiles_whole,
+    on_each_device,
+    run_sharded,
+    scale_sharding,
+    sharding_of,
+)
 from daq_jax.tiles import Tiles
 from daq_jax.tilings import Matrix, TileView
 from daq_jax.trials import find_scales
@@ -45,7 +53,8 @@ def quantize_pair(
     # Under a trace an array may lie on several devices, where there are several, without our knowing.
     split = sharding is None and (not isinstance(like, Tracer) or jax.device_count() == 1)
     how = _How(recipe, matrix, sharding, split)
-    return _quantize_pair(base, tuned, np.uint32(stream), how=how)
+    draws = hasattr(recipe.rounding, "draw")  # a number that nobody asks for need not go to the device
+    return _quantize_pair(base, tuned, np.uint32(stream) if draws else None, how=how)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,27 +68,45 @@ class _How:
 
 
 @functools.partial(jax.jit, static_argnames="how")
-def _quantize_pair(base: Array | QTensor, tuned: Array | QTensor, stream: Array, *, how: _How) -> QTensor:
+def _quantize_pair(
+    base: Array | QTensor, tuned: Array | QTensor, stream: Array | None, *, how: _How
+) -> QTensor:
     recipe = how.recipe
     view = TileView(tuple(tuned.shape), how.matrix, recipe.tiling)
     stored = None
     if isinstance(base, QTensor) and (base.view, base.format) == (view, recipe.format):
         stored = base.scale
 
-    def run(base: Array, tuned: Array, stored: Array | None, stream: Array) -> tuple[Array, Array]:
+    def run(
+        base: Array, tuned: Array, stored: Array | None, stream: Array | None, *, local: bool = how.split
+    ) -> tuple[Array, Array]:
+        part = dataclasses.replace(view, shape=tuple(tuned.shape))
         draw = getattr(recipe.rounding, "draw", None)
-        noise = view.cut(draw(tuned.shape, stream)) if draw else None
-        axes, grid = view.tile_axes, view.grid_axes
-        tiles = Tiles(view.cut(base), view.cut(tuned), noise, axes, grid, recipe.format, how.split)
-        codes, scale = _codes_and_scale(
-            tiles, None if stored is None else view.spread(stored), recipe
-        )
-        return view.join(codes), view.gather(scale)
+        noise = part.cut(draw(tuned.shape, stream)) if draw else None
+        axes, grid = part.tile_axes, part.grid_axes
+        tiles = Tiles(part.cut(base), part.cut(tuned), noise, axes, grid, recipe.format, local)
+        codes, scale = _codes_and_scale(tiles, None if stored is None else part.spread(stored), recipe)
+        return part.join(codes), part.gather(scale)
 
     base, tuned = (x.dequantize() if isinstance(x, QTensor) else x for x in (base, tuned))
     out = (how.sharding, scale_sharding(how.sharding, view))
+    if keeps_tiles_whole(*out, view) and _goes_tile_by_tile(recipe, view):
+        inside = (how.sharding, how.sharding, None if stored is None else out[1], None)
+        run = on_each_device(functools.partial(run, local=True), inside, out)
     codes, scale = run_sharded(run, out)(base, tuned, stored, stream)
     return QTensor(codes, scale, recipe.format, recipe.tiling, np.dtype(tuned.dtype), how.matrix)
+
+
+def _goes_tile_by_tile(recipe: Recipe, view: TileView) -> bool:
+    """Whether the codes of a tile are known to depend on nothing outside it."""
+    alignment = getattr(recipe.rounding, "alignment", None)
+    if alignment:
+        cut = jax.eval_shape(view.cut, jax.ShapeDtypeStruct(view.shape, jnp.float32))
+        alone = alignment(Tiles(cut, cut, None, view.tile_axes, view.grid_axes, recipe.format)) == 1
+    else:
+        alone = isinstance(recipe.rounding, Nearest)
+    search = getattr(recipe.search, "search", recipe.search)  # of `WithBaseScale`
+    return alone and isinstance(search, OURS)
 
 
 def _codes_and_scale(tiles: Tiles, stored: Array | None, recipe: Recipe) -> tuple[Array, Array]:
@@ -97,9 +124,7 @@ def _codes_and_scale(tiles: Tiles, stored: Array | None, recipe: Recipe) -> tupl
     return _plain_codes_and_scale(tiles, stored, recipe)
 
 
-def _plain_codes_and_scale(
-    tiles: Tiles, stored: Array | None, recipe: Recipe
-) -> tuple[Array, Array]:
+def _plain_codes_and_scale(tiles: Tiles, stored: Array | None, recipe: Recipe) -> tuple[Array, Array]:
     def encode(tiles: Tiles, scale: Array) -> Array:
         values = recipe.rounding(tiles, scale)
         # A zero keeps its sign, as in a cast: arithmetic rounding makes every zero positive.

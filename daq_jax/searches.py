@@ -161,3 +161,6 @@ def _higher(a: Trial, b: Trial) -> Trial:
 def _twice(tiles: Tiles, scale: Array) -> Array:
     """Rounds to whole numbers first and then to the format."""
     return tiles.format.round(jnp.round(divide(tiles.tuned, scale)))
+
+
+OURS = (AbsMax, Grid, CoarseToFine, Released)  # known to look at one tile at a time

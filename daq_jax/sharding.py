@@ -5,7 +5,7 @@ the user says where things lie. We do: codes lie as the weight does and scales w
 reshapes in between may be left to the compiler (mesh axes Auto).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -42,6 +42,40 @@ def run_sharded(function: Callable[..., Any], out: Any) -> Callable[..., Any]:
     if any(_is_explicit(s) for s in leaves):
         return jax.sharding.auto_axes(function, out_sharding=out)
     return lambda *args: jax.lax.with_sharding_constraint(function(*args), out)
+
+
+def on_each_device(
+    function: Callable[..., Any], inside: Sequence[NamedSharding | None], out: Sequence[NamedSharding]
+) -> Callable[..., Any]:
+    """`function`, called on each device with the shards that lie there: no device waits for another.
+
+    Args:
+        function: of arrays, to a tuple of arrays.
+        inside: where each argument lies; None where it lies everywhere, or is None.
+        out: where each result lies.
+    """
+    mesh = out[0].mesh
+
+    def spec(sharding: NamedSharding | None) -> PartitionSpec:
+        return PartitionSpec() if sharding is None else sharding.spec
+
+    specs = {"in_specs": tuple(map(spec, inside)), "out_specs": tuple(map(spec, out))}
+    if _is_explicit(out[0]):  # then `run_sharded` has set a mesh
+        return jax.shard_map(function, **specs, check_vma=False)
+    return jax.shard_map(function, mesh=mesh, **specs, check_vma=False)
+
+
+def keeps_tiles_whole(weight: NamedSharding | None, scale: NamedSharding | None, view: TileView) -> bool:
+    """Whether a weight lies on a mesh, and each tile on one device, given where weight and scales lie."""
+    if weight is None or scale is None:
+        return False
+    batch, rows, columns = view.axes
+    spec = tuple(weight.spec) + (None,) * (len(view.shape) - len(weight.spec))
+    grid = tuple(scale.spec)[len(batch) :]
+    return all(
+        (spec[axes[0]] is None or spec[axes[0]] == names) and not any(spec[a] for a in axes[1:])
+        for axes, names in zip((rows, columns), grid, strict=True)
+    )
 
 
 def scale_sharding(weight: NamedSharding | None, view: TileView) -> NamedSharding | None:

@@ -125,14 +125,22 @@ def problem_of(pair: Pair) -> str | None:
 
 
 @jax.jit
-def _is_finite(leaf: Any) -> jax.Array:
-    """No NaN, no infinity."""
-    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(leaf)]).all()
+def _is_finite(leaves: Any) -> jax.Array:
+    """No NaN, no infinity, in any array of a tree."""
+    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(leaves)]).all()
 
 
 def _all_finite(leaves: Sequence[Any]) -> list[bool]:
     """A flag for each leaf. All are asked for before the host waits for one."""
     return [bool(x) for x in jax.device_get([_is_finite(x) for x in leaves])]
+
+
+def _have_scales(results: Sequence[Any]) -> bool:
+    """Whether no scale is NaN: then all weights were finite. One flag for all leaves of a set of devices."""
+    scales = collections.defaultdict(list)
+    for q in filter(is_qtensor, results):
+        scales[frozenset(q.scale.sharding.device_set)].append(q.scale)
+    return all(_all_finite([tuple(group) for group in scales.values()]))
 
 
 def is_concrete(x: Any) -> bool:
@@ -150,11 +158,17 @@ def _not_finite(pairs: Sequence[Pair]) -> dict[str, str]:
     return {path: word for (path, word, _), fine in zip(named, flags, strict=True) if not fine}
 
 
-def refuse_unquantizable(pairs: Sequence[Pair], check_finite: bool) -> None:
-    """Raises one ValueError that names every pair that is to be quantized and cannot be."""
+def refuse_unquantizable(pairs: Sequence[Pair], check_finite: bool, *, later: bool = False) -> None:
+    """Raises one ValueError that names every pair that is to be quantized and cannot be.
+
+    Args:
+        pairs: of both trees.
+        check_finite: look for NaN and infinity.
+        later: but only if there is something to raise anyway.
+    """
     pairs = [p for p in pairs if p.decision.quantize]
     problems = {p.path: why for p in pairs if (why := problem_of(p))}
-    if check_finite:
+    if check_finite and (problems or not later):
         broken = _not_finite([p for p in pairs if p.path not in problems])
         problems |= {
             path: f"{word} holds NaN or infinity; every weight must be finite: mend the checkpoint"
@@ -218,16 +232,15 @@ def quantize(
     """
     pairs = pair_leaves(base, tuned, recipe, rules)
     warn_unused(pairs, rules)
-    traced = not is_concrete((base, tuned))
-    look_first = donate or traced or any(problem_of(p) for p in pairs if p.decision.quantize)
-    refuse_unquantizable(pairs, check_finite and look_first)
+    later = not donate and is_concrete((base, tuned))
+    refuse_unquantizable(pairs, check_finite, later=later)
     uses = collections.Counter(id(x) for x in jax.tree.leaves((base, tuned)))
     results = []
     for pair in pairs:
         results.append(_quantize_leaf(pair) if pair.decision.quantize else pair.tuned)
         if donate and pair.decision.quantize:
             _delete(pair, uses)
-    if check_finite and not look_first and not all(_all_finite([q.scale for q in results if is_qtensor(q)])):
+    if check_finite and later and not _have_scales(results):
         refuse_unquantizable(pairs, check_finite)
     return with_leaves(tuned, results)
 

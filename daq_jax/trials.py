@@ -149,7 +149,9 @@ def find_scales(recipe: "Recipe", tiles: Tiles, stored_base: Array | None) -> Ar
 
     def search(tiles: Tiles, stored_base: Array | None, parallel: bool = False) -> Array:
         trials = _trials(recipe, tiles, stored_base, parallel)
-        return jnp.where(jnp.isnan(trials.absmax), jnp.nan, recipe.search(trials))  # whatever a search makes of it
+        return jnp.where(
+            jnp.isnan(trials.absmax), jnp.nan, recipe.search(trials)
+        )  # whatever a search makes of it
 
     def parallel(tiles: Tiles, stored_base: Array | None) -> Array:
         return search(dataclasses.replace(tiles, quick=True), stored_base, parallel=True)
