@@ -10,7 +10,7 @@ from jaxtyping import Array
 from daq_jax.arithmetic import divide, leading_half, multiply
 from daq_jax.formats import Format, fp8_e4m3fn, fp8_e5m2
 
-INSTRUCTION = {fp8_e4m3fn: "e4m3x2", fp8_e5m2: "e5m2x2"}
+INSTRUCTION: dict[Format, str] = {fp8_e4m3fn: "e4m3x2", fp8_e5m2: "e5m2x2"}
 
 # Two elements at a time: the quotient by a reciprocal in two parts, the code, its value, and the kept change.
 # `.rn` also says that a product and the sum after it must not be fused. Saturates, as `Format.round` does.
@@ -84,7 +84,7 @@ def multiply_add(a: Array, b: Array, c: Array, interpret: bool) -> Array:
 
 
 def reciprocal(y: Array) -> tuple[Array, Array]:
-    """`1 / y` as the sum of two floats, to 2^-46."""
+    """`1 / y` as the sum of two floats, to 2^-46 of itself, for a `y` below 2^100."""
     x = 1 / y
     (y_high, y_low), (x_high, x_low) = ((h, z - h) for z, h in ((y, leading_half(y)), (x, leading_half(x))))
     error = (((1 - y_high * x_high) - y_high * x_low) - y_low * x_high) - y_low * x_low

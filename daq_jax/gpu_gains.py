@@ -91,19 +91,19 @@ def _bracket_tile(
 
     scale = scale_ref[0]
 
-    def some_sets(i: Array, _: Any) -> Any:
+    def some_sets(i: Array, nothing: Any) -> Any:
         sets = pl.ds(i * _SETS, _SETS)
         index = (sets, slice(None)) if axis else (slice(None), sets)
         base, tuned = (ref[index].astype(jnp.float32) for ref in (base_ref, tuned_ref))
         d = tuned - base
 
         def kept_at(gain: Array | float) -> Array:
-            target = tuned if isinstance(gain, float) else moved(base, d, gain, interpret)
+            target = tuned if not isinstance(gain, Array) else moved(base, d, gain, interpret)
             return kept(base, target, scale, number, interpret)
 
         found = bracket(d, kept_at, lambda x: jnp.sum(x, axis, keepdims=True))
         for k, x in enumerate(found):
             found_ref[k, sets] = jnp.sum(x, axis)
-        return _
+        return nothing
 
     lax.fori_loop(0, _SIDE // _SETS, some_sets, 0)

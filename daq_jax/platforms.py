@@ -72,8 +72,8 @@ mlir.register_lowering(_choice, _lower_cuda, platform="cuda")
 def _batched(
     args: Arrays, axes: Sequence[int | None], *, kernel: Callable[..., Arrays], plain: Callable[..., Arrays]
 ) -> tuple[list[Array], list[int]]:
-    both = (jax.vmap(f, tuple(axes)) for f in (kernel, plain))
-    results = kernel_or_plain(*both, *args)
+    kernel, plain = (jax.vmap(f, tuple(axes)) for f in (kernel, plain))
+    results = kernel_or_plain(kernel, plain, *args)
     return results, [0] * len(results)
 
 

@@ -89,10 +89,10 @@ def _quantize_pair(
         return part.join(codes), part.gather(scale)
 
     base, tuned = (x.dequantize() if isinstance(x, QTensor) else x for x in (base, tuned))
-    out = (how.sharding, scale_sharding(how.sharding, view))
-    if keeps_tiles_whole(*out, view) and _goes_tile_by_tile(recipe, view):
-        inside = (how.sharding, how.sharding, None if stored is None else out[1], None)
-        run = on_each_device(functools.partial(run, local=True), inside, out)
+    weight, scales = out = (how.sharding, scale_sharding(how.sharding, view))
+    if weight and scales and keeps_tiles_whole(weight, scales, view) and _goes_tile_by_tile(recipe, view):
+        inside = (weight, weight, None if stored is None else scales, None)
+        run = on_each_device(functools.partial(run, local=True), inside, (weight, scales))
     codes, scale = run_sharded(run, out)(base, tuned, stored, stream)
     return QTensor(codes, scale, recipe.format, recipe.tiling, np.dtype(tuned.dtype), how.matrix)
 

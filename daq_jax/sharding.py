@@ -54,21 +54,21 @@ def on_each_device(
         inside: where each argument lies; None where it lies everywhere, or is None.
         out: where each result lies.
     """
-    mesh = out[0].mesh
 
     def spec(sharding: NamedSharding | None) -> PartitionSpec:
         return PartitionSpec() if sharding is None else sharding.spec
 
-    specs = {"in_specs": tuple(map(spec, inside)), "out_specs": tuple(map(spec, out))}
-    if _is_explicit(out[0]):  # then `run_sharded` has set a mesh
-        return jax.shard_map(function, **specs, check_vma=False)
-    return jax.shard_map(function, mesh=mesh, **specs, check_vma=False)
+    return jax.shard_map(
+        function,
+        mesh=None if _is_explicit(out[0]) else out[0].mesh,  # None: that which `run_sharded` has set
+        in_specs=tuple(map(spec, inside)),
+        out_specs=tuple(map(spec, out)),
+        check_vma=False,
+    )
 
 
-def keeps_tiles_whole(weight: NamedSharding | None, scale: NamedSharding | None, view: TileView) -> bool:
-    """Whether a weight lies on a mesh, and each tile on one device, given where weight and scales lie."""
-    if weight is None or scale is None:
-        return False
+def keeps_tiles_whole(weight: NamedSharding, scale: NamedSharding, view: TileView) -> bool:
+    """Whether every tile lies on one device, given where the weight and its scales lie."""
     batch, rows, columns = view.axes
     spec = tuple(weight.spec) + (None,) * (len(view.shape) - len(weight.spec))
     grid = tuple(scale.spec)[len(batch) :]

@@ -7,6 +7,7 @@ runs over tiles. A scale has length 1 on those two axes, so that it broadcasts.
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +37,8 @@ class Tiles:
         quick: whether quotients may be `divide_short`.
     """
 
-    stored_base: Array
-    stored_tuned: Array
+    stored_base: Any  # an array; its shape and dtype where no more is asked for
+    stored_tuned: Any
     noise: Array | None
     axes: tuple[int, int]
     grid: tuple[int, int]
