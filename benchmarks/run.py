@@ -305,10 +305,16 @@ def markdown(report: dict[str, Any]) -> str:
     return f"{table}\n\n{about}\n"
 
 
+def result_path(word: str, report: dict[str, Any], folder: pathlib.Path) -> pathlib.Path:
+    """`WORD_DEVICE.json` in a folder."""
+    device = report["device"].lower().removeprefix("nvidia ").replace(" ", "_")
+    return folder / f"{word}_{device}.json"
+
+
 def write(report: dict[str, Any], folder: pathlib.Path) -> None:
     """`speed_DEVICE.json` and `.md`."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"speed_{report['device'].lower().removeprefix('nvidia ').replace(' ', '_')}.json"
+    path = result_path("speed", report, folder)
     path.write_text(json.dumps(report, indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown(report))
 

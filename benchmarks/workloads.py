@@ -4,6 +4,7 @@ A shape is `[in, out]`, or `[experts, in, out]`. Needs only NumPy, so that the r
 """
 
 import dataclasses
+import functools
 import math
 
 import ml_dtypes
@@ -71,6 +72,7 @@ WORKLOADS: dict[str, Workload] = {
 }
 
 
+@functools.lru_cache(maxsize=3)
 def pair(shape: Shape) -> tuple[NDArray, NDArray]:
     """Base and tuned bfloat16 weights: standard deviation 0.02, and a change of 2 % of that.
 
