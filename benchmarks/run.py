@@ -47,6 +47,7 @@ import rounding_oracles
 HERE = pathlib.Path(__file__).parent
 TILE = 128  # rows and columns of a tile in every recipe below
 SAMPLE = 32  # tiles checked
+_WARM_UP = 0.3  # seconds
 PAPER = oracles.coarse_to_fine(0.8, 1.5, 5, 10)
 ORACLES = {  # metric and search, by recipe
     "paper_cosine": (oracles.cosine, PAPER),
@@ -163,8 +164,12 @@ def check_unbiased(recipe: str, base: Tree, tuned: Tree, q: dict[str, daq.QTenso
 
 
 def seconds(call: Callable[[], Any], repeats: int) -> list[float]:
-    """Wall time of each of several calls, after one that is not counted."""
-    jax.block_until_ready(call())
+    """Wall time of each of several calls, after others that are not counted: an idle GPU is slow at first."""
+    start = time.perf_counter()
+    while True:
+        jax.block_until_ready(call())
+        if time.perf_counter() - start > _WARM_UP:
+            break
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
