@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,13 +49,27 @@ def quantize_pair(
         matrix: input axes and output axes of the weight.
         stream: tells this weight's random draws from those of others; 32 bits.
     """
+    return quantize_and_look(base, tuned, recipe=recipe, matrix=matrix, stream=stream)[0]
+
+
+def quantize_and_look(
+    base: ArrayLike | QTensor, tuned: ArrayLike | QTensor, *, recipe: Recipe, matrix: Matrix, stream: int
+) -> tuple[QTensor, Array]:
+    """As `quantize_pair`, with whether both weights are finite: if not, a scale is NaN."""
     like = tuned.codes if isinstance(tuned, QTensor) else tuned
     sharding = sharding_of(like)
     # Under a trace an array may lie on several devices, where there are several, without our knowing.
     split = sharding is None and (not isinstance(like, Tracer) or jax.device_count() == 1)
     how = _How(recipe, matrix, sharding, split)
     draws = hasattr(recipe.rounding, "draw")  # a number that nobody asks for need not go to the device
-    return _quantize_pair(base, tuned, np.uint32(stream) if draws else None, how=how)
+    q, finite = _quantize_pair(base, tuned, np.uint32(stream) if draws else None, how=how)
+    return q, is_finite(q.scale) if finite is None else finite
+
+
+@jax.jit
+def is_finite(tree: Any) -> Array:
+    """No NaN, no infinity, in any array of a tree."""
+    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +85,7 @@ class _How:
 @functools.partial(jax.jit, static_argnames="how")
 def _quantize_pair(
     base: Array | QTensor, tuned: Array | QTensor, stream: Array | None, *, how: _How
-) -> QTensor:
+) -> tuple[QTensor, Array | None]:
     recipe = how.recipe
     view = TileView(tuple(tuned.shape), how.matrix, recipe.tiling)
     stored = None
@@ -94,7 +109,8 @@ def _quantize_pair(
         inside = (weight, weight, None if stored is None else scales, None)
         run = on_each_device(functools.partial(run, local=True), inside, (weight, scales))
     codes, scale = run_sharded(run, out)(base, tuned, stored, stream)
-    return QTensor(codes, scale, recipe.format, recipe.tiling, np.dtype(tuned.dtype), how.matrix)
+    q = QTensor(codes, scale, recipe.format, recipe.tiling, np.dtype(tuned.dtype), how.matrix)
+    return q, None if how.sharding else is_finite(scale)  # where devices would wait for one another: later
 
 
 def _goes_tile_by_tile(recipe: Recipe, view: TileView) -> bool:

@@ -15,7 +15,7 @@ from jax.core import Tracer
 
 from daq_jax import recipes
 from daq_jax.qtensor import QTensor
-from daq_jax.quantizer import quantize_pair
+from daq_jax.quantizer import is_finite, quantize_and_look
 from daq_jax.recipes import Recipe
 from daq_jax.rules import DEFAULT_RULES, Decision, Rule, UnusedRuleWarning, decide
 from daq_jax.tilings import matrix_problem
@@ -124,23 +124,22 @@ def problem_of(pair: Pair) -> str | None:
     return None
 
 
-@jax.jit
-def _is_finite(leaves: Any) -> jax.Array:
-    """No NaN, no infinity, in any array of a tree."""
-    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(leaves)]).all()
-
-
 def _all_finite(leaves: Sequence[Any]) -> list[bool]:
     """A flag for each leaf. All are asked for before the host waits for one."""
-    return [bool(x) for x in jax.device_get([_is_finite(x) for x in leaves])]
+    return [bool(x) for x in jax.device_get([is_finite(x) for x in leaves])]
 
 
-def _have_scales(results: Sequence[Any]) -> bool:
-    """Whether no scale is NaN: then all weights were finite. One flag for all leaves of a set of devices."""
-    scales = collections.defaultdict(list)
-    for q in filter(is_qtensor, results):
-        scales[frozenset(q.scale.sharding.device_set)].append(q.scale)
-    return all(_all_finite([tuple(group) for group in scales.values()]))
+@jax.jit
+def _all_of(flags: Sequence[jax.Array]) -> jax.Array:
+    return jnp.stack(flags).all()
+
+
+def _are_true(flags: Sequence[jax.Array]) -> bool:
+    """Whether all are. The host waits for one answer from each set of devices."""
+    groups = collections.defaultdict(list)
+    for flag in flags:
+        groups[frozenset(flag.sharding.device_set)].append(flag)
+    return all(jax.device_get([_all_of(x) if len(x) > 1 else x[0] for x in groups.values()]))
 
 
 def is_concrete(x: Any) -> bool:
@@ -235,19 +234,23 @@ def quantize(
     later = not donate and is_concrete((base, tuned))
     refuse_unquantizable(pairs, check_finite, later=later)
     uses = collections.Counter(id(x) for x in jax.tree.leaves((base, tuned)))
-    results = []
+    results, finite = [], []
     for pair in pairs:
-        results.append(_quantize_leaf(pair) if pair.decision.quantize else pair.tuned)
-        if donate and pair.decision.quantize:
+        if not pair.decision.quantize:
+            results.append(pair.tuned)
+            continue
+        for found, x in zip((results, finite), _quantize_leaf(pair), strict=True):
+            found.append(x)
+        if donate:
             _delete(pair, uses)
-    if check_finite and later and not _have_scales(results):
+    if check_finite and later and not _are_true(finite):
         refuse_unquantizable(pairs, check_finite)
     return with_leaves(tuned, results)
 
 
-def _quantize_leaf(pair: Pair) -> QTensor:
+def _quantize_leaf(pair: Pair) -> tuple[QTensor, jax.Array]:
     how, stream = pair.decision, zlib.crc32(pair.path.encode())
-    return quantize_pair(pair.base, pair.tuned, recipe=how.recipe, matrix=how.matrix, stream=stream)
+    return quantize_and_look(pair.base, pair.tuned, recipe=how.recipe, matrix=how.matrix, stream=stream)
 
 
 def _delete(pair: Pair, uses: collections.Counter[int]) -> None:
