@@ -57,10 +57,14 @@ class Grid:
     def __post_init__(self) -> None:
         _check_range(self, self.low, self.high, n=self.n)
 
+    @property
+    def ratios(self) -> np.ndarray:
+        """`[n]` float32."""
+        return np.linspace(self.low, self.high, self.n).astype(np.float32)
+
     def __call__(self, trials: Trials) -> Array:
         """One scale per tile."""
-        ratios = np.linspace(self.low, self.high, self.n).astype(np.float32)
-        return trials.best(jnp.asarray(ratios), _one(trials)).scale
+        return trials.best(jnp.asarray(self.ratios), _one(trials)).scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,3 +198,6 @@ def _higher(a: Trial, b: Trial) -> Trial:
 def _twice(tiles: Tiles, scale: Array) -> Array:
     """Rounds to whole numbers first and then to the format."""
     return tiles.format.round(jnp.round(divide(tiles.tuned, scale)))
+
+
+OURS = (AbsMax, Grid, CoarseToFine, Released)  # known to look at one tile at a time
