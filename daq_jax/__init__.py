@@ -25,7 +25,11 @@ from daq_jax.unbiased import UnbiasedGain, UnbiasedSubspace
 __version__ = "0.1.0"
 
 # Names at the edges, by the module that holds them; loaded when first used: the core imports none of it.
-_EDGES: dict[str, str] = {}
+_EDGES: dict[str, str] = {
+    "load": "daq_jax.io.orbax_checkpoints",
+    "load_weights": "daq_jax.io.orbax_checkpoints",
+    "save": "daq_jax.io.orbax_checkpoints",
+}
 
 __all__ = [
     "DEFAULT_RULES",
@@ -60,10 +64,13 @@ __all__ = [
     "int4",
     "int8",
     "keep",
+    "load",
+    "load_weights",
     "neg_mse",
     "nf4",
     "quantize",
     "recipes",
+    "save",
     "use",
 ]
 

@@ -34,11 +34,31 @@ def _is_box(x: object) -> bool:
     return hasattr(x, "get_raw_value") or (hasattr(x, "unbox") and hasattr(x, "replace_boxed"))
 
 
-def _word(key: Any) -> str:
+def word_of(key: Any) -> str:
+    """A key of a JAX key path as it stands in a path: a dict key, an index or an attribute name."""
     for name in ("key", "idx", "name"):  # of DictKey, SequenceKey, GetAttrKey
         if hasattr(key, name):
             return str(getattr(key, name))
     return str(key)
+
+
+def keyed_leaves(tree: PyTree) -> dict[str, tuple[tuple[Any, ...], Any]]:
+    """As `named_leaves`, with each leaf's JAX key path beside it; None is a leaf too.
+
+    Raises:
+        ValueError: if two leaves have the same path, such as `{"a/b": x, "a": {"b": y}}`.
+    """
+    leaves: dict[str, tuple[tuple[Any, ...], Any]] = {}
+    outer, _ = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda x: x is None or is_qtensor(x) or _is_box(x)
+    )
+    for keys, node in outer:
+        for leaf in [None] if node is None else jax.tree.leaves(node, is_leaf=is_qtensor):
+            path = "/".join(map(word_of, keys))
+            if path in leaves:
+                raise ValueError(f"two leaves have the path {path!r}; rename one so that paths are unique.")
+            leaves[path] = keys, leaf
+    return leaves
 
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:
@@ -47,15 +67,7 @@ def named_leaves(tree: PyTree) -> dict[str, Any]:
     Raises:
         ValueError: if two leaves have the same path, such as `{"a/b": x, "a": {"b": y}}`.
     """
-    leaves: dict[str, Any] = {}
-    outer, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: is_qtensor(x) or _is_box(x))
-    for keys, node in outer:
-        for leaf in jax.tree.leaves(node, is_leaf=is_qtensor):
-            path = "/".join(map(_word, keys))
-            if path in leaves:
-                raise ValueError(f"two leaves have the path {path!r}; rename one so that paths are unique.")
-            leaves[path] = leaf
-    return leaves
+    return {path: leaf for path, (_, leaf) in keyed_leaves(tree).items() if leaf is not None}
 
 
 def with_leaves(tree: PyTree, leaves: Sequence[Any]) -> PyTree:
