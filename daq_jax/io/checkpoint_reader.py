@@ -51,9 +51,13 @@ class Checkpoint:
             FileNotFoundError, ValueError: as in `load`.
         """
         where = absolute_path(path)
-        _refuse_what_is_no_checkpoint(where)
+        _refuse_nothing(where)
         try:
             found: Any = ocp.metadata(where)
+        except ocp.errors.InvalidLayoutError as error:
+            raise ValueError(
+                f"{where}: not an Orbax checkpoint, or one whose saving was cut off: save it again."
+            ) from error
         except Exception as error:  # Orbax and TensorStore raise errors of many kinds
             raise _damaged(where, error) from error
         ours = (found.custom_metadata or {}).get(OURS)
@@ -168,14 +172,12 @@ def absolute_path(path: str | os.PathLike) -> str:
     return path if "://" in path else os.path.abspath(path)
 
 
-def _refuse_what_is_no_checkpoint(where: str) -> None:
+def _refuse_nothing(where: str) -> None:
     path = epath.Path(where)
     remains = [p.name for p in path.parent.glob(f"{path.name}.orbax-checkpoint-tmp*")]
     if not path.exists():
         also = f" A save to it was cut off and left {remains[0]!r}: save again." if remains else ""
         raise FileNotFoundError(f"{where}: there is no such checkpoint.{also}")
-    if not ocp.is_orbax_checkpoint(where):
-        raise ValueError(f"{where}: not an Orbax checkpoint, or one whose saving was cut off: save it again.")
 
 
 def _damaged(where: str, error: Exception) -> ValueError:

@@ -10,6 +10,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
+from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from daq_jax.io.checkpoint_reader import (
@@ -46,7 +48,7 @@ def save(path: str | os.PathLike, tree: PyTree, *, overwrite: bool = False, wait
         wrong.
 
     Raises:
-        FileExistsError: if there is a checkpoint at `path` and `overwrite` is False.
+        FileExistsError: if there is something at `path` and `overwrite` is False.
         ValueError: before anything is written, naming every leaf that cannot be.
 
     >>> import tempfile
@@ -58,14 +60,13 @@ def save(path: str | os.PathLike, tree: PyTree, *, overwrite: bool = False, wait
     dtype(float8_e4m3fn)
     """
     where = absolute_path(path)
-    if not overwrite and ocp.is_orbax_checkpoint(where):
-        raise FileExistsError(f"{where}: a checkpoint is there already; pass overwrite=True to replace it.")
+    # Of several processes another may have begun already; there Orbax looks, once all have come.
+    if not overwrite and jax.process_count() == 1 and epath.Path(where).exists():
+        raise FileExistsError(f"{where}: it is there already; pass overwrite=True to replace it.")
     records, arrays = _take_apart(tree)
     metadata: Any = {OURS: {"version": VERSION, "leaves": records}}
-    # Orbax refuses a tree without arrays.
-    response = ocp.save_async(
-        where, _nested(arrays) or {"_": 0}, overwrite=overwrite, custom_metadata=metadata
-    )
+    state = _nested(arrays) or {"_": 0}  # Orbax refuses a tree without arrays
+    response = ocp.save_async(where, state, overwrite=overwrite, custom_metadata=metadata)
     return response if not wait else response.result()
 
 
