@@ -17,7 +17,7 @@ from daq_jax import recipes
 from daq_jax.qtensor import QTensor
 from daq_jax.quantizer import quantize_pair
 from daq_jax.recipes import Recipe
-from daq_jax.rules import DEFAULT_RULES, Decision, Rule, UnusedRuleWarning, decide
+from daq_jax.rules import DEFAULT_RULES, NAMED_RULES, Decision, Rule, UnusedRuleWarning, decide
 from daq_jax.tilings import matrix_problem
 
 PyTree = Any
@@ -29,7 +29,7 @@ def is_qtensor(x: object) -> bool:
     return isinstance(x, QTensor)
 
 
-def _is_box(x: object) -> bool:
+def is_box(x: object) -> bool:
     """Flax boxes that add metadata to an array: `nnx.Variable`, `nn.Partitioned` and their kin."""
     return hasattr(x, "get_raw_value") or (hasattr(x, "unbox") and hasattr(x, "replace_boxed"))
 
@@ -50,7 +50,7 @@ def keyed_leaves(tree: PyTree) -> dict[str, tuple[tuple[Any, ...], Any]]:
     """
     leaves: dict[str, tuple[tuple[Any, ...], Any]] = {}
     outer, _ = jax.tree_util.tree_flatten_with_path(
-        tree, is_leaf=lambda x: x is None or is_qtensor(x) or _is_box(x)
+        tree, is_leaf=lambda x: x is None or is_qtensor(x) or is_box(x)
     )
     for keys, node in outer:
         for leaf in [None] if node is None else jax.tree.leaves(node, is_leaf=is_qtensor):
@@ -179,7 +179,7 @@ def refuse_unquantizable(pairs: Sequence[Pair], check_finite: bool) -> None:
 def warn_unused(pairs: Sequence[Pair], rules: Sequence[Rule]) -> None:
     """Warns of each rule of the caller's own that no leaf's path matches."""
     for rule in rules:
-        if rule not in DEFAULT_RULES and not any(rule.matches(p.path, np.ndim(p.tuned)) for p in pairs):
+        if rule not in NAMED_RULES and not any(rule.matches(p.path, np.ndim(p.tuned)) for p in pairs):
             warnings.warn(f"the rule for {rule.pattern!r} matches no leaf", UnusedRuleWarning, stacklevel=3)
 
 
