@@ -1,4 +1,4 @@
-"""Flax models on quantized weights: the same outputs as on their dequantized weights, without touching code."""
+"""Flax models on quantized weights give what they give on those weights dequantized, their code untouched."""
 
 import flax.linen as nn
 import jax
@@ -93,9 +93,12 @@ STACKED_SECOND = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "recipe"), [(n, "block") for n in LINEN] + [("scan along 1", r) for r in RECIPES]
-)
+LINEN_RUNS = [("scan along 1", "block")]
+LINEN_RUNS += [pytest.param(n, "block", marks=pytest.mark.slow) for n in LINEN if n != "scan along 1"]
+LINEN_RUNS += [pytest.param("scan along 1", r, marks=pytest.mark.slow) for r in RECIPES if r != "block"]
+
+
+@pytest.mark.parametrize(("name", "recipe"), LINEN_RUNS)
 def test_a_linen_model_runs_on_codes_as_on_its_dequantized_weights(name, recipe):
     model, x, count = LINEN[name]
     variables = model.init(jax.random.key(0), x)
@@ -120,6 +123,7 @@ def test_a_linen_model_with_partitioned_weights_runs():
     np.testing.assert_allclose(model.apply(daq.linen_variables(q), X), wanted, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_weights_of_a_scanned_stack_are_decoded_layer_by_layer():
     """The program holds one layer's weights at a time, not the whole stack."""
     model, x, _ = LINEN["scan along 0"]
@@ -153,7 +157,7 @@ class NNXStack(nnx.Module):
 
     def __init__(self, rngs):
         self.embed = nnx.Embed(32, D, rngs=rngs)
-        self.layers = nnx.vmap(NNXBlock)(rngs.fork(split=4))
+        self.layers = nnx.vmap(NNXBlock)(rngs.split(4))
         self.conv = nnx.Conv(D, D, (3,), rngs=rngs)
         self.mix = nnx.Einsum("btd,df->btf", (D, D), rngs=rngs)
         self.batch_norm = nnx.BatchNorm(D, use_running_average=True, rngs=rngs)
@@ -173,15 +177,16 @@ def run(model, x):
     return model(x)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("name", ["layer", "stack"])
+NNX_RUNS = [("layer", "block")]
+NNX_RUNS += [pytest.param(*run, marks=pytest.mark.slow) for run in [("stack", "block"), ("layer", "channel")]]
+
+
+@pytest.mark.parametrize(("name", "recipe"), NNX_RUNS)
 def test_an_nnx_model_runs_on_codes_as_on_its_dequantized_weights(name, recipe):
     make, x, count = {
         "layer": (lambda: NNXBlock(nnx.Rngs(0)), X, 6),
         "stack": (lambda: NNXStack(nnx.Rngs(0)), jnp.arange(10).reshape(2, 5), 9),
     }[name]
-    if name == "stack" and recipe != "block":
-        pytest.skip("one recipe is enough for the larger model")
     model = make()
     graph, state = nnx.split(model)
     q, found = quantized(state, RECIPES[recipe])
@@ -229,8 +234,13 @@ VIEWS = {
 }
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("name", VIEWS)
+VIEW_RUNS = [("maxtext out", "block")]
+VIEW_RUNS += [
+    pytest.param(n, r, marks=pytest.mark.slow) for n in VIEWS for r in RECIPES if (n, r) not in VIEW_RUNS
+]
+
+
+@pytest.mark.parametrize(("name", "recipe"), VIEW_RUNS)
 def test_a_weight_in_place_is_the_weight_and_a_slice_is_its_slice(name, recipe):
     shape, matrix, batch = VIEWS[name]
     w = jax.random.normal(jax.random.key(3), shape)
