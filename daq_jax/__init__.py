@@ -26,12 +26,14 @@ __version__ = "0.1.0"
 
 # Names at the edges, by the module that holds them; loaded when first used: the core imports none of it.
 _EDGES: dict[str, str] = {
+    "from_qwix": "daq_jax.qwix_arrays",
     "linen_apply": "daq_jax.flax_models",
     "linen_variables": "daq_jax.flax_models",
     "load": "daq_jax.io.orbax_checkpoints",
     "load_weights": "daq_jax.io.orbax_checkpoints",
     "nnx_with": "daq_jax.flax_models",
     "save": "daq_jax.io.orbax_checkpoints",
+    "to_qwix": "daq_jax.qwix_arrays",
 }
 
 __all__ = [
@@ -66,6 +68,7 @@ __all__ = [
     "fp4_e2m1",
     "fp8_e4m3fn",
     "fp8_e5m2",
+    "from_qwix",
     "int4",
     "int8",
     "keep",
@@ -79,6 +82,7 @@ __all__ = [
     "quantize",
     "recipes",
     "save",
+    "to_qwix",
     "use",
 ]
 

@@ -5,7 +5,7 @@ import dataclasses
 import re
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -42,18 +42,24 @@ def word_of(key: Any) -> str:
     return str(key)
 
 
-def keyed_leaves(tree: PyTree) -> dict[str, tuple[tuple[Any, ...], Any]]:
+def keyed_leaves(
+    tree: PyTree, is_whole: Callable[[Any], bool] = is_qtensor
+) -> dict[str, tuple[tuple[Any, ...], Any]]:
     """As `named_leaves`, with each leaf's JAX key path beside it; None is a leaf too.
+
+    Args:
+        tree: any pytree.
+        is_whole: which nodes are one leaf, whatever they hold.
 
     Raises:
         ValueError: if two leaves have the same path, such as `{"a/b": x, "a": {"b": y}}`.
     """
     leaves: dict[str, tuple[tuple[Any, ...], Any]] = {}
     outer, _ = jax.tree_util.tree_flatten_with_path(
-        tree, is_leaf=lambda x: x is None or is_qtensor(x) or is_box(x)
+        tree, is_leaf=lambda x: x is None or is_whole(x) or is_box(x)
     )
     for keys, node in outer:
-        for leaf in [None] if node is None else jax.tree.leaves(node, is_leaf=is_qtensor):
+        for leaf in [None] if node is None else jax.tree.leaves(node, is_leaf=is_whole):
             path = "/".join(map(word_of, keys))
             if path in leaves:
                 raise ValueError(f"two leaves have the path {path!r}; rename one so that paths are unique.")
