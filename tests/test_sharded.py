@@ -131,7 +131,7 @@ def test_subspace_rounding_agrees_in_what_it_keeps():
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["absmax", "paper_sign", "gain"])
 def test_inside_shard_map_each_shard_gets_its_codes(recipe):
-    sharded, whole = on_mesh("shard_map", P("x", "y"), (128, 128), AxisType.Auto)
+    sharded, whole = on_mesh("shard_map", P("x", "y"), (128, 256), AxisType.Auto)
     spec = P("x", "y")
     run = jax.shard_map(
         lambda b, t: daq.quantize(b, t, TILE_LOCAL[recipe]),
