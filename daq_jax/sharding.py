@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 from jax.core import Tracer
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 from jax.typing import ArrayLike
 
 from daq_jax.tilings import TileView
@@ -69,3 +69,23 @@ def scale_sharding(weight: NamedSharding | None, view: TileView) -> NamedShardin
     new = [spec[a] for a in batch]
     new += [of(rows, view.grid[-2], r, view.rows), of(columns, view.grid[-1], c, view.columns)]
     return NamedSharding(weight.mesh, PartitionSpec(*new))
+
+
+def committed_sharding(x: Any) -> Sharding | None:
+    """Where an array must stay; None if it is no array of JAX's, is traced, or may be moved."""
+    bound = isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.committed
+    return x.sharding if bound else None
+
+
+def lie_apart(a: Sharding | None, b: Sharding | None) -> bool:
+    """Whether two arrays lie on other devices, or on two meshes: not every program can take both."""
+    if a is None or b is None:
+        return False
+    return a.device_set != b.device_set or getattr(a, "mesh", None) != getattr(b, "mesh", None)
+
+
+def place_of(sharding: Sharding | None) -> str:
+    """Where arrays of this sharding lie, in words."""
+    if isinstance(sharding, NamedSharding):
+        return f"{sharding.mesh}, devices {sharding.mesh.device_ids.ravel()[:4]}..."
+    return "no device" if sharding is None else ", ".join(map(str, sharding.device_set))

@@ -5,7 +5,7 @@ import dataclasses
 import re
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from daq_jax.qtensor import QTensor
 from daq_jax.quantizer import quantize_pair
 from daq_jax.recipes import Recipe
 from daq_jax.rules import DEFAULT_RULES, NAMED_RULES, Decision, Rule, UnusedRuleWarning, decide
+from daq_jax.sharding import committed_sharding, lie_apart, place_of
 from daq_jax.tilings import matrix_problem
 
 PyTree = Any
@@ -105,9 +106,32 @@ def pair_leaves(base: PyTree, tuned: PyTree, recipe: Recipe, rules: Sequence[Rul
             _report("base and tuned must have one structure", problems)
             + "\nPass two trees of the same model, or cut both down to the leaves they share."
         )
-    return [
-        Pair(p, before[p], x, decide(p, np.ndim(x), _is_float(x), rules, recipe)) for p, x in after.items()
+    pairs = [
+        Pair(p, before[p], x, decide(p, _ndim(x), _is_float(x), rules, recipe)) for p, x in after.items()
     ]
+    hidden = [
+        f"{p.path!r} is a {type(p.tuned).__name__}"
+        for p in pairs
+        if p.decision.rule is None and _hides_arrays(p.tuned)
+    ]
+    if hidden:
+        raise ValueError(
+            _report("JAX does not look for arrays inside these leaves", hidden)
+            + "\nRegister their class, as with jax.tree_util.register_dataclass, or keep(...) them."
+        )
+    return pairs
+
+
+def _ndim(x: Any) -> int:
+    return x.ndim if hasattr(x, "dtype") else 0
+
+
+def _hides_arrays(x: Any) -> bool:
+    """Whether what JAX takes for a leaf is a container that it does not know."""
+    if hasattr(x, "dtype") or callable(x):
+        return False
+    inside = list(x.values()) if isinstance(x, Mapping) else list(getattr(x, "__dict__", {}).values())
+    return any(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(inside))
 
 
 def _is_float(x: Any) -> bool:
@@ -136,6 +160,12 @@ def problem_of(pair: Pair) -> str | None:
         )
     if tuned.size == 0:
         return f"it is empty, {tuple(tuned.shape)}; a quantized leaf needs at least one element"
+    places = [committed_sharding(x.codes if is_qtensor(x) else x) for x in (base, tuned)]
+    if lie_apart(*places):
+        return (
+            f"base lies on {place_of(places[0])} but tuned on {place_of(places[1])}; a pair must share its "
+            "devices and its mesh: base = jax.device_put(base, tuned.sharding)"
+        )
     why = matrix_problem(tuned.shape, pair.decision.matrix)
     if why:
         return f"it is {tuple(tuned.shape)} and cannot be viewed as matrix={pair.decision.matrix}: {why}"
