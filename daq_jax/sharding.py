@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 from jax.typing import ArrayLike
@@ -79,13 +80,13 @@ def committed_sharding(x: Any) -> Sharding | None:
 
 def lie_apart(a: Sharding | None, b: Sharding | None) -> bool:
     """Whether two arrays lie on other devices, or on two meshes: not every program can take both."""
-    if a is None or b is None:
-        return False
-    return a.device_set != b.device_set or getattr(a, "mesh", None) != getattr(b, "mesh", None)
+    if isinstance(a, NamedSharding) and isinstance(b, NamedSharding):
+        return a.mesh != b.mesh
+    return a is not None and b is not None and a.device_set != b.device_set
 
 
 def place_of(sharding: Sharding | None) -> str:
     """Where arrays of this sharding lie, in words."""
     if isinstance(sharding, NamedSharding):
-        return f"{sharding.mesh}, devices {sharding.mesh.device_ids.ravel()[:4]}..."
+        return f"{sharding.mesh} of devices {np.ravel(sharding.mesh.device_ids).tolist()}"
     return "no device" if sharding is None else ", ".join(map(str, sharding.device_set))
