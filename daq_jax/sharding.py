@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 from jax.typing import ArrayLike
@@ -88,5 +87,6 @@ def lie_apart(a: Sharding | None, b: Sharding | None) -> bool:
 def place_of(sharding: Sharding | None) -> str:
     """Where arrays of this sharding lie, in words."""
     if isinstance(sharding, NamedSharding):
-        return f"{sharding.mesh} of devices {np.ravel(sharding.mesh.device_ids).tolist()}"
+        ids = [d.id for d in sharding.mesh.devices.flat]  # pyright: ignore[reportOptionalMemberAccess]
+        return f"{sharding.mesh} of devices {ids}"
     return "no device" if sharding is None else ", ".join(map(str, sharding.device_set))
