@@ -26,6 +26,7 @@ __version__ = "0.1.0"
 
 # Names at the edges, by the module that holds them; loaded when first used: the core imports none of it.
 _EDGES: dict[str, str] = {
+    "dot": "daq_jax.products",
     "from_qwix": "daq_jax.qwix_arrays",
     "linen_apply": "daq_jax.flax_models",
     "linen_variables": "daq_jax.flax_models",
@@ -64,6 +65,7 @@ __all__ = [
     "compare",
     "cosine",
     "dequantize",
+    "dot",
     "fp4_bnb",
     "fp4_e2m1",
     "fp8_e4m3fn",
