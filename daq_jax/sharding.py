@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 from jax.core import Tracer
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 from jax.typing import ArrayLike
 
 from daq_jax.tilings import TileView
@@ -103,3 +103,24 @@ def scale_sharding(weight: NamedSharding | None, view: TileView) -> NamedShardin
     new = [spec[a] for a in batch]
     new += [of(rows, view.grid[-2], r, view.rows), of(columns, view.grid[-1], c, view.columns)]
     return NamedSharding(weight.mesh, PartitionSpec(*new))
+
+
+def committed_sharding(x: Any) -> Sharding | None:
+    """Where an array must stay; None if it is no array of JAX's, is traced, or may be moved."""
+    bound = isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.committed
+    return x.sharding if bound else None
+
+
+def lie_apart(a: Sharding | None, b: Sharding | None) -> bool:
+    """Whether two arrays lie on other devices, or on two meshes: not every program can take both."""
+    if isinstance(a, NamedSharding) and isinstance(b, NamedSharding):
+        return a.mesh != b.mesh
+    return a is not None and b is not None and a.device_set != b.device_set
+
+
+def place_of(sharding: Sharding | None) -> str:
+    """Where arrays of this sharding lie, in words."""
+    if isinstance(sharding, NamedSharding):
+        ids = [d.id for d in sharding.mesh.devices.flat]  # pyright: ignore[reportOptionalMemberAccess]
+        return f"{sharding.mesh} of devices {ids}"
+    return "no device" if sharding is None else ", ".join(map(str, sharding.device_set))

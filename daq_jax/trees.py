@@ -5,7 +5,7 @@ import dataclasses
 import re
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,8 @@ from daq_jax import recipes
 from daq_jax.qtensor import QTensor
 from daq_jax.quantizer import is_finite, quantize_and_look
 from daq_jax.recipes import Recipe
-from daq_jax.rules import DEFAULT_RULES, Decision, Rule, UnusedRuleWarning, decide
+from daq_jax.rules import DEFAULT_RULES, NAMED_RULES, Decision, Rule, UnusedRuleWarning, decide
+from daq_jax.sharding import committed_sharding, lie_apart, place_of
 from daq_jax.tilings import matrix_problem
 
 PyTree = Any
@@ -29,16 +30,42 @@ def is_qtensor(x: object) -> bool:
     return isinstance(x, QTensor)
 
 
-def _is_box(x: object) -> bool:
+def is_box(x: object) -> bool:
     """Flax boxes that add metadata to an array: `nnx.Variable`, `nn.Partitioned` and their kin."""
     return hasattr(x, "get_raw_value") or (hasattr(x, "unbox") and hasattr(x, "replace_boxed"))
 
 
-def _word(key: Any) -> str:
+def word_of(key: Any) -> str:
+    """A key of a JAX key path as it stands in a path: a dict key, an index or an attribute name."""
     for name in ("key", "idx", "name"):  # of DictKey, SequenceKey, GetAttrKey
         if hasattr(key, name):
             return str(getattr(key, name))
     return str(key)
+
+
+def keyed_leaves(
+    tree: PyTree, is_whole: Callable[[Any], bool] = is_qtensor
+) -> dict[str, tuple[tuple[Any, ...], Any]]:
+    """As `named_leaves`, with each leaf's JAX key path beside it; None is a leaf too.
+
+    Args:
+        tree: any pytree.
+        is_whole: which nodes are one leaf, whatever they hold.
+
+    Raises:
+        ValueError: if two leaves have the same path, such as `{"a/b": x, "a": {"b": y}}`.
+    """
+    leaves: dict[str, tuple[tuple[Any, ...], Any]] = {}
+    outer, _ = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda x: x is None or is_whole(x) or is_box(x)
+    )
+    for keys, node in outer:
+        for leaf in [None] if node is None else jax.tree.leaves(node, is_leaf=is_whole):
+            path = "/".join(map(word_of, keys))
+            if path in leaves:
+                raise ValueError(f"two leaves have the path {path!r}; rename one so that paths are unique.")
+            leaves[path] = keys, leaf
+    return leaves
 
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:
@@ -47,15 +74,7 @@ def named_leaves(tree: PyTree) -> dict[str, Any]:
     Raises:
         ValueError: if two leaves have the same path, such as `{"a/b": x, "a": {"b": y}}`.
     """
-    leaves: dict[str, Any] = {}
-    outer, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: is_qtensor(x) or _is_box(x))
-    for keys, node in outer:
-        for leaf in jax.tree.leaves(node, is_leaf=is_qtensor):
-            path = "/".join(map(_word, keys))
-            if path in leaves:
-                raise ValueError(f"two leaves have the path {path!r}; rename one so that paths are unique.")
-            leaves[path] = leaf
-    return leaves
+    return {path: leaf for path, (_, leaf) in keyed_leaves(tree).items() if leaf is not None}
 
 
 def with_leaves(tree: PyTree, leaves: Sequence[Any]) -> PyTree:
@@ -87,9 +106,32 @@ def pair_leaves(base: PyTree, tuned: PyTree, recipe: Recipe, rules: Sequence[Rul
             _report("base and tuned must have one structure", problems)
             + "\nPass two trees of the same model, or cut both down to the leaves they share."
         )
-    return [
-        Pair(p, before[p], x, decide(p, np.ndim(x), _is_float(x), rules, recipe)) for p, x in after.items()
+    pairs = [
+        Pair(p, before[p], x, decide(p, _ndim(x), _is_float(x), rules, recipe)) for p, x in after.items()
     ]
+    hidden = [
+        f"{p.path!r} is a {type(p.tuned).__name__}"
+        for p in pairs
+        if p.decision.rule is None and _hides_arrays(p.tuned)
+    ]
+    if hidden:
+        raise ValueError(
+            _report("JAX does not look for arrays inside these leaves", hidden)
+            + "\nRegister their class, as with jax.tree_util.register_dataclass, or keep(...) them."
+        )
+    return pairs
+
+
+def _ndim(x: Any) -> int:
+    return x.ndim if hasattr(x, "dtype") else 0
+
+
+def _hides_arrays(x: Any) -> bool:
+    """Whether what JAX takes for a leaf is a container that it does not know."""
+    if hasattr(x, "dtype") or callable(x):
+        return False
+    inside = list(x.values()) if isinstance(x, Mapping) else list(getattr(x, "__dict__", {}).values())
+    return any(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(inside))
 
 
 def _is_float(x: Any) -> bool:
@@ -118,6 +160,12 @@ def problem_of(pair: Pair) -> str | None:
         )
     if tuned.size == 0:
         return f"it is empty, {tuple(tuned.shape)}; a quantized leaf needs at least one element"
+    places = [committed_sharding(x.codes if is_qtensor(x) else x) for x in (base, tuned)]
+    if lie_apart(*places):
+        return (
+            f"base lies on {place_of(places[0])} but tuned on {place_of(places[1])}; a pair must share its "
+            "devices and its mesh: base = jax.device_put(base, tuned.sharding)"
+        )
     why = matrix_problem(tuned.shape, pair.decision.matrix)
     if why:
         return f"it is {tuple(tuned.shape)} and cannot be viewed as matrix={pair.decision.matrix}: {why}"
@@ -185,7 +233,7 @@ def refuse_unquantizable(pairs: Sequence[Pair], check_finite: bool, *, later: bo
 def warn_unused(pairs: Sequence[Pair], rules: Sequence[Rule]) -> None:
     """Warns of each rule of the caller's own that no leaf's path matches."""
     for rule in rules:
-        if rule not in DEFAULT_RULES and not any(rule.matches(p.path, np.ndim(p.tuned)) for p in pairs):
+        if rule not in NAMED_RULES and not any(rule.matches(p.path, np.ndim(p.tuned)) for p in pairs):
             warnings.warn(f"the rule for {rule.pattern!r} matches no leaf", UnusedRuleWarning, stacklevel=3)
 
 

@@ -1,0 +1,1 @@
+"""Files: what reads and writes checkpoints. Nothing in the core imports it."""
