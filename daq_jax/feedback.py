@@ -1,7 +1,7 @@
 """Error feedback: later rows of a matrix make up for the rounding errors of earlier ones.
 
-A weight acts as `x W`. If the error of a row is known before the next rows are rounded, they can be rounded so
-that what `x` sees of it cancels, in the directions of `x` that matter most. Adaptive rounding with linear
+A weight acts as `x W`. If the error of a row is known before the next rows are rounded, they can be rounded
+so that what `x` sees of it cancels, in the directions of `x` that matter most. Adaptive rounding with linear
 feedback does this with the second moments of calibration inputs (GPTQ, arXiv:2210.17323; LDLQ,
 arXiv:2307.13304). Here there is no data, but there is a fine-tune: a gradient step is a sum of inputs times
 errors, so the left singular directions of the change are those of the inputs, and `d d'` stands for `x' x`.
@@ -29,7 +29,7 @@ _LEAST_WEIGHT = 0.03  # of ordinary error beside the error in a direction, howev
 class UnbiasedFeedback:
     """`UnbiasedGain`, and then each block of rows makes up for the errors of those before it.
 
-    Minimizes `tr(e' H e)` for the error `e` `[R, C]` against the tuned weights, with `H = U U' d d' U U' + m I`:
+    Minimizes `tr(e' H e)` for the error `e` `[R, C]` against the tuned weights, `H = U U' d d' U U' + m I`:
     `U` are the `rank` leading left singular directions of the change `d`, `m` is `damping` times the mean of
     the other eigenvalues of `d d'`. One pass over the rows, in up to 64 blocks: with `s = U' e` of the rows
     done, the next block aims at `base + g d - K s`, where `K` is what is best if the rows left could take any
@@ -147,8 +147,8 @@ def _responses(
 ) -> Float[Array, "B n b k"]:
     """The matrix `K` of each block: what its `b` rows do about the error `s` in each direction so far.
 
-    With `U` the directions, `U_i` the rows of block `i` and `G_i` the sum of `U_j' U_j` over `j >= i`, the best
-    that the rows left can do for a given `s` gives `K_i = U_i (m (U' d d' U)^-1 + G_i)^-1`.
+    With `U` the directions, `U_i` the rows of block `i` and `G_i` the sum of `U_j' U_j` over `j >= i`, the
+    best that the rows left can do for a given `s` gives `K_i = U_i (m (U' d d' U)^-1 + G_i)^-1`.
     """
     with jax.default_matmul_precision("highest"):  # small matrices, whose inverses are taken
         seen = directions.mT @ change

@@ -126,8 +126,8 @@ class WithBaseScale:
 class OffGrid:
     """AbsMax, or a larger scale where the base lies on the grid of AbsMax and that works against the change.
 
-    On such a grid plain rounding favours the base. On another it rounds base and change alike, at the price of
-    the format's ordinary noise. A tile in which AbsMax keeps the change at its size, within the noise of
+    On such a grid plain rounding favours the base. On another it rounds base and change alike, at the price
+    of the format's ordinary noise. A tile in which AbsMax keeps the change at its size, within the noise of
     rounding, stays as it is; so does one in which it keeps less than `least` of it: that change is so small
     that ordinary noise costs more than an unbiased rounding on the base's own grid.
 

@@ -20,7 +20,7 @@ BLOCK = (128, 128)
 DAMPING, LEAST_WEIGHT = 10.0, 0.03
 
 
-def feedback(rank=16, tiling=daq.Block(128, 128), **settings):
+def feedback(rank=16, tiling=daq.recipes.absmax.tiling, **settings):
     own = {k: settings.pop(k) for k in ("per", "damping") if k in settings}
     return daq.Recipe(rounding=daq.UnbiasedFeedback(rank, **own), tiling=tiling, **settings)
 
@@ -39,7 +39,7 @@ def kept(q):
 
 
 def directions_of(base, tuned, rank):
-    """Leading left singular directions of the change, and what is seen of it along them and on average beside."""
+    """Leading left singular directions of the change, and its squared size along them and, on average, beside."""
     d = tuned.astype(np.float64) - base
     u, sizes, _ = np.linalg.svd(d, full_matrices=False)
     rest = np.sum(sizes[rank:] ** 2) / (d.shape[0] - rank)
@@ -165,7 +165,7 @@ def test_a_stack_is_rounded_matrix_by_matrix_in_any_layout():
     turned = daq.quantize(
         {"w": base[0].T}, {"w": tuned[0].T}, feedback(), rules=[daq.use("w", matrix=((1,), (0,)))]
     )["w"]
-    assert np.mean(kept(turned).T == kept(stack)[0]) > 0.99
+    assert np.mean(kept(stack)[0] == kept(turned).T) > 0.99
 
 
 @pytest.mark.slow
