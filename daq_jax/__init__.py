@@ -9,11 +9,14 @@ direction, its size. Pure functions over pytrees. Letters used throughout: `R, C
 import importlib
 
 from daq_jax import recipes
+from daq_jax.adjustment import LeastSquares, SignSteps
 from daq_jax.comparison import Comparison, Figures, compare
+from daq_jax.density import quantize_density
 from daq_jax.formats import fp4_bnb, fp4_e2m1, fp8_e4m3fn, fp8_e5m2, int4, int8, nf4
+from daq_jax.grams import Grams
 from daq_jax.metrics import SignRate, cosine, neg_mse
 from daq_jax.qtensor import QTensor
-from daq_jax.recipes import Recipe
+from daq_jax.recipes import DensityRecipe, Recipe
 from daq_jax.roundings import Nearest, Stochastic
 from daq_jax.rules import DEFAULT_RULES, Rule, UnusedRuleWarning, keep, use
 from daq_jax.scales import AnyScale, PowerOfTwo
@@ -35,9 +38,12 @@ __all__ = [
     "Channel",
     "CoarseToFine",
     "Comparison",
+    "DensityRecipe",
     "Figures",
+    "Grams",
     "Grid",
     "Group",
+    "LeastSquares",
     "Nearest",
     "PerTensor",
     "PowerOfTwo",
@@ -45,6 +51,7 @@ __all__ = [
     "Recipe",
     "Rule",
     "SignRate",
+    "SignSteps",
     "Stochastic",
     "UnbiasedGain",
     "UnbiasedSubspace",
@@ -63,6 +70,7 @@ __all__ = [
     "neg_mse",
     "nf4",
     "quantize",
+    "quantize_density",
     "recipes",
     "use",
 ]

@@ -62,7 +62,7 @@ def _quantize_pair(base: Array | QTensor, tuned: Array | QTensor, stream: Array,
     view = TileView(tuple(tuned.shape), how.matrix, recipe.tiling)
     stored = None
     if isinstance(base, QTensor) and (base.view, base.format) == (view, recipe.format):
-        stored = base.scale
+        stored = base.scale if base.zero is None else None  # its grid is shifted: no grid of ours
 
     def run(base: Array, tuned: Array, stored: Array | None, stream: Array) -> tuple[Array, Array]:
         draw = getattr(recipe.rounding, "draw", None)
