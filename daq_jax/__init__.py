@@ -28,7 +28,10 @@ from daq_jax.unbiased import UnbiasedGain, UnbiasedSubspace
 __version__ = "0.1.0"
 
 # Names at the edges, by the module that holds them; loaded when first used: the core imports none of it.
-_EDGES: dict[str, str] = {}
+_EDGES: dict[str, str] = {
+    "calibrate": "daq_jax.calibration",
+    "calibrate_from": "daq_jax.calibration",
+}
 
 __all__ = [
     "DEFAULT_RULES",
@@ -57,6 +60,8 @@ __all__ = [
     "UnbiasedSubspace",
     "UnusedRuleWarning",
     "WithBaseScale",
+    "calibrate",
+    "calibrate_from",
     "compare",
     "cosine",
     "dequantize",

@@ -107,7 +107,7 @@ def _refuse_uncalibrated(pairs: Sequence[Pair], grams: Grams | None, recipe: Den
     problems = {
         p.path: why
         for p in pairs
-        if p.decision.quantize and (why := grams.problem(p.path, _view(p, recipe), recipe.group, row))
+        if p.decision.quantize and (why := grams.problem(p.path, _view(p, recipe), recipe.group, row=row))
     }
     if problems:
         lines = "".join(f"\n  {path!r}: {why}." for path, why in problems.items())

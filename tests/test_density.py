@@ -21,7 +21,7 @@ def weight_and_grams(name, shape=(300, 20), tokens=900):
     mixing = np.eye(shape[0]) + rng.normal(0, 0.1, (shape[0], shape[0]))
     inputs = rng.normal(0.2, 1, (tokens, shape[0])) @ mixing
     gram = (inputs.T @ inputs / tokens).astype(np.float32)
-    return weight, daq.Grams({"kernel": jnp.asarray(gram)}, tokens, None, joint=True)
+    return weight, daq.Grams({"kernel": jnp.asarray(gram)}, (("kernel", (0,), shape[0]),), joint=True)
 
 
 def quantized(weight, grams=None, recipe=OFF, **options):
