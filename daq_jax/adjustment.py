@@ -35,50 +35,72 @@ class _Best(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class LeastSquares:
-    """Several ranges, each followed by turns of "nearest codes, then the best line for these codes".
+    """Many starts, each followed by turns of "nearest codes, then the best line for these codes".
 
     For fixed codes the loss is a square of two unknowns, so the best scale and zero have a closed form. Turns
-    end in a minimum near where they started, so they start from the whole range and from shares of it, which
-    clip the farthest weights: a coarse format often gains more by finer steps than it loses by clipping.
+    end in a minimum near where they began, and there are many: so they begin on a coarse grid of ranges and
+    centres, and then on a fine one, half a coarse step around the best. Ranges below 1 clip the farthest
+    weights: a coarse format often gains more by finer steps than it loses by clipping. Of all lines seen the
+    best is kept.
 
-    Evaluates the loss `ranges * turns` times. Only for losses of the output.
+    Evaluates the loss `turns * (coarse**2 + fine**2)` times; only for losses of the output.
 
     Attributes:
-        ranges: number of starts, evenly spaced from the whole range down to `lowest` of it.
-        lowest: share of the range that the last one keeps.
-        turns: of codes and line, for each start.
+        coarse: number of ranges on the coarse grid, and of centres.
+        fine: the same of the fine grid.
+        turns: of codes and line, from each start.
+        lowest: share of the range that the narrowest range of the coarse grid keeps.
+        farthest: how far the coarse grid moves the centre, as a share of the reach on either side.
     """
 
-    ranges: int = 12
-    lowest: float = 0.5
-    turns: int = 3
+    coarse: int = 6
+    fine: int = 7
+    turns: int = 2
+    lowest: float = 0.55
+    farthest: float = 0.12
 
     def __post_init__(self) -> None:
-        _check_counts(self, ranges=self.ranges, turns=self.turns)
-        if not 0 < self.lowest <= 1:
-            raise ValueError(f"LeastSquares: `lowest` must be in (0, 1]; got {self.lowest}.")
+        _check_counts(self, coarse=self.coarse, fine=self.fine, turns=self.turns)
+        if not (0 < self.lowest <= 1 and self.farthest >= 0):
+            raise ValueError(
+                "LeastSquares: needs 0 < lowest <= 1 and farthest >= 0; "
+                f"got {self.lowest} and {self.farthest}."
+            )
 
     @property
     def evaluations(self) -> int:
-        """How often the loss is taken."""
-        return self.ranges * self.turns
+        """How often the loss is taken, the start's included."""
+        return self.turns * (self.coarse**2 + self.fine**2) + 1
 
     def __call__(self, groups: Groups, loss: Loss, start: Line) -> Line:
         """The adjusted line."""
+        best = _Best(start, loss(groups.nearest(start), start))
+        shares = np.linspace(1, self.lowest, self.coarse)
+        moves = np.linspace(-self.farthest, self.farthest, self.coarse)
+        best = self._search(groups, best, shares, moves)
+        half_share, half_move = (abs(x[-1] - x[0]) / max(self.coarse - 1, 1) / 2 for x in (shares, moves))
+        around = np.linspace(-1, 1, self.fine)
+        return self._search(groups, best, 1 + half_share * around, half_move * around).line
 
-        def from_range(best: _Best, share: Array) -> tuple[_Best, None]:
-            line = Line(start.scale * share, start.zero / share)
+    def _search(self, groups: Groups, best: _Best, shares: np.ndarray, moves: np.ndarray) -> _Best:
+        """The best of `best` and of what turns from these ranges and centres around it lead to."""
+        line = best.line
+        reach = groups.format.largest if groups.shift else 0.0
+
+        def from_start(best: _Best, grid: Array) -> tuple[_Best, None]:
+            share, move = grid
+            trial = Line(line.scale * share, (line.zero + move * reach) / share)
             for _ in range(self.turns):
-                values = groups.nearest(line)
-                error = groups.error(values, line)
+                values = groups.nearest(trial)
+                error = groups.error(values, trial)
                 pull = across(groups.gram, error)
-                best = best.or_better(line, jnp.sum(error * pull, axis=1))
-                line, _ = better_line(values, line, pull, groups.real, groups.gram, groups.shift)
+                best = best.or_better(trial, jnp.sum(error * pull, axis=1))
+                trial, _ = better_line(values, trial, pull, groups.real, groups.gram, groups.shift)
             return best, None
 
-        nothing = _Best(start, jnp.full_like(start.scale, jnp.inf))
-        shares = jnp.linspace(1.0, self.lowest, self.ranges, dtype=jnp.float32)
-        return lax.scan(from_range, nothing, shares)[0].line
+        moves = moves if groups.shift else moves[:1]
+        grid = np.stack(np.meshgrid(shares, moves, indexing="ij"), -1).reshape(-1, 2)
+        return lax.scan(from_start, best, jnp.asarray(grid, jnp.float32))[0]
 
 
 class _Walk(NamedTuple):
