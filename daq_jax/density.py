@@ -24,7 +24,7 @@ from daq_jax.grams import Grams
 from daq_jax.group_layout import GroupLayout
 from daq_jax.groups import Groups, Line, Loss
 from daq_jax.metrics import Metric
-from daq_jax.output_rounding import round_by_output
+from daq_jax.output_rounding import Islands, round_by_output
 from daq_jax.qtensor import QTensor
 from daq_jax.recipes import DensityRecipe
 from daq_jax.rules import DEFAULT_RULES, Rule
@@ -144,11 +144,11 @@ def _quantize(weight: Array, base: Array | None, gram: Array | None, *, how: _Ho
     layout = GroupLayout(view)
 
     def run(weight: Array, base: Array | None, gram: Array | None) -> tuple[Array, Array, Array]:
-        group_grams, row_gram = _damped(layout, gram, recipe)
+        group_grams, islands = _damped(layout, gram, recipe)
 
         def place(weight: Array, base: Array | None) -> tuple[Array, Line]:
             groups = Groups(weight, jnp.asarray(layout.real), group_grams, recipe.format, recipe.shift)
-            values, line = _place(groups, row_gram, base, recipe)
+            values, line = _place(groups, islands, base, recipe)
             return recipe.format.encode(values), line
 
         matrices = layout.cut(weight), None if base is None else layout.cut(base)
@@ -162,16 +162,19 @@ def _quantize(weight: Array, base: Array | None, gram: Array | None, *, how: _Ho
     return QTensor(codes, scale, recipe.format, recipe.tiling, dtype, how.matrix, zero)
 
 
-def _damped(layout: GroupLayout, gram: Array | None, recipe: DensityRecipe) -> tuple[Array, Array | None]:
-    """Gram matrix of each group, and of the row where the recipe's loss is of it, with a larger diagonal."""
+def _damped(layout: GroupLayout, gram: Array | None, recipe: DensityRecipe) -> tuple[Array, Islands | None]:
+    """Gram matrix of each group, and the islands of the recipe's loss, with a larger diagonal."""
 
-    def damped(gram: Array, inputs: Array | float) -> Array:
-        mean = jnp.trace(gram, axis1=-2, axis2=-1) / inputs
+    def damped(gram: Array, inputs: np.ndarray) -> Array:
+        mean = jnp.trace(gram, axis1=-2, axis2=-1) / jnp.asarray(inputs, jnp.float32)
         return gram + recipe.damping * mean[..., None, None] * jnp.eye(gram.shape[-1], dtype=jnp.float32)
 
-    inputs = jnp.asarray(layout.real.sum((1, 2)), jnp.float32)
-    whole = damped(layout.row_gram(gram), float(layout.view.rows)) if recipe.loss == "row" else None
-    return damped(layout.group_grams(gram), inputs), whole
+    groups = damped(layout.group_grams(gram), layout.real.sum((1, 2)))
+    if not recipe.sweeps:
+        return groups, None
+    if recipe.loss == "group" or gram is None:
+        return groups, Islands.of(groups)
+    return groups, Islands.of(damped(layout.row_gram(gram)[None], layout.real.sum(keepdims=True)[0, 0]))
 
 
 def _by_columns(place: Callable[..., Any], *matrices: Array | None, split: bool) -> Any:
@@ -203,15 +206,15 @@ def _by_columns(place: Callable[..., Any], *matrices: Array | None, split: bool)
 
 
 def _place(
-    groups: Groups, row_gram: Array | None, base: Array | None, recipe: DensityRecipe
+    groups: Groups, islands: Islands | None, base: Array | None, recipe: DensityRecipe
 ) -> tuple[Array, Line]:
     """The stages: values of the codes, and their lines."""
     line = Line(*align(groups.weight, groups.real, groups.format, recipe.centre, recipe.coverage))
     loss = groups.loss if recipe.metric is None else _loss_of_change(groups, base, recipe.metric)
     if recipe.adjust is not None:
         line = recipe.adjust(groups, loss, line)
-    if recipe.sweeps:
-        return round_by_output(groups, row_gram, line, sweeps=recipe.sweeps)
+    if islands is not None:
+        return round_by_output(groups, islands, line, sweeps=recipe.sweeps)
     return groups.nearest(line), line
 
 

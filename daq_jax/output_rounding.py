@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from daq_jax.formats import Format
 from daq_jax.groups import Groups, Line, across, better_line
@@ -24,25 +24,99 @@ from daq_jax.groups import Groups, Line, across, better_line
 BLOCK = 128  # inputs whose errors are kept up to date one by one; beyond, by a product once a block
 
 
-def round_by_output(groups: Groups, row_gram: Array | None, line: Line, *, sweeps: int) -> tuple[Array, Line]:
-    """Code values and lines after some sweeps over all weights, from the nearest codes.
+class Islands(NamedTuple):
+    """Within which errors may make up for one another.
+
+    Attributes:
+        gram: `[I, k n, k n]`, Gram matrix of the inputs of each.
+        factor: of the same shape, the upper triangular `U` with `U' U` the inverse of it: how an error of one
+            input is best made up for by those after it. NaN if the Gram matrix has no inverse.
+    """
+
+    gram: Array
+    factor: Array
+
+    @classmethod
+    def of(cls, gram: Float[Array, "I S S"]) -> "Islands":
+        """The islands of some Gram matrices, symmetric and with a positive diagonal."""
+        with jax.default_matmul_precision("highest"):
+            inverse = jnp.linalg.inv(gram)
+            return cls(gram, jnp.linalg.cholesky((inverse + inverse.mT) / 2).mT)
+
+
+def round_by_output(groups: Groups, islands: Islands, line: Line, *, sweeps: int) -> tuple[Array, Line]:
+    """Code values and lines after some sweeps over all weights.
 
     Args:
         groups: the layer; its groups have at most 128 inputs, or a multiple of 128.
-        row_gram: `[N n, N n]`, Gram matrix of all inputs, for the loss of the whole row; None for each group
-            by itself.
+        islands: `I` of `k` groups each, `I k = N`.
         line: of each group.
-        sweeps: visits to each weight.
+        sweeps: visits to each weight, after the first.
     """
-    descend = functools.partial(_descend, fmt=groups.format, shift=groups.shift, sweeps=sweeps)
-    values = groups.nearest(line)
-    count, n = groups.weight.shape[:2]
-    if row_gram is not None:
-        rows = row_gram.reshape(count, n, count, n)
-        return descend(rows, groups.weight, groups.real, values, line)
-    islands = groups.gram[:, :, None], groups.weight, groups.real, values, line
-    alone = jax.vmap(descend)(*jax.tree.map(lambda x: x[:, None], islands))
-    return jax.tree.map(lambda x: x[:, 0], alone)
+    count = len(islands.gram)
+
+    def split(x: Array) -> Array:
+        return x.reshape(count, -1, *x.shape[1:])
+
+    run = functools.partial(_round_island, fmt=groups.format, shift=groups.shift, sweeps=sweeps)
+    parts = jax.tree.map(split, (groups.weight, groups.real, groups.nearest(line), line))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.vmap(run)(islands, *parts))
+
+
+def _round_island(
+    island: Islands,
+    weight: Array,
+    real: Array,
+    values: Array,
+    line: Line,
+    *,
+    fmt: Format,
+    shift: bool,
+    sweeps: int,
+) -> tuple[Array, Line]:
+    """One island: the better of the nearest codes and those with error feedback, and then the sweeps."""
+    size = weight.shape[0] * weight.shape[1]
+
+    def pull_of(values: Array) -> tuple[Array, Array]:
+        """The island's Gram matrix times the error, `[k, n, C]`, and the loss, `[C]`."""
+        error = jnp.where(real, weight - line.weights(values), 0)
+        pull = across(island.gram, error.reshape(size, -1)).reshape(error.shape)
+        return pull, jnp.sum(error * pull, axis=(0, 1))
+
+    fed = _feed_back(island.factor, weight, line, fmt)
+    (pull, loss), (fed_pull, fed_loss) = pull_of(values), pull_of(fed)
+    take = fed_loss < loss
+    values, pull = jnp.where(take, fed, values), jnp.where(take, fed_pull, pull)
+    return _descend(island.gram, weight, real, values, line, pull, fmt=fmt, shift=shift, sweeps=sweeps)
+
+
+def _feed_back(factor: Array, weight: Array, line: Line, fmt: Format) -> Array:
+    """Codes chosen one input after another, each error made up for by the inputs to come (arXiv:2210.17323).
+
+    Unlike there the line of a group is known before, so it is no worse for being reached late.
+    """
+    count, n, columns = weight.shape
+    size, m = count * n, min(n, BLOCK)
+
+    def block(weight: Array, this: tuple[Array, Array, Line]) -> tuple[Array, Array]:
+        start, rows, line = this
+
+        def one(weight: Array, this: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+            i, row = this
+            value = fmt.round(weight[i] / line.scale + line.zero)
+            error = (weight[i] - _weights(value, line)) / row[i]
+            return weight - jnp.where(jnp.arange(m) > i, row, 0)[:, None] * error, (value, error)
+
+        own = lax.dynamic_slice_in_dim(rows, start, m, 1)
+        here = lax.dynamic_slice_in_dim(weight, start, m)
+        _, (values, errors) = lax.scan(one, here, (jnp.arange(m), own))
+        later = jnp.where(jnp.arange(size) >= start + m, rows, 0)
+        return weight - across(later.T, errors), values
+
+    lines = jax.tree.map(lambda x: jnp.repeat(x, n // m, axis=0), line)
+    starts = jnp.arange(0, size, m)
+    _, values = lax.scan(block, weight.reshape(size, columns), (starts, factor.reshape(-1, m, size), lines))
+    return values.reshape(weight.shape)
 
 
 class _Group(NamedTuple):
@@ -56,18 +130,21 @@ class _Group(NamedTuple):
 
 
 def _descend(
-    rows: Array,
+    gram: Array,
     weight: Array,
     real: Array,
     values: Array,
     line: Line,
+    pull: Array,
     *,
     fmt: Format,
     shift: bool,
     sweeps: int,
 ) -> tuple[Array, Line]:
     """Sweeps over the groups of one island. `pull` is its Gram matrix times its error, `[k, n, C]`."""
-    size = weight.shape[0] * weight.shape[1]
+    count, n, _ = weight.shape
+    size = count * n
+    rows = gram.reshape(count, n, count, n)
 
     def visit(pull: Array, this: tuple[Array, _Group]) -> tuple[Array, tuple[Array, Line]]:
         g, group = this
@@ -86,8 +163,6 @@ def _descend(
         pull, (values, line) = lax.scan(visit, pull, (jnp.arange(len(weight)), groups))
         return pull, values, line
 
-    error = jnp.where(real, weight - line.weights(values), 0)
-    pull = across(rows.reshape(size, size), error.reshape(size, -1)).reshape(error.shape)
     return lax.fori_loop(0, sweeps, sweep, (pull, values, line))[1:]
 
 

@@ -41,7 +41,7 @@ def group_loss(weight, q, gram, n):
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
-@pytest.mark.parametrize("group", [32, 128, None])
+@pytest.mark.parametrize("group", [32, None])
 def test_without_any_stage_it_is_absmax(fmt, group):
     weight, grams = weight_and_grams("off")
     q = quantized(weight, grams, dataclasses.replace(OFF, format=fmt, group=group))
@@ -55,7 +55,7 @@ def test_without_any_stage_it_is_absmax(fmt, group):
 
 def test_a_weight_is_code_less_zero_times_scale_everywhere():
     weight, grams = weight_and_grams("zero", (70, 6))
-    q = quantized(weight.astype(jnp.bfloat16), grams, daq.DensityRecipe(group=32))
+    q = quantized(weight.astype(jnp.bfloat16), grams, daq.DensityRecipe(group=32, adjust=None, sweeps=1))
     levels = np.asarray(daq.nf4.levels, np.float32)[np.asarray(q.codes)]
     zero, scale = (np.repeat(np.asarray(x), 32, axis=0)[:70] for x in (q.zero, q.scale))
     wanted = ((levels - zero) * scale).astype(jnp.bfloat16)
@@ -70,19 +70,21 @@ def test_a_weight_is_code_less_zero_times_scale_everywhere():
 
 def test_the_base_of_a_comparison_may_have_a_zero():
     weight, grams = weight_and_grams("on grid", (64, 6))
-    base = quantized(weight, grams, daq.DensityRecipe(group=32))
+    base = quantized(weight, grams, daq.DensityRecipe(group=32, adjust=None, sweeps=1))
     again = daq.quantize(
         base, base, daq.Recipe(format=daq.nf4, tiling=daq.Group(32), search=daq.WithBaseScale(daq.AbsMax()))
     )
     assert daq.compare(base, base, again).total.on_grid == 1
 
 
-@pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
-@pytest.mark.parametrize("group", [32, 128, None])
+SMALL = daq.LeastSquares(coarse=2, fine=2, turns=1)
+
+
+@pytest.mark.parametrize(("fmt", "group"), [(daq.nf4, 32), (daq.fp4_e2m1, None)], ids=str)
 def test_each_stage_lowers_the_loss(fmt, group):
-    weight, grams = weight_and_grams("stages")
-    n, gram = group or 300, grams.products["kernel"]
-    recipe = daq.DensityRecipe(format=fmt, group=group, damping=0.0)
+    weight, grams = weight_and_grams("stages", (96, 8))
+    n, gram = group or 96, grams.products["kernel"]
+    recipe = daq.DensityRecipe(format=fmt, group=group, damping=0.0, adjust=SMALL, sweeps=1)
     stages = [
         dataclasses.replace(recipe, adjust=None, sweeps=0),
         dataclasses.replace(recipe, sweeps=0),
@@ -90,7 +92,5 @@ def test_each_stage_lowers_the_loss(fmt, group):
     ]
     losses = [group_loss(weight, quantized(weight, grams, r), gram, n) for r in stages]
     assert losses[0] > losses[1] > losses[2]
-    row = dataclasses.replace(recipe, loss="row")
-    assert row_loss(weight, quantized(weight, grams, row), gram) < row_loss(
-        weight, quantized(weight, grams, stages[1]), gram
-    )
+    row = quantized(weight, grams, dataclasses.replace(recipe, loss="row"))
+    assert row_loss(weight, row, gram) < losses[1]
