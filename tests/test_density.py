@@ -9,6 +9,7 @@ import pytest
 from cases import rng_for
 
 import daq_jax as daq
+from daq_jax.grams import KernelInputs
 
 FORMATS = [daq.nf4, daq.fp4_e2m1, daq.fp4_bnb, daq.int4]
 OFF = daq.DensityRecipe(centre=None, adjust=None, sweeps=0)
@@ -21,7 +22,9 @@ def weight_and_grams(name, shape=(300, 20), tokens=900):
     mixing = np.eye(shape[0]) + rng.normal(0, 0.1, (shape[0], shape[0]))
     inputs = rng.normal(0.2, 1, (tokens, shape[0])) @ mixing
     gram = (inputs.T @ inputs / tokens).astype(np.float32)
-    return weight, daq.Grams({"kernel": jnp.asarray(gram)}, (("kernel", (0,), shape[0]),), joint=True)
+    return weight, daq.Grams(
+        {"kernel": jnp.asarray(gram)}, (KernelInputs("kernel", (0,), shape[0]),), joint=True
+    )
 
 
 def quantized(weight, grams=None, recipe=OFF, **options):
@@ -80,7 +83,7 @@ def test_the_base_of_a_comparison_may_have_a_zero():
 SMALL = daq.LeastSquares(coarse=2, fine=2, turns=1)
 
 
-@pytest.mark.parametrize(("fmt", "group"), [(daq.nf4, 32), (daq.fp4_e2m1, None)], ids=str)
+@pytest.mark.parametrize(("fmt", "group"), [(daq.nf4, 32), (daq.fp4_e2m1, None)], ids=["nf4", "fp4"])
 def test_each_stage_lowers_the_loss(fmt, group):
     weight, grams = weight_and_grams("stages", (96, 8))
     n, gram = group or 96, grams.products["kernel"]
