@@ -51,7 +51,12 @@ class Inputs(NamedTuple):
     """What a matrix's inputs looked like on the calibration text."""
 
     gram: Array  # [R, R] float32, mean of x x' over the text
-    mean: Array  # [R] mean of |x|
+    size: Array  # [R] root of the mean of x^2, which AWQ raises to a power in place of the mean of |x|
+
+    @classmethod
+    def of(cls, gram: Array) -> "Inputs":
+        """All there is to know, from the Gram matrix."""
+        return cls(gram, jnp.sqrt(jnp.diag(gram)))
 
 
 def round_to_nearest(weight: Array, inputs: Inputs, grid: Grid) -> Array:
@@ -66,7 +71,7 @@ def awq(weight: Array, inputs: Inputs, grid: Grid) -> Array:
     """The power of the mean activation that gives the least error of the output. Source: arXiv:2306.00978."""
 
     def attempt(alpha: Array) -> tuple[Array, Array]:
-        factor = jnp.maximum(inputs.mean**alpha, 1e-4)
+        factor = jnp.maximum(inputs.size**alpha, 1e-4)
         factor = (factor / jnp.sqrt(factor.max() * factor.min()))[:, None]
         result = round_to_nearest(weight * factor, inputs, grid) / factor
         error = result - weight
