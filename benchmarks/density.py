@@ -22,13 +22,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import behaviour_training
 import density_released
 import jax
 import jax.numpy as jnp
 import numpy as np
 from behaviour import CACHE, environment
 from behaviour_corpora import Text, load_corpora, windows
-from behaviour_training import SIZES, Size, learn
+from behaviour_training import Size, learn
 from density_baselines import BASELINES, Grid, Inputs, baseline
 from density_report import write_report
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -51,7 +52,10 @@ from daq_jax.groups import Groups, Line
 RESULTS = Path(__file__).parent / "results" / "density"
 TOKENS = (1, 2, 16, 64)  # times 512, of calibration text
 STANDARD = 16  # of them, wherever that is not what varies
-JUDGED = {"gpu": 4096, "cpu": 1536, "tiny": 16}  # held-out windows of the model's context
+JUDGED = {"gpu": 3072, "cpu": 1536, "tiny": 16}  # held-out windows of the model's context
+SIZES = behaviour_training.SIZES | {
+    "cpu": dataclasses.replace(behaviour_training.SIZES["cpu"], base_steps=1000, tune_steps=100)
+}
 
 
 def ours(**choices: Any) -> daq.DensityRecipe:
@@ -95,8 +99,8 @@ def train_model(size: Size, text: Text, judged: int, weights: Path | None) -> Tr
     if weights and weights.exists():
         params = unflatten_dict({k: jnp.asarray(v) for k, v in np.load(weights).items()}, sep="|")
     else:
-        params_key, key = jax.random.split(jax.random.key(0))
-        fresh = make_params(size.model, params_key)
+        key = jax.random.key(0)
+        fresh = make_params(size.model, key)
         params = learn(fresh, text, size.base_steps, size.base_rate, key, size)
         if weights:
             np.savez(weights, **{k: np.asarray(v) for k, v in flatten_dict(params, sep="|").items()})
@@ -175,21 +179,23 @@ class Study:
             self.add(name, "density", fmt, group, tokens, leaves)
 
     def add_all(self, name: str) -> None:
-        """Every row of the table."""
-        formats = (daq.nf4, daq.fp4_e2m1, daq.fp4_bnb, daq.int4) if name == "gpu" else (daq.nf4, daq.fp4_e2m1)
-        whole = [s for s in STAGES if name == "gpu" or s != "density_released"]
-        for fmt in formats:
+        """Every row of the table; a CPU, and a look at all of it that takes seconds, leave some out."""
+        gpu = name == "gpu"
+        formats = {"gpu": (daq.nf4, daq.fp4_e2m1, daq.fp4_bnb, daq.int4), "cpu": (daq.nf4, daq.fp4_e2m1)}
+        for fmt in formats.get(name, (daq.nf4,)):
             self.add_baselines(fmt, 128, STANDARD)
-            self.add_density(fmt, 128, STANDARD, whole if fmt is daq.nf4 else [BEST])
+            self.add_density(fmt, 128, STANDARD, [BEST])
         if name == "tiny":
             return
+        left_out = () if gpu else (BEST, "density_released", "density_paper")
+        self.add_density(daq.nf4, 128, STANDARD, [s for s in STAGES if s not in left_out])
         for tokens in TOKENS:
             if tokens != STANDARD:
                 self.add_baselines(daq.nf4, 128, tokens, ["gptq"])
                 self.add_density(daq.nf4, 128, tokens, [BEST])
         for group in (64, None):
             self.add_baselines(daq.nf4, group, STANDARD)
-            self.add_density(daq.nf4, group, STANDARD, ["stages 1, 2, rounding", BEST])
+            self.add_density(daq.nf4, group, STANDARD, ["stages 1, 2, rounding", BEST] if gpu else [BEST])
 
 
 def stage_two(study: Study, outputs: int) -> list[dict[str, Any]]:

@@ -53,8 +53,8 @@ class LeastSquares:
         farthest: how far the coarse grid moves the centre, as a share of the reach on either side.
     """
 
-    coarse: int = 6
-    fine: int = 7
+    coarse: int = 8
+    fine: int = 8
     turns: int = 2
     lowest: float = 0.55
     farthest: float = 0.12
