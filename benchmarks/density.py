@@ -17,7 +17,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ from daq_jax.groups import Groups, Line
 RESULTS = Path(__file__).parent / "results" / "density"
 TOKENS = (1, 2, 16, 64)  # times 512, of calibration text
 STANDARD = 16  # of them, wherever that is not what varies
-JUDGED = {"gpu": 3072, "cpu": 1536, "tiny": 16}  # held-out windows of the model's context
+JUDGED = {"gpu": 3072, "cpu": 512, "tiny": 16}  # held-out windows of the model's context
 SIZES = behaviour_training.SIZES | {
     "cpu": dataclasses.replace(behaviour_training.SIZES["cpu"], base_steps=1000, tune_steps=100)
 }
@@ -123,8 +123,8 @@ def measure(reference: Params, params: Params, text: Array, *, size: ModelSize) 
 class Study:
     """A trained model, its Gram matrices by amount of calibration, and the rows measured so far."""
 
-    def __init__(self, trained: Trained, name: str) -> None:
-        self.trained, self.rows, self.begun = trained, [], time.perf_counter()
+    def __init__(self, trained: Trained, name: str, keep: Callable[[list[dict[str, Any]]], None]) -> None:
+        self.trained, self.rows, self.keep, self.begun = trained, [], keep, time.perf_counter()
         self.grams = {tokens: self._calibrate(tokens) for tokens in (TOKENS if name != "tiny" else (1, 16))}
         loss, _ = measure(trained.params, trained.params, trained.held_out, size=trained.size)
         self.perplexity = math.exp(loss)
@@ -153,6 +153,7 @@ class Study:
             "output_loss": float(sum(jnp.sum(e * (gram[p] @ e)) for p, e in errors.items())),
         }
         self.rows.append(row)
+        self.keep(self.rows)
         seconds = time.perf_counter() - self.begun
         words = f"{name}, {fmt.name}, group {group}, {tokens} x 512"
         print(f"{seconds:5.0f} s: {words}: +{row['increase']:.5f}, KL {row['kl']:.2e}", flush=True)
@@ -179,23 +180,23 @@ class Study:
             self.add(name, "density", fmt, group, tokens, leaves)
 
     def add_all(self, name: str) -> None:
-        """Every row of the table; a CPU, and a look at all of it that takes seconds, leave some out."""
+        """Every row of the tables, the main ones first; on a CPU, and in a quick look, some are left out."""
         gpu = name == "gpu"
-        formats = {"gpu": (daq.nf4, daq.fp4_e2m1, daq.fp4_bnb, daq.int4), "cpu": (daq.nf4, daq.fp4_e2m1)}
-        for fmt in formats.get(name, (daq.nf4,)):
-            self.add_baselines(fmt, 128, STANDARD)
-            self.add_density(fmt, 128, STANDARD, [BEST])
+        self.add_baselines(daq.nf4, 128, STANDARD)
+        self.add_density(daq.nf4, 128, STANDARD, [BEST])
         if name == "tiny":
             return
-        left_out = () if gpu else (BEST, "density_released", "density_paper")
+        left_out = (BEST,) if gpu else (BEST, "no stage", "density_released", "density_paper")
         self.add_density(daq.nf4, 128, STANDARD, [s for s in STAGES if s not in left_out])
-        for tokens in TOKENS:
-            if tokens != STANDARD:
-                self.add_baselines(daq.nf4, 128, tokens, ["gptq"])
-                self.add_density(daq.nf4, 128, tokens, [BEST])
-        for group in (64, None):
-            self.add_baselines(daq.nf4, group, STANDARD)
+        for fmt in (daq.fp4_e2m1, daq.fp4_bnb, daq.int4) if gpu else (daq.fp4_e2m1,):
+            self.add_baselines(fmt, 128, STANDARD)
+            self.add_density(fmt, 128, STANDARD, [BEST])
+        for tokens in (2, 64, 1):
+            self.add_density(daq.nf4, 128, tokens, [BEST])
+            self.add_baselines(daq.nf4, 128, tokens, ["gptq"])
+        for group in (None, 64):
             self.add_density(daq.nf4, group, STANDARD, ["stages 1, 2, rounding", BEST] if gpu else [BEST])
+            self.add_baselines(daq.nf4, group, STANDARD)
 
 
 def stage_two(study: Study, outputs: int) -> list[dict[str, Any]]:
@@ -245,22 +246,30 @@ def main() -> None:
     )
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], parents=[folders])
     parser.add_argument("--size", choices=SIZES, default="cpu")
+    parser.add_argument("--report", type=Path, help="only report on this JSON file")
     given = parser.parse_args()
+    if given.report:
+        return write_report(given.report, BEST)
     about = environment(folders.parse_known_args()[1], "density.py")
     begun = time.perf_counter()
     text = load_corpora(given.wheels.expanduser())[0]
     trained = train_model(SIZES[given.size], text, JUDGED[given.size], given.weights)
-    study = Study(trained, given.size)
+    given.out.mkdir(parents=True, exist_ok=True)
+    path = given.out / f"{given.size}.json"
+    result: dict[str, Any] = about | {"size": given.size, "model": dataclasses.asdict(trained.size)}
+
+    def keep(rows: list[dict[str, Any]]) -> None:
+        """Rewrites the file after each row, so that a run cut short has its rows."""
+        result.update(rows=rows, seconds=time.perf_counter() - begun)
+        path.write_text(json.dumps(result, indent=1))
+
+    study = Study(trained, given.size, keep)
+    result["perplexity"] = study.perplexity
     print(
         f"{time.perf_counter() - begun:.0f} s: trained; perplexity {study.perplexity:.4f} a byte", flush=True
     )
-    layers = stage_two(study, 4 if given.size == "tiny" else 16)
+    result["layers"] = stage_two(study, {"gpu": 4, "cpu": 8, "tiny": 4}[given.size])
     study.add_all(given.size)
-    result = about | {"size": given.size, "model": dataclasses.asdict(trained.size), "layers": layers}
-    result |= {"perplexity": study.perplexity, "rows": study.rows, "seconds": time.perf_counter() - begun}
-    given.out.mkdir(parents=True, exist_ok=True)
-    path = given.out / f"{given.size}.json"
-    path.write_text(json.dumps(result, indent=1))
     write_report(path, BEST)
 
 
