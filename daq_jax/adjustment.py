@@ -95,7 +95,7 @@ class LeastSquares:
                 error = groups.error(values, trial)
                 pull = across(groups.gram, error)
                 best = best.or_better(trial, jnp.sum(error * pull, axis=1))
-                trial, _ = better_line(values, trial, pull, groups.real, groups.gram, groups.shift)
+                trial, _ = better_line(values, trial, pull, groups.real, groups.gram, shift=groups.shift)
             return best, None
 
         moves = moves if groups.shift else moves[:1]

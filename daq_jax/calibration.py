@@ -306,9 +306,9 @@ def _interpret(
         else:
             if name == "dot_general" and (of[0] is None) != (of[1] is None):
                 contracting, batch = eqn.params["dimension_numbers"]
-                k = 0 if of[0] else 1
-                if not batch[k]:
-                    notice(of[k], contracting[k], given[1 - k], contracting[1 - k])
+                for k, found in enumerate(of):
+                    if found is not None and not batch[k]:
+                        notice(found, contracting[k], given[1 - k], contracting[1 - k])
             with eqn.ctx.manager:
                 results = eqn.primitive.bind(*given, **eqn.primitive.get_bind_params(eqn.params))
             results = results if eqn.primitive.multiple_results else [results]

@@ -286,8 +286,7 @@ def _on_grid(base: Any, q: QTensor) -> Array:
         scale = view.spread(base.scale)
     else:
         scale = absmax_scale(tiles, view.tile_axes, largest=fmt.largest)
-    shifted = is_qtensor(base) and base.zero is not None
-    zero = view.spread(base.zero) if shifted else 0.0
+    zero = view.spread(base.zero) if is_qtensor(base) and base.zero is not None else 0.0
     nearest = multiply(fmt.round(divide(tiles, scale) + zero) - zero, scale)
     _, exponent = jnp.frexp(tiles)  # |tiles| in [2^(exponent - 1), 2^exponent)
     half_unit = jnp.ldexp(jnp.float32(1), exponent - 2 - jnp.finfo(weight.dtype).nmant)

@@ -151,8 +151,8 @@ def _quantize(weight: Array, base: Array | None, gram: Array | None, *, how: _Ho
             values, line = _place(groups, islands, base, recipe)
             return recipe.format.encode(values), line
 
-        matrices = layout.cut(weight), None if base is None else layout.cut(base)
-        codes, line = _by_columns(place, *matrices, split=how.split)
+        before = None if base is None else layout.cut(base)
+        codes, line = _by_columns(place, layout.cut(weight), before, split=how.split)
         scale, zero = (x.reshape(view.grid) for x in line)
         return layout.join(codes), scale, zero
 
@@ -177,18 +177,17 @@ def _damped(layout: GroupLayout, gram: Array | None, recipe: DensityRecipe) -> t
     return groups, Islands.of(damped(layout.row_gram(gram)[None], layout.real.sum(keepdims=True)[0, 0]))
 
 
-def _by_columns(place: Callable[..., Any], *matrices: Array | None, split: bool) -> Any:
+def _by_columns(place: Callable[..., Any], weight: Array, base: Array | None, *, split: bool) -> Any:
     """`place` on all outputs of all matrices; a CPU takes some at a time, to find them in its cache."""
-    batch, count, size, columns = matrices[0].shape
+    batch, count, size, columns = weight.shape
 
     def in_parts(width: int, *matrices: Array | None) -> Any:
         parts = -(-columns // width)
 
         def cut(x: Array) -> Array:
             x = jnp.pad(x, [(0, 0), (0, 0), (0, 0), (0, parts * width - columns)])
-            return jnp.moveaxis(x.reshape(batch, count, size, parts, width), 3, 1).reshape(
-                -1, count, size, width
-            )
+            x = jnp.moveaxis(x.reshape(batch, count, size, parts, width), 3, 1)
+            return x.reshape(-1, count, size, width)
 
         def join(x: Array) -> Array:
             x = x.reshape(batch, parts, *x.shape[1:])
@@ -200,9 +199,9 @@ def _by_columns(place: Callable[..., Any], *matrices: Array | None, split: bool)
 
     whole = functools.partial(in_parts, columns)
     if not split:
-        return whole(*matrices)
+        return whole(weight, base)
     width = min(columns, max(_NARROWEST, _IN_CACHE // (count * size)))
-    return lax.platform_dependent(*matrices, cpu=functools.partial(in_parts, width), default=whole)
+    return lax.platform_dependent(weight, base, cpu=functools.partial(in_parts, width), default=whole)
 
 
 def _place(
@@ -210,7 +209,9 @@ def _place(
 ) -> tuple[Array, Line]:
     """The stages: values of the codes, and their lines."""
     line = Line(*align(groups.weight, groups.real, groups.format, recipe.centre, recipe.coverage))
-    loss = groups.loss if recipe.metric is None else _loss_of_change(groups, base, recipe.metric)
+    loss = groups.loss
+    if recipe.metric is not None and base is not None:
+        loss = _loss_of_change(groups, base, recipe.metric)
     if recipe.adjust is not None:
         line = recipe.adjust(groups, loss, line)
     if islands is not None:

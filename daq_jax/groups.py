@@ -89,6 +89,7 @@ def better_line(
     pull: Float[Array, "N n C"],
     real: Bool[Array, "N n 1"],
     gram: Float[Array, "N n n"],
+    *,
     shift: bool,
 ) -> tuple[Line, Float[Array, "N C"]]:
     """The line of least loss for fixed codes, and by how much it lowers the loss.

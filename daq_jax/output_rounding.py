@@ -152,7 +152,7 @@ def _descend(
         before = _weights(group.values, group.line)
         values, pulled = _choose(own, group, pull[g], fmt)
         alone = jax.tree.map(lambda x: x[None], (values, group.line, pulled, group.real, own))
-        line = jax.tree.map(lambda x: x[0], better_line(*alone, shift)[0])
+        line = jax.tree.map(lambda x: x[0], better_line(*alone, shift=shift)[0])
         moved = jnp.where(group.real, _weights(values, line) - before, 0)
         everywhere = across(group.rows.reshape(-1, size).T, moved)
         return pull - everywhere.reshape(pull.shape), (values, line)
