@@ -169,7 +169,7 @@ class SignSteps:
                 line, before, moved = _to_lower_side(at, line, before, sides)
             sides = (line._replace(scale=line.scale * (1 + sign * size)) for sign in (-1, 1))
             line, before, moved_scale = _to_lower_side(at, line, before, tuple(sides))
-            idle = walk.idle + (walk.turn % self.turns == 0)
+            idle = jnp.where(walk.turn % self.turns == 0, walk.idle + 1, walk.idle)
             idle = jnp.where(moved | moved_scale, 0, idle + 1)
             next_epoch = (walk.turn // self.turns + 1) * self.turns
             return _Walk(line, before, jnp.where(idle > self.patience, next_epoch, walk.turn + 1), idle)
