@@ -1,4 +1,4 @@
-"""Four bits by density: calibrate a Flax model on a few batches, and quantize it by what its layers put out."""
+"""Four bits by density: calibrate a Flax model, and quantize it by what its layers put out."""
 
 import flax.linen as nn
 import jax

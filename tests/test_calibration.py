@@ -147,6 +147,7 @@ def test_one_at_a_time_makes_the_same_matrices_when_asked():
         daq.calibrate(Mlp(), params, [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_sharded_batches_and_params_give_the_same(kind):
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))

@@ -78,6 +78,7 @@ def test_a_weight_is_code_less_zero_times_scale_everywhere():
     np.testing.assert_allclose(table.mse, np.mean(error**2), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_base_of_a_comparison_may_have_a_zero():
     weight, grams = weight_and_grams("on grid", (64, 6))
     base = quantized(weight, grams, daq.DensityRecipe(group=32, adjust=None, sweeps=1))
