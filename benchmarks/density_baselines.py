@@ -4,7 +4,7 @@ All give back one effective matrix in float32. A scale is AbsMax where symmetric
 from the smallest to the largest weight of a group, its zero a real number, which favours int4: files hold
 whole zeros. AWQ is `Q(diag(factor) W) / factor`, as if every division could be folded into the layer before.
 GPTQ is that of arXiv:2210.17323 with its usual damping of 1 %, groups fitted as they are reached, inputs in
-their own order; a test in `density.py` holds it against qwix's, which knows integers only.
+their own order; a test holds it against the elimination that it is a shortcut for.
 
 Letters: `R` inputs and `C` outputs of a matrix, `n` inputs of a group.
 """

@@ -16,6 +16,7 @@ from daq_jax.grams import KernelInputs
 from daq_jax.groups import Groups, Line
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import density_baselines
 import density_released
 
 FORMATS = [daq.nf4, daq.fp4_e2m1, daq.fp4_bnb, daq.int4]
@@ -234,3 +235,26 @@ def test_constant_and_zero_groups_are_exact_and_finite():
     weight[:, 1] = 0.3
     q = quantized(weight, None, daq.DensityRecipe(group=32, adjust=None, sweeps=1))
     np.testing.assert_allclose(q.dequantize(), weight, rtol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_gptq_of_the_benchmark_is_elimination_one_input_at_a_time(symmetric):
+    weight, grams = weight_and_grams("gptq", (24, 5))
+    gram = np.float64(grams.products["kernel"])
+    grid = density_baselines.Grid(daq.int4, 8, symmetric)
+    got = density_baselines.gptq(
+        jnp.asarray(weight), density_baselines.Inputs.of(grams.products["kernel"]), grid
+    )
+    inverse = np.linalg.inv(gram + 0.01 * np.mean(np.diag(gram)) * np.eye(24))
+    left, wanted = np.float64(weight), np.zeros((24, 5))
+    for i in range(24):
+        if i % 8 == 0:
+            low, high = left[i : i + 8].min(0), left[i : i + 8].max(0)
+            scale = np.abs(left[i : i + 8]).max(0) / 7 if symmetric else (high - low) / 14
+            zero = 0 * scale if symmetric else 7 - high / scale
+        wanted[i] = (np.clip(np.rint(left[i] / scale + zero), -7, 7) - zero) * scale
+        left = left - np.outer(inverse[i], (left[i] - wanted[i]) / inverse[i, i])
+        inverse = inverse - np.outer(inverse[i], inverse[i]) / inverse[i, i]
+        inverse[i, i] = 1.0
+    np.testing.assert_allclose(got, wanted, atol=1e-4)
