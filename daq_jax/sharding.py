@@ -5,7 +5,7 @@ the user says where things lie. We do: codes lie as the weight does and scales w
 reshapes in between may be left to the compiler (mesh axes Auto).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -42,6 +42,40 @@ def run_sharded(function: Callable[..., Any], out: Any) -> Callable[..., Any]:
     if any(_is_explicit(s) for s in leaves):
         return jax.sharding.auto_axes(function, out_sharding=out)
     return lambda *args: jax.lax.with_sharding_constraint(function(*args), out)
+
+
+def on_each_device(
+    function: Callable[..., Any], inside: Sequence[NamedSharding | None], out: Sequence[NamedSharding]
+) -> Callable[..., Any]:
+    """`function`, called on each device with the shards that lie there: no device waits for another.
+
+    Args:
+        function: of arrays, to a tuple of arrays.
+        inside: where each argument lies; None where it lies everywhere, or is None.
+        out: where each result lies.
+    """
+
+    def spec(sharding: NamedSharding | None) -> PartitionSpec:
+        return PartitionSpec() if sharding is None else sharding.spec
+
+    return jax.shard_map(
+        function,
+        mesh=None if _is_explicit(out[0]) else out[0].mesh,  # None: that which `run_sharded` has set
+        in_specs=tuple(map(spec, inside)),
+        out_specs=tuple(map(spec, out)),
+        check_vma=False,
+    )
+
+
+def keeps_tiles_whole(weight: NamedSharding, scale: NamedSharding, view: TileView) -> bool:
+    """Whether every tile lies on one device, given where the weight and its scales lie."""
+    batch, rows, columns = view.axes
+    spec = tuple(weight.spec) + (None,) * (len(view.shape) - len(weight.spec))
+    grid = tuple(scale.spec)[len(batch) :]
+    return all(
+        (spec[axes[0]] is None or spec[axes[0]] == names) and not any(spec[a] for a in axes[1:])
+        for axes, names in zip((rows, columns), grid, strict=True)
+    )
 
 
 def scale_sharding(weight: NamedSharding | None, view: TileView) -> NamedSharding | None:
