@@ -98,7 +98,7 @@ def test_search_kernel_gives_a_tile_that_is_not_finite_the_scale_nan():
     np.testing.assert_array_equal(np.isnan(np.ravel(scale)), [False, True, True])
 
 
-@pytest.mark.parametrize("per", ["row", "column"])
+@pytest.mark.parametrize("per", [pytest.param("row", marks=pytest.mark.slow), "column"])
 @pytest.mark.parametrize("matrix", [((-2,), (-1,)), pytest.param(((-1,), (-2,)), marks=pytest.mark.slow)])
 def test_gains_kernel_ends_with_the_brackets_of_the_plain_bisection(per, matrix):
     base, tuned = pair((128, 256), native=True)
