@@ -39,7 +39,7 @@ def kept(q):
 
 
 def directions_of(base, tuned, rank):
-    """Leading left singular directions of the change, its squared size along them and, on average, beside."""
+    """Leading left singular directions of the change; its squared size along them, and on average beside."""
     d = tuned.astype(np.float64) - base
     u, sizes, _ = np.linalg.svd(d, full_matrices=False)
     rest = np.sum(sizes[rank:] ** 2) / (d.shape[0] - rank)
