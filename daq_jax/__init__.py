@@ -7,6 +7,7 @@ direction, its size. Pure functions over pytrees. Letters used throughout: `R, C
 """
 
 import importlib
+from typing import TYPE_CHECKING
 
 from daq_jax import recipes
 from daq_jax.comparison import Comparison, Figures, compare
@@ -22,10 +23,13 @@ from daq_jax.tilings import Block, Channel, Group, PerTensor
 from daq_jax.trees import dequantize, quantize
 from daq_jax.unbiased import UnbiasedGain, UnbiasedSubspace
 
+if TYPE_CHECKING:
+    from daq_jax.io.folder_quantizer import quantize_folder
+
 __version__ = "0.1.0"
 
 # Names at the edges, by the module that holds them; loaded when first used: the core imports none of it.
-_EDGES: dict[str, str] = {}
+_EDGES: dict[str, str] = {"quantize_folder": "daq_jax.io.folder_quantizer"}
 
 __all__ = [
     "DEFAULT_RULES",
@@ -63,6 +67,7 @@ __all__ = [
     "neg_mse",
     "nf4",
     "quantize",
+    "quantize_folder",
     "recipes",
     "use",
 ]
