@@ -37,13 +37,13 @@ def pair(request, tmp_path_factory) -> tuple[pathlib.Path, pathlib.Path]:
     return folder / "base", folder / "tuned"
 
 
-def dequantized(path: pathlib.Path) -> dict:
-    """Every tensor of a folder as a float32 torch tensor, by our own reader."""
+def dequantized(path: pathlib.Path, dtype: str) -> dict:
+    """Every tensor of a folder as a float32 torch tensor, by our own reader; weights rounded to `dtype`."""
     import torch
 
     folder = open_folder(path)
     found = {name: folder.read(name) for name in folder.tensors}
-    arrays = {n: x.dequantize(np.float32) if isinstance(x, daq.QTensor) else x for n, x in found.items()}
+    arrays = {n: x.dequantize(dtype) if isinstance(x, daq.QTensor) else x for n, x in found.items()}
     folder.close()
     return {n: torch.from_numpy(np.asarray(x).astype(np.float32)) for n, x in arrays.items()}
 
@@ -55,32 +55,34 @@ def logits(model) -> np.ndarray:
         return model.eval()(torch.arange(64).reshape(2, 32)).logits.float().numpy()
 
 
-def by_our_weights(path: pathlib.Path, tuned: pathlib.Path):
-    """The tuned model in float32, with the weights of `path` as our reader dequantizes them."""
+def by_our_weights(path: pathlib.Path, tuned: pathlib.Path, dtype: str):
+    """The tuned model in `dtype`, with the weights of `path` as our reader dequantizes them."""
     import torch
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(tuned, dtype=torch.float32)
-    missing, unexpected = model.load_state_dict(dequantized(path), strict=False)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tuned, dtype=getattr(torch, dtype))
+    missing, unexpected = model.load_state_dict(dequantized(path, dtype), strict=False)
     assert unexpected == []
     assert set(missing) <= {"lm_head.weight"}
     return model
 
 
+def assert_same_weights(found, wanted) -> None:
+    for name, weight in wanted.state_dict().items():
+        assert found.state_dict()[name].dtype == weight.dtype
+        np.testing.assert_array_equal(found.state_dict()[name].float(), weight.float(), err_msg=name)
+
+
 def test_transformers_loads_blocks_and_computes_what_our_weights_say(pair, tmp_path):
-    import torch
     import transformers
 
     daq.quantize_folder(*pair, tmp_path / "out", daq.recipes.absmax, memory_gb=2)
     how = transformers.FineGrainedFP8Config(dequantize=True)
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out", quantization_config=how, dtype=torch.float32
-    )
-    ours = by_our_weights(tmp_path / "out", pair[1])
-    for name, weight in ours.state_dict().items():
-        np.testing.assert_array_equal(loaded.state_dict()[name], weight, err_msg=name)
-    np.testing.assert_allclose(logits(loaded), logits(ours), rtol=1e-5, atol=1e-5)
-    tuned = transformers.AutoModelForCausalLM.from_pretrained(pair[1], dtype=torch.float32)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", quantization_config=how)
+    ours = by_our_weights(tmp_path / "out", pair[1], "bfloat16")
+    assert_same_weights(loaded, ours)
+    np.testing.assert_array_equal(logits(loaded), logits(ours))
+    tuned = transformers.AutoModelForCausalLM.from_pretrained(pair[1])
     error = np.linalg.norm(logits(ours) - logits(tuned)) / np.linalg.norm(logits(tuned))
     assert 1e-3 < error < 0.1  # FP8 codes: neither the tuned weights nor noise
 
@@ -96,7 +98,5 @@ def test_compressed_tensors_decompresses_to_codes_times_scale(layout, pair, tmp_
     expected = torch.int8 if layout == "int8-channel" else torch.float8_e4m3fn
     assert list(stored.values()) == [expected] * 14
     found = logits(loaded)  # the first forward pass decompresses
-    ours = by_our_weights(tmp_path / "out", pair[1])
-    for name, weight in ours.state_dict().items():
-        np.testing.assert_array_equal(loaded.state_dict()[name], weight, err_msg=name)
+    assert_same_weights(loaded, by_our_weights(tmp_path / "out", pair[1], "float32"))
     assert np.isfinite(found).all()
