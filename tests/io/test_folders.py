@@ -42,11 +42,11 @@ EVERY_DTYPE = {str(x): np.arange(6).reshape(2, 3).astype(x) for x in (*WORDS, *E
 def test_a_written_file_is_that_of_the_reference_writer(tmp_path):
     safetensors.numpy.save_file(EVERY_DTYPE, tmp_path / "reference", {"format": "pt"})
     specs = {name: TensorSpec.of(x.dtype, x.shape) for name, x in EVERY_DTYPE.items()}
-    writer = TensorWriter(tmp_path / "ours", specs)
-    for name, x in reversed(EVERY_DTYPE.items()):
-        writer.write(name, x)
-    assert not (tmp_path / "ours").exists()
-    writer.finish()
+    with TensorWriter(tmp_path / "ours", specs) as writer:
+        for name, x in reversed(EVERY_DTYPE.items()):
+            writer.write(name, x)
+        assert not (tmp_path / "ours").exists()
+        writer.finish()
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "reference").read_bytes()
 
 
@@ -63,9 +63,9 @@ def test_every_dtype_is_read_back_whole_and_in_parts(tmp_path):
 
 def test_a_transposed_array_is_written_in_c_order(tmp_path):
     x = normal(0, 2, 3)
-    writer = TensorWriter(tmp_path / "file", {"x": TensorSpec("F32", (3, 2))})
-    writer.write("x", x.T)
-    writer.finish()
+    with TensorWriter(tmp_path / "file", {"x": TensorSpec("F32", (3, 2))}) as writer:
+        writer.write("x", x.T)
+        writer.finish()
     np.testing.assert_array_equal(TensorReader(tmp_path / "file").read("x"), x.T)
 
 
