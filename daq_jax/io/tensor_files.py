@@ -258,8 +258,8 @@ class TensorWriter:
     """Writes a file whose tensors are known beforehand, in any order and piece by piece.
 
     Bytes go to a temporary name beside `path`; `finish` gives the file its name once all of it is on disk.
-    The order of tensors is that of the reference writer, so the files are equal byte by byte. Used as a context
-    that closes the file, finished or not.
+    The order of tensors is that of the reference writer, so the files are equal byte by byte. A context that
+    closes the file at its end, finished or not.
 
     Args:
         path: of the finished file.

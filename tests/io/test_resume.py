@@ -94,7 +94,9 @@ def test_a_file_that_another_process_is_writing_is_left_to_it(pair, tmp_path, st
     with pytest.raises(Stopped):
         run(pair, tmp_path / "out")
     lock = tmp_path / "out" / ".daq" / "model-00003-of-00004.safetensors.lock"
-    words = f"import fcntl, time; f = open({str(lock)!r}); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True); input()"
+    words = (
+        f"import fcntl; f = open({str(lock)!r}); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True); input()"
+    )
     other = subprocess.Popen([sys.executable, "-c", words], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         other.stdout.readline()
