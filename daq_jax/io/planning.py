@@ -136,11 +136,11 @@ class Plan:
 
     @property
     def kept(self) -> dict[str, list[Job]]:
-        """Tensors that stay as they are, by the reason why."""
+        """Tensors that stay as they are, by the reason why, without its particulars."""
         reasons: dict[str, list[Job]] = collections.defaultdict(list)
         for job in self.jobs:
             if not job.quantize:
-                reasons[job.why].append(job)
+                reasons[job.why.partition(":")[0]].append(job)
         return dict(reasons)
 
 
@@ -256,7 +256,7 @@ def _kept(tuned: Folder, layout: Layout, tp: int) -> dict[str, str]:
     for names in groups.values():
         at_fault = next((n for n in names if own[n]), None)
         if at_fault is not None:
-            kept |= {n: own[n] or f"servers fuse it with {at_fault}, which is kept" for n in names}
+            kept |= {n: own[n] or f"servers fuse it with a weight that is kept: {at_fault}" for n in names}
     return kept
 
 
