@@ -4,8 +4,8 @@
     python benchmarks/folders.py plan --disk DIR       # headers of 671B parameters over sparse files
     python benchmarks/folders.py speed --disk DIR      # beside the same tensors in memory, and beside a copy
 
-Each prints its figures and writes them to `benchmarks/results/folders_<name>.json`. Folders are made below DIR
-and removed. Peak memory is that of a process of its own, as the system counts it (`ru_maxrss`).
+Each prints its figures and writes them to `benchmarks/results/folders_<name>.json`. Folders are made below
+DIR and removed. Peak memory is that of a process of its own, as the system counts it (`ru_maxrss`).
 """
 
 import dataclasses

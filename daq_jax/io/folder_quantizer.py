@@ -121,7 +121,7 @@ def quantize_folder(
         _refuse_full_disk(out, plan)
         journal = Journal(out, fingerprint(_files(before, after), about))
         if journal.begin(overwrite=overwrite):
-            console.print(f"{out} is complete already", highlight=False)
+            console.print(f"{out} is complete already", highlight=False, markup=False)
             return json.loads((out / REPORT).read_text())
         mine = list(plan.shards[shard[0] - 1 :: shard[1]])
         with progress_on(console, sum(job.tuned.nbytes for s in mine for job in s.jobs)) as running:

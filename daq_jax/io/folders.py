@@ -143,7 +143,7 @@ class HuggingFaceFolder(Folder):
         missing = [n for n, file in self._file_of.items() if n not in self._readers[file].entries]
         if missing:
             raise ValueError(
-                f"{self.path / INDEX}: says that {missing[0]!r} is in {self._file_of[missing[0]]}, which has "
+                f"{self.path / INDEX}: says that {missing[0]!r} is in {self._file_of[missing[0]]!r}, which has "
                 f"no tensor of that name, nor {len(missing) - 1} others; the folder is incomplete or mixed."
             )
         placed = sorted(self._file_of, key=lambda n: (self._file_of[n], self._entry(n).start))
@@ -232,5 +232,5 @@ def _weight_map(index: Path) -> dict[str, str]:
                 f"{index}: tensor {name!r} is said to be in {file!r}; needed the name of a file in it."
             )
         if not (index.parent / file).is_file():
-            raise ValueError(f"{index}: tensor {name!r} is in {file}, which is not in the folder.")
+            raise ValueError(f"{index}: tensor {name!r} is in {file!r}, which is not in the folder.")
     return found
