@@ -143,8 +143,8 @@ class HuggingFaceFolder(Folder):
         missing = [n for n, file in self._file_of.items() if n not in self._readers[file].entries]
         if missing:
             raise ValueError(
-                f"{self.path / INDEX}: says that {missing[0]!r} is in {self._file_of[missing[0]]!r}, which has "
-                f"no tensor of that name, nor {len(missing) - 1} others; the folder is incomplete or mixed."
+                f"{self.path / INDEX}: says that {missing[0]!r} is in {self._file_of[missing[0]]!r}, which "
+                f"has no tensor of that name, nor {len(missing) - 1} others; the folder is incomplete."
             )
         placed = sorted(self._file_of, key=lambda n: (self._file_of[n], self._entry(n).start))
         specs = {name: self._entry(name).spec for name in placed}

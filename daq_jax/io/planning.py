@@ -30,9 +30,9 @@ MissingBase = Literal["error", "absmax"]
 
 # The heads of classifiers, by the name that transformers gives them.
 RULES = (keep(r"(^|\.)score\."), *DEFAULT_RULES)
-_WORK = 24  # bytes that quantizing takes for each element of a matrix, both inputs included
-_AHEAD = 10  # bytes for each element of the next matrix, read ahead, and of the last, being written
-_RUNTIME = 700 * 10**6  # bytes of the interpreter, JAX and its compiled programs
+_WORK = 24  # bytes that quantizing takes for each element of a matrix, two inputs of 16 bits included
+_WRITING = 2  # bytes for each element of the matrix before it, which is being written
+_RUNTIME = 700 * 10**6  # bytes of the interpreter, JAX, its compiled programs, and the figures of a band
 _SHOWN = 8  # problems listed in full
 _CONV1D = ("gpt2", "gpt_bigcode", "openai-gpt")  # whose matrices are stored [in, out]
 _FLOATS = ("BF16", "F16", "F32")
@@ -213,14 +213,15 @@ def _quantized(tensor: Tensor, base: Tensor | None, recipe: Recipe, layout: Layo
 def _rows_at_a_time(tensor: Tensor, recipe: Recipe, layout: Layout, memory: int) -> int:
     """Whole matrices one by one; a matrix too large for the memory in bands, if its tiles are independent."""
     *batch, outputs, inputs = tensor.shape
-    room = (memory - _RUNTIME) // (_WORK + _AHEAD)
+    each = _bytes_each(tensor)
+    room = (memory - _RUNTIME) // each
     whole = 1 if batch else outputs
     if outputs * inputs <= room:
         return whole
     step = layout.tiling.c if isinstance(layout.tiling, Block) else 1
     rows = room // inputs // step * step
     if batch or rows < step or not isinstance(recipe.rounding, Nearest):
-        needed = (_RUNTIME + outputs * inputs * (_WORK + _AHEAD)) / 10**9
+        needed = (_RUNTIME + outputs * inputs * each) / 10**9
         raise ValueError(
             f"{tensor.file}: {tensor.name!r} is {outputs} x {inputs}, which takes {needed:.1f} GB at once; "
             f"the memory given is {memory / 10**9:.1f} GB: raise it (--memory {math.ceil(10 * needed) / 10})."
@@ -229,8 +230,14 @@ def _rows_at_a_time(tensor: Tensor, recipe: Recipe, layout: Layout, memory: int)
 
 
 def _memory(shards: Iterable[Sequence[Job]]) -> int:
-    units = [job.unit for jobs in shards for job in jobs if job.quantize]
-    return _RUNTIME + max(units, default=0) * (_WORK + _AHEAD)
+    units = [job.unit * _bytes_each(job.tuned) for jobs in shards for job in jobs if job.quantize]
+    return _RUNTIME + max(units, default=0)
+
+
+def _bytes_each(tensor: Tensor) -> int:
+    """Bytes of memory for each element of the largest matrix: while one is worked on, the next is read."""
+    wide = max(2, tensor.dtype.itemsize if tensor.dtype else 2)
+    return _WORK + _WRITING + 2 * wide + 2 * (wide - 2)
 
 
 def _is_tied(folder: Folder) -> bool:
