@@ -66,6 +66,7 @@ def fingerprint(q: dict) -> jax.Array:
 
 print(
     f"process {jax.process_index()} of {jax.process_count()}, "
-    f"{jax.local_device_count()} of {devices} devices: projection {table.total.projection:.3f}, codes {int(fingerprint(q)):08x}, "
+    f"{jax.local_device_count()} of {devices} devices: "
+    f"projection {table.total.projection:.3f}, codes {int(fingerprint(q)):08x}, "
     f"loaded onto another mesh {int(fingerprint(loaded)):08x}"
 )

@@ -120,6 +120,11 @@ def open_folder(path: str | Path) -> Folder:
     return HuggingFaceFolder(path)
 
 
+def is_orbax(path: Path) -> bool:
+    """Whether a folder looks like an Orbax checkpoint."""
+    return any((path / name).exists() for name in ("_CHECKPOINT_METADATA", "_METADATA"))
+
+
 class HuggingFaceFolder(Folder):
     """A `Folder` of safetensors files with a `config.json`, as Hugging Face lays them out."""
 
