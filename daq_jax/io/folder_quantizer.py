@@ -66,7 +66,7 @@ def quantize_folder(
         missing_base: "error", or "absmax" to quantize weights that base lacks without it.
         tp: number of devices over which a server will divide each weight.
         base_dtype: that quantized inputs stand for: "bfloat16", "float16" or "float32"; None for the dtype
-            that the tuned model's config names.
+            that the tuned model's weights are stored in, or that its config names.
         shard: (I, N), to do the I-th of N shares of the files; whoever is last completes the folder.
         overwrite: replace the checkpoint in `out`.
         custom_code: copy Python files of the tuned model too.
@@ -129,8 +129,9 @@ def quantize_folder(
             "custom_code": custom_code,
         }
         about |= {"rows": {job.name: job.rows for job in plan.jobs if job.quantize and len(job.parts) > 1}}
-        summary = _summary(plan, about)
-        console.print(table_of(plan, f"{target}: {TARGETS[target].notes[layout.name]}"))
+        note = TARGETS[target].notes[layout.name]
+        summary = _summary(plan, about) | {"server": note}
+        console.print(table_of(plan, f"{target}: {note}"))
         if warning_of(plan):
             console.print(warning_of(plan), highlight=False)
         if plan_only:

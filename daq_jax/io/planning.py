@@ -165,13 +165,13 @@ def make_plan(
         memory: bytes that the work may take.
         missing_base: what becomes of weights whose base is missing or has another shape.
         tp: number of devices over which a server will divide each weight.
-        dtype: that quantized inputs are dequantized to; None for the tuned model's own.
+        dtype: that quantized inputs are dequantized to; None for that of the tuned model's weights.
 
     Raises:
         ValueError: naming every tensor that has no base, or what does not fit into the memory.
     """
     kept, dropped = _kept(tuned, layout, tp), _dropped(tuned)
-    dtype = dtype or tuned.dtype
+    dtype = dtype or _stored_dtype(tuned)
     problems = {}
     for name, tensor in tuned.tensors.items():
         if name not in kept and name not in dropped and (why := _problem(base.tensors.get(name), tensor)):
@@ -238,6 +238,12 @@ def _bytes_each(tensor: Tensor) -> int:
     """Bytes of memory for each element of the largest matrix: while one is worked on, the next is read."""
     wide = max(2, tensor.dtype.itemsize if tensor.dtype else 2)
     return WORK + _WRITING + 2 * wide + 2 * (wide - 2)
+
+
+def _stored_dtype(folder: Folder) -> np.dtype:
+    """Of its weights; where they are codes, the one its config names."""
+    plain = (t for name, t in folder.tensors.items() if is_matrix(name, len(t.shape)) and not t.coding)
+    return next((t.dtype for t in plain if t.dtype and t.spec.dtype in _FLOATS), folder.dtype)
 
 
 def _is_tied(folder: Folder) -> bool:

@@ -100,3 +100,34 @@ def test_compressed_tensors_decompresses_to_codes_times_scale(layout, pair, tmp_
     found = logits(loaded)  # the first forward pass decompresses
     assert_same_weights(loaded, by_our_weights(tmp_path / "out", pair[1], "float32"))
     assert np.isfinite(found).all()
+
+
+def test_transformers_loads_experts_and_fuses_them(tmp_path):
+    import safetensors.torch
+    import torch
+    import transformers
+
+    config = transformers.Qwen3MoeConfig(
+        **{**TINY, "hidden_size": 128, "head_dim": 32, "num_key_value_heads": 4},
+        moe_intermediate_size=128,
+        num_experts=4,
+        num_experts_per_tok=2,
+        dtype="bfloat16",
+    )
+    torch.manual_seed(0)
+    model = transformers.Qwen3MoeForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 1e-3 * torch.randn_like(weight)
+    model.save_pretrained(tmp_path / "tuned")
+    report = daq.quantize_folder(
+        tmp_path / "base", tmp_path / "tuned", tmp_path / "out", daq.recipes.absmax, memory_gb=2
+    )
+    assert sum("experts" in name for name in report["quantized"]) == 2 * 4 * 3
+    assert "model.layers.0.mlp.gate.weight" in report["kept"]
+    how = transformers.FineGrainedFP8Config(dequantize=True)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", quantization_config=how)
+    weights = {n: w.to(torch.bfloat16) for n, w in dequantized(tmp_path / "out", "bfloat16").items()}
+    safetensors.torch.save_file(weights, tmp_path / "tuned" / "model.safetensors", {"format": "pt"})
+    assert_same_weights(loaded, transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "tuned"))
