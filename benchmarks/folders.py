@@ -33,7 +33,7 @@ from daq_jax.io.tensor_files import TensorSpec, TensorWriter, plan_file
 RESULTS = Path(__file__).parent / "results"
 RUN = "import sys; from daq_jax.cli import main; sys.exit(main(sys.argv[1:]))"
 SHARD = 5 * 10**9  # bytes, as Hugging Face cuts
-WIDTH, INNER, HEADS, VOCABULARY = 3072, 8192, 1024, 128256  # of Llama 3.2 3B
+WIDTH, INNER, HEADS, VOCABULARY = 3072, 8192, 1024, 128256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +55,9 @@ class Model:
         yield shard
 
 
-def llama(layers: int) -> Model:
+def llama(layers: int, vocabulary: int = VOCABULARY) -> Model:
     """Llama 3.2 3B with another number of layers, in bfloat16."""
-    shapes = {"model.embed_tokens.weight": (VOCABULARY, WIDTH), "model.norm.weight": (WIDTH,)}
+    shapes = {"model.embed_tokens.weight": (vocabulary, WIDTH), "model.norm.weight": (WIDTH,)}
     for i in range(layers):
         block = f"model.layers.{i}"
         for word, shape in {
@@ -178,7 +178,7 @@ def plan(disk: Path) -> None:
 
 def speed(disk: Path, layers: int = 4, recipe: str = "default", repeats: int = 3) -> None:
     """Folders beside the same tensors in memory, and beside a copy of the same files."""
-    here, model = disk / "folders_speed", llama(layers)
+    here, model = disk / "folders_speed", llama(layers, vocabulary=1024)  # what is quantized, and little else
     base, tuned = make(here / "base", model, 0), make(here / "tuned", model, 1)
     before, after = open_folder(base), open_folder(tuned)
     names = [name for name in after.tensors if "_proj" in name]

@@ -1,7 +1,6 @@
 """Two checkpoint folders to a third: the one call behind `daq-jax quantize`."""
 
 import dataclasses
-import json
 import os
 import resource
 import shutil
@@ -22,6 +21,7 @@ from daq_jax.io.journal import REPORT, Journal, describe, fingerprint
 from daq_jax.io.planning import MissingBase, Plan, make_plan
 from daq_jax.io.report import progress_on, result_of, table_of, warning_of
 from daq_jax.io.streaming import carry_out
+from daq_jax.io.tensor_files import read_json
 from daq_jax.recipes import Recipe
 from daq_jax.scales import PowerOfTwo
 from daq_jax.searches import AbsMax, WithBaseScale
@@ -82,7 +82,6 @@ def quantize_folder(
         OSError: where the disk fails.
     """
     console = console or Console(quiet=True)
-    started = time.monotonic()
     layout, power_of_two = _layout(format, target)
     _check(shard, tp, base_dtype, overwrite)
     base, tuned, out = Path(base), Path(tuned), Path(out)
@@ -116,41 +115,70 @@ def quantize_folder(
             tp=tp,
             dtype=np.dtype(base_dtype) if base_dtype else None,
         )
-        about = {
-            "version": daq_jax.__version__,
-            "format": layout.name,
-            "target": target,
-            "recipe": plan.recipe,
-        }
-        about |= {
-            "dtype": str(plan.dtype),
-            "missing_base": missing_base,
-            "tp": tp,
-            "custom_code": custom_code,
-        }
-        about |= {"rows": {job.name: job.rows for job in plan.jobs if job.quantize and len(job.parts) > 1}}
-        note = TARGETS[target].notes[layout.name]
-        summary = _summary(plan, about) | {"server": note}
-        console.print(table_of(plan, f"{target}: {note}"))
-        if warning_of(plan):
-            console.print(warning_of(plan), highlight=False)
-        if plan_only:
-            return summary
-        _refuse_full_disk(out, plan)
-        journal = Journal(out, fingerprint(_files(before, after), about))
-        if journal.begin(overwrite=overwrite):
-            console.print(f"{out} is complete already", highlight=False, markup=False)
-            return json.loads((out / REPORT).read_text())
-        mine = list(plan.shards[shard[0] - 1 :: shard[1]])
-        with progress_on(console, sum(job.tuned.nbytes for s in mine for job in s.jobs)) as running:
-            carry_out(plan, before, after, journal, mine, running.tell)
-        summary = complete(journal, plan, after, summary, custom_code)
-        found = running.pooled
-        console.print(result_of(found, plan, time.monotonic() - started, _peak()), highlight=False)
-        return summary
+        choices = {"target": target, "missing_base": missing_base, "tp": tp, "custom_code": custom_code}
+        work = _Work(plan, before, after, out, console, choices)
+        work.show(TARGETS[target].notes[layout.name])
+        return work.summary if plan_only else work.do(shard, overwrite)
     finally:
         before.close()
         after.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """A plan, and where it is carried out."""
+
+    plan: Plan
+    base: Folder
+    tuned: Folder
+    out: Path
+    console: Console
+    choices: dict[str, Any]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that decides the bytes of the result, beside the inputs."""
+        plan = self.plan
+        bands = {job.name: job.rows for job in plan.jobs if job.quantize and len(job.parts) > 1}
+        made = {"version": daq_jax.__version__, "format": plan.layout.name, "recipe": plan.recipe}
+        return describe({**made, **self.choices, "dtype": str(plan.dtype), "rows": bands})
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What is known before any weight is read."""
+        plan = self.plan
+        chosen = [job for job in plan.jobs if job.quantize]
+        return self.settings | {
+            "server": TARGETS[self.choices["target"]].notes[plan.layout.name],
+            "quantized": {job.name: "" if job.base else "no base: AbsMax" for job in chosen},
+            "kept": {job.name: job.why for job in plan.jobs if not job.quantize},
+            "left_out": plan.dropped,
+            "share": plan.share,
+            "bytes": plan.nbytes,
+            "memory_bytes": plan.memory,
+        }
+
+    def show(self, note: str) -> None:
+        """Shows the plan."""
+        self.console.print(table_of(self.plan, f"{self.choices['target']}: {note}"))
+        if warning_of(self.plan):
+            self.console.print(warning_of(self.plan), highlight=False)
+
+    def do(self, shard: tuple[int, int], overwrite: bool) -> dict[str, Any]:
+        """Carries the plan out, or a share of it."""
+        started = time.monotonic()
+        _refuse_full_disk(self.out, self.plan)
+        journal = Journal(self.out, fingerprint(_files(self.base, self.tuned), self.settings))
+        if journal.begin(overwrite=overwrite):
+            self.console.print(f"{self.out} is complete already", highlight=False, markup=False)
+            return read_json(self.out / REPORT, "the report")
+        mine = list(self.plan.shards[shard[0] - 1 :: shard[1]])
+        with progress_on(self.console, sum(s.tuned_bytes for s in mine)) as running:
+            carry_out(self.plan, self.base, self.tuned, journal, mine, running.tell)
+        report = complete(journal, self.plan, self.tuned, self.summary, self.choices["custom_code"])
+        words = result_of(running.pooled, self.plan, time.monotonic() - started, _peak())
+        self.console.print(words, highlight=False)
+        return report
 
 
 def _layout(format: str | None, target: str) -> tuple[Layout, bool]:
@@ -237,16 +265,3 @@ def _refuse_full_disk(out: Path, plan: Plan) -> None:
             f"{out}: needs {needed / 1e9:.1f} GB of disk and {free / 1e9:.1f} GB are free; free some, or "
             "pass a folder on a larger disk."
         )
-
-
-def _summary(plan: Plan, about: dict[str, Any]) -> dict[str, Any]:
-    return describe(about) | {
-        "quantized": {
-            job.name: "no base: AbsMax" if job.base is None else "" for job in plan.jobs if job.quantize
-        },
-        "kept": {job.name: job.why for job in plan.jobs if not job.quantize},
-        "left_out": plan.dropped,
-        "share": plan.share,
-        "bytes": plan.nbytes,
-        "memory_bytes": plan.memory,
-    }

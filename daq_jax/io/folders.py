@@ -232,9 +232,9 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(found, dict) or not found:
         raise ValueError(f"{index}: `weight_map` must be an object of tensor names and file names.")
     for name, file in found.items():
-        if not isinstance(file, str) or not file or set(file) & set("/\\\0") or file in (".", ".."):
+        if not isinstance(file, str) or set(file) & set("/\\\0") or not file.endswith(".safetensors"):
             raise ValueError(
-                f"{index}: tensor {name!r} is said to be in {file!r}; needed the name of a file in it."
+                f"{index}: tensor {name!r} is said to be in {file!r}; needed a .safetensors file in it."
             )
         if not (index.parent / file).is_file():
             raise ValueError(f"{index}: tensor {name!r} is in {file!r}, which is not in the folder.")

@@ -88,6 +88,11 @@ class Shard:
         return {name: spec for job in self.jobs for name, spec in job.outputs.items()}
 
     @property
+    def tuned_bytes(self) -> int:
+        """Bytes that the tuned model has for it."""
+        return sum(job.tuned.nbytes for job in self.jobs)
+
+    @property
     def nbytes(self) -> int:
         """Size of the file."""
         header, _ = plan_file(self.outputs)

@@ -18,7 +18,7 @@ from daq_jax.io.bands import Leaf, figures_in_bands
 from daq_jax.io.folders import Folder
 from daq_jax.io.journal import Journal
 from daq_jax.io.planning import Job, Plan, Shard
-from daq_jax.io.report import plain_sums
+from daq_jax.io.report import figures_of, plain_sums, pooled
 from daq_jax.io.tensor_files import TensorReader, TensorWriter
 from daq_jax.qtensor import QTensor
 from daq_jax.quantizer import quantize_pair
@@ -38,8 +38,12 @@ def carry_out(
     with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
         for shard in shards:
             with journal.alone(shard.file, wait=False):
-                if journal.record(shard.file) is None:
+                done = journal.record(shard.file)
+                if done is None:
                     _Work(plan, base, tuned, journal, tell).do(shard, reader, writer)
+                else:
+                    figures = pooled({n: figures_of(sums) for n, sums in done["figures"].items()})
+                    tell(shard.file, shard.tuned_bytes, figures)
 
 
 class _Work:

@@ -164,12 +164,25 @@ def test_a_file_without_a_header_is_refused(size, tmp_path):
         open_folder(tmp_path / "f")
 
 
-@pytest.mark.parametrize("file", ["../x.safetensors", "/etc/passwd", "sub/x", "..", "", "a\\b", "\0", 3])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "../x.safetensors",
+        "/etc/passwd",
+        "sub/x",
+        "..",
+        "",
+        "a\\b.safetensors",
+        "\0.safetensors",
+        "pytorch_model.bin",
+        3,
+    ],
+)
 def test_an_index_may_not_lead_out_of_the_folder(file, tmp_path):
     write_folder(tmp_path / "f", [{"a": normal(0, 2)}, {"b": normal(0, 2)}])
     index = tmp_path / "f" / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": file}}))
-    with pytest.raises(ValueError, match="needed the name of a file in it"):
+    with pytest.raises(ValueError, match="needed a \\.safetensors file in it"):
         open_folder(tmp_path / "f")
 
 
