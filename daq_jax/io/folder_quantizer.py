@@ -24,7 +24,7 @@ from daq_jax.io.streaming import carry_out
 from daq_jax.io.tensor_files import read_json
 from daq_jax.recipes import Recipe
 from daq_jax.scales import PowerOfTwo
-from daq_jax.searches import AbsMax, WithBaseScale
+from daq_jax.searches import CoarseToFine, Grid, WithBaseScale
 
 _DTYPES = ("bfloat16", "float16", "float32")
 _QUARTER = 0.25  # of the machine's memory, unless told otherwise
@@ -230,9 +230,9 @@ def _for_server(recipe: Recipe, layout: Layout, power_of_two: bool) -> Recipe:
 
 
 def _with_base_scales(recipe: Recipe, base: Folder, layout: Layout) -> Recipe:
-    """The recipe, its search with the scales that the base was stored with, if it was."""
+    """The recipe, its search by score with the scales that the base was stored with, if it was."""
     stored = any(t.coding and t.coding.tiling == layout.tiling for t in base.tensors.values())
-    if stored and not isinstance(recipe.search, (AbsMax, WithBaseScale)):
+    if stored and isinstance(recipe.search, (Grid, CoarseToFine)):
         recipe = dataclasses.replace(recipe, search=WithBaseScale(recipe.search))
     return recipe
 

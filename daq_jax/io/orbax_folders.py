@@ -27,7 +27,7 @@ from daq_jax.comparison import compare
 from daq_jax.io.checkpoint_reader import OURS, VERSION, Checkpoint, array_names
 from daq_jax.io.journal import REPORT, fingerprint
 from daq_jax.io.leaf_records import record_of
-from daq_jax.io.planning import RUNTIME, WORK, MissingBase
+from daq_jax.io.planning import RUNTIME, MissingBase, work_of
 from daq_jax.io.report import figures_of, plain_sums, pooled, progress_on
 from daq_jax.io.tensor_files import read_json, write_text
 from daq_jax.recipes import Recipe
@@ -85,7 +85,7 @@ def plan_orbax(
     if not quantized:
         raise ValueError(f"{tuned.path}: no leaf of it is quantized by the default rules.")
     largest = max(quantized, key=lambda p: p.tuned.size)
-    needed = RUNTIME + WORK * largest.tuned.size + 4 * _GROUP
+    needed = RUNTIME + work_of(recipe) * largest.tuned.size + 4 * _GROUP
     if needed > memory:
         raise ValueError(
             f"{tuned.path}: {largest.path!r} is {tuple(largest.tuned.shape)}; with it the work takes "

@@ -7,7 +7,7 @@ it out. All that can be known to fail is found here, for all tensors at once.
 import collections
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -30,7 +30,8 @@ MissingBase = Literal["error", "absmax"]
 
 # The heads of classifiers, by the name that transformers gives them.
 RULES = (keep(r"(^|\.)score\."), *DEFAULT_RULES)
-WORK = 24  # bytes that quantizing takes for each element of a matrix, two inputs of 16 bits included
+_BY_TILE = 24  # bytes that quantizing takes for each element of a matrix, two inputs of 16 bits included
+_WHOLE = 64  # the same for roundings that look at a whole matrix: 59 of the default, by XLA's own account
 _WRITING = 2  # bytes for each element of the matrix before it, which is being written
 RUNTIME = 700 * 10**6  # bytes of the interpreter, JAX, its compiled programs, and the figures of a band
 _SHOWN = 8  # problems listed in full
@@ -202,7 +203,7 @@ def make_plan(
         dtype=dtype,
         skipped=tuple(skipped),
         dropped=dropped,
-        memory=_memory(jobs for jobs in shards.values()),
+        memory=_memory([job for jobs in shards.values() for job in jobs], recipe),
     )
     if not any(job.quantize for job in plan.jobs):
         raise ValueError(f"{tuned.path}: no tensor of it can be quantized: {_reasons(plan)}.")
@@ -218,14 +219,14 @@ def _quantized(tensor: Tensor, base: Tensor | None, recipe: Recipe, layout: Layo
 def _rows_at_a_time(tensor: Tensor, recipe: Recipe, layout: Layout, memory: int) -> int:
     """Whole matrices one by one; a matrix too large for the memory in bands, if its tiles are independent."""
     *batch, outputs, inputs = tensor.shape
-    each = _bytes_each(tensor)
+    each = _bytes_each(tensor, recipe)
     room = (memory - RUNTIME) // each
     whole = 1 if batch else outputs
     if outputs * inputs <= room:
         return whole
     step = layout.tiling.c if isinstance(layout.tiling, Block) else 1
     rows = room // inputs // step * step
-    if batch or rows < step or not isinstance(recipe.rounding, Nearest):
+    if batch or rows < step or work_of(recipe) == _WHOLE:
         needed = (RUNTIME + outputs * inputs * each) / 10**9
         raise ValueError(
             f"{tensor.file}: {tensor.name!r} is {outputs} x {inputs}, which takes {needed:.1f} GB at once; "
@@ -234,15 +235,20 @@ def _rows_at_a_time(tensor: Tensor, recipe: Recipe, layout: Layout, memory: int)
     return rows
 
 
-def _memory(shards: Iterable[Sequence[Job]]) -> int:
-    units = [job.unit * _bytes_each(job.tuned) for jobs in shards for job in jobs if job.quantize]
+def _memory(jobs: Sequence[Job], recipe: Recipe) -> int:
+    units = [job.unit * _bytes_each(job.tuned, recipe) for job in jobs if job.quantize]
     return RUNTIME + max(units, default=0)
 
 
-def _bytes_each(tensor: Tensor) -> int:
+def work_of(recipe: Recipe) -> int:
+    """Bytes that quantizing takes for each element, two inputs of 16 bits included."""
+    return _BY_TILE if isinstance(recipe.rounding, Nearest) else _WHOLE
+
+
+def _bytes_each(tensor: Tensor, recipe: Recipe) -> int:
     """Bytes of memory for each element of the largest matrix: while one is worked on, the next is read."""
     wide = max(2, tensor.dtype.itemsize if tensor.dtype else 2)
-    return WORK + _WRITING + 2 * wide + 2 * (wide - 2)
+    return work_of(recipe) + _WRITING + 2 * wide + 2 * (wide - 2)
 
 
 def _stored_dtype(folder: Folder) -> np.dtype:
