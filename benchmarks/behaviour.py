@@ -143,11 +143,11 @@ def measure_pair(
     return about, rows
 
 
-def environment(options: list[str]) -> dict[str, Any]:
+def environment(options: list[str], script: str = "behaviour.py") -> dict[str, Any]:
     """When, where and with what a run was made."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "benchmarks/behaviour.py", *options]),
+        "command": shlex.join(["python", f"benchmarks/{script}", *options]),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "versions": {m.__name__: m.__version__ for m in (daq, jax, flax, optax, np)}
         | {"python": platform.python_version()},

@@ -10,12 +10,15 @@ import importlib
 import typing
 
 from daq_jax import recipes
+from daq_jax.adjustment import LeastSquares, SignSteps
 from daq_jax.comparison import Comparison, Figures, compare
+from daq_jax.density import quantize_density
 from daq_jax.feedback import UnbiasedFeedback
 from daq_jax.formats import fp4_bnb, fp4_e2m1, fp8_e4m3fn, fp8_e5m2, int4, int8, nf4
+from daq_jax.grams import Grams
 from daq_jax.metrics import SignRate, cosine, neg_mse
 from daq_jax.qtensor import QTensor
-from daq_jax.recipes import Recipe
+from daq_jax.recipes import DensityRecipe, Recipe
 from daq_jax.roundings import Nearest, Stochastic
 from daq_jax.rules import DEFAULT_RULES, MAXTEXT_RULES, TUNIX_RULES, Rule, UnusedRuleWarning, keep, use
 from daq_jax.scales import AnyScale, PowerOfTwo
@@ -41,6 +44,8 @@ _EDGES: dict[str, str] = {
     "quantize_folder": "daq_jax.io.folder_quantizer",
     "save": "daq_jax.io.orbax_checkpoints",
     "to_qwix": "daq_jax.qwix_arrays",
+    "calibrate": "daq_jax.calibration",
+    "calibrate_from": "daq_jax.calibration",
 }
 
 __all__ = [
@@ -53,9 +58,12 @@ __all__ = [
     "Channel",
     "CoarseToFine",
     "Comparison",
+    "DensityRecipe",
     "Figures",
+    "Grams",
     "Grid",
     "Group",
+    "LeastSquares",
     "Nearest",
     "OffGrid",
     "PerTensor",
@@ -64,12 +72,15 @@ __all__ = [
     "Recipe",
     "Rule",
     "SignRate",
+    "SignSteps",
     "Stochastic",
     "UnbiasedFeedback",
     "UnbiasedGain",
     "UnbiasedSubspace",
     "UnusedRuleWarning",
     "WithBaseScale",
+    "calibrate",
+    "calibrate_from",
     "compare",
     "cosine",
     "dequantize",
@@ -90,6 +101,7 @@ __all__ = [
     "nf4",
     "nnx_with",
     "quantize",
+    "quantize_density",
     "quantize_folder",
     "recipes",
     "save",

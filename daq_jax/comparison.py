@@ -286,7 +286,8 @@ def _on_grid(base: Any, q: QTensor) -> Array:
         scale = view.spread(base.scale)
     else:
         scale = absmax_scale(tiles, view.tile_axes, largest=fmt.largest)
-    nearest = multiply(fmt.round(divide(tiles, scale)), scale)
+    zero = view.spread(base.zero) if is_qtensor(base) and base.zero is not None else 0.0
+    nearest = multiply(fmt.round(divide(tiles, scale) + zero) - zero, scale)
     _, exponent = jnp.frexp(tiles)  # |tiles| in [2^(exponent - 1), 2^exponent)
     half_unit = jnp.ldexp(jnp.float32(1), exponent - 2 - jnp.finfo(weight.dtype).nmant)
     return view.join(jnp.abs(tiles - nearest) <= half_unit)

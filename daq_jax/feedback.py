@@ -81,7 +81,8 @@ class UnbiasedFeedback:
             error = multiply(rounded, here) - blocks.take(tuned, i).astype(jnp.float32)
             return blocks.put(values, rounded, i), s + blocks.take(directions, i).mT @ error
 
-        s = jnp.zeros((directions.shape[0], directions.shape[2], target.shape[2]), jnp.float32)
+        # Zeros of a product, and so inside `shard_map` as device-varying as the loop makes them.
+        s = jnp.zeros_like(directions[:, :1].mT @ target[:, :1])
         values, _ = lax.fori_loop(0, blocks.number, step, (jnp.zeros_like(target), s))
         return blocks.tiles(values)
 
@@ -103,7 +104,7 @@ class _Blocks:
     @classmethod
     def of(cls, tiles: Tiles) -> "_Blocks":
         rows = tiles.shape[tiles.grid[0]] * tiles.shape[tiles.axes[0]]
-        size = max(_SMALLEST_BLOCK, 1 << math.ceil(math.log2(rows / _MOST_BLOCKS)))
+        size = max(_SMALLEST_BLOCK, 1 << max(0, math.ceil(math.log2(rows / _MOST_BLOCKS))))
         return cls(tiles, rows, size)
 
     @property

@@ -145,7 +145,11 @@ class Codebook:
 
     def round(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Nearest level; a tie takes the lower one; NaN stays NaN."""
-        return jnp.where(jnp.isnan(x), x, self.decode(self._index(x)))
+        # One choice a midpoint, no table: a look-up took ten times as long on a CPU.
+        nearest = jnp.full_like(x, self.levels[0])
+        for midpoint, level in zip(self._midpoints, self.levels[1:], strict=True):
+            nearest = jnp.where(x > float(midpoint), level, nearest)
+        return jnp.where(jnp.isnan(x), x, nearest)
 
     def floor(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Highest level not above each number; the lowest level below them all."""

@@ -19,7 +19,8 @@ from daq_jax.tilings import DEFAULT_MATRIX, Matrix, TileView, Tiling
 class QTensor:
     """A quantized weight: `float32(code) * scale`, each scale spread over its tile.
 
-    A pytree whose leaves are `codes` and `scale`; the rest is static. jnp functions take it in place of
+    With a `zero` it is `(float32(code) - zero) * scale`. A pytree whose leaves are `codes`, `scale` and
+    `zero`, where there is one; the rest is static. jnp functions take it in place of
     an array (it becomes one, in its original dtype); for lax functions call `dequantize` first.
 
     Attributes:
@@ -29,6 +30,8 @@ class QTensor:
         tiling: which elements share a scale.
         dtype: dtype of the weight that was quantized.
         matrix: input axes and output axes of the weight; all other axes are a batch.
+        zero: float32 in the shape of `scale`, the point of the code line that stands for weight 0, in code
+            units and not necessarily a code; None for 0 everywhere.
     """
 
     codes: Any  # an array; what stands for one (a shape, a sharding) in a tree mapped over a tree
@@ -37,6 +40,7 @@ class QTensor:
     tiling: Tiling = dataclasses.field(metadata={"static": True})
     dtype: np.dtype = dataclasses.field(metadata={"static": True})
     matrix: Matrix = dataclasses.field(default=DEFAULT_MATRIX, metadata={"static": True})
+    zero: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -55,8 +59,8 @@ class QTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the codes and scales in memory."""
-        return self.codes.nbytes + self.scale.nbytes
+        """Bytes of the codes, scales and zeros in memory."""
+        return sum(x.nbytes for x in (self.codes, self.scale, self.zero) if x is not None)
 
     @property
     def view(self) -> TileView:
@@ -66,6 +70,8 @@ class QTensor:
     def values(self) -> Array:
         """Float32 weights, before the cast to a dtype, cut into tiles by `view`."""
         values = self.format.decode(self.view.cut(self.codes))
+        if self.zero is not None:
+            values = values - self.view.spread(self.zero)
         return multiply(values, self.view.spread(self.scale))
 
     def dequantize(self, dtype: jax.typing.DTypeLike | None = None) -> Array:
@@ -81,9 +87,9 @@ class QTensor:
 
 
 def _dequantize(q: QTensor, dtype: np.dtype) -> Array:
-    def run(codes: Array, scale: Array) -> Array:
-        part = dataclasses.replace(q, codes=codes, scale=scale)
+    def run(codes: Array, scale: Array, zero: Array | None) -> Array:
+        part = dataclasses.replace(q, codes=codes, scale=scale, zero=zero)
         return round_to_dtype(q.view.join(part.values()), dtype)
 
     sharding = sharding_of(q.codes)
-    return run_sharded(run, sharding)(q.codes, q.scale)
+    return run_sharded(run, sharding)(q.codes, q.scale, q.zero)

@@ -90,7 +90,7 @@ def _quantize_pair(
     view = TileView(tuple(tuned.shape), how.matrix, recipe.tiling)
     stored = None
     if isinstance(base, QTensor) and (base.view, base.format) == (view, recipe.format):
-        stored = base.scale
+        stored = base.scale if base.zero is None else None  # its grid is shifted: no grid of ours
 
     def run(
         base: Array, tuned: Array, stored: Array | None, stream: Array | None, *, local: bool = how.split

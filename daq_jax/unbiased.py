@@ -342,7 +342,8 @@ class UnbiasedSubspace:
             error = tiles.kept(values(core), scale) - tiles.change
             return core - left.mT @ tiles.as_matrix(error) @ right
 
-        core = jnp.zeros((change.shape[0], rank, rank), jnp.float32)
+        # Zeros of a product, and so inside `shard_map` as device-varying as the loop makes them.
+        core = jnp.zeros_like(left[:, :1].mT @ right[:, :1])
         return values(lax.fori_loop(0, self.turns, turn, core))
 
 

@@ -39,7 +39,7 @@ def kept(q):
 
 
 def directions_of(base, tuned, rank):
-    """Leading left singular directions of the change, and its squared size along them and, on average, beside."""
+    """Leading left singular directions of the change, its squared size along them and, on average, beside."""
     d = tuned.astype(np.float64) - base
     u, sizes, _ = np.linalg.svd(d, full_matrices=False)
     rest = np.sum(sizes[rank:] ** 2) / (d.shape[0] - rank)
@@ -213,3 +213,10 @@ def test_sharded_weights_keep_as_much(axis_type, spec):
 def test_bad_settings_are_named(settings, words):
     with pytest.raises(ValueError, match=words):
         daq.UnbiasedFeedback(**settings)
+
+
+def test_matrices_of_few_rows_are_rounded_too():
+    for shape in ((1, 1), (2, 40), (32, 8)):
+        base = jax.random.normal(jax.random.key(0), shape)
+        q = daq.quantize(base, base * 1.01, daq.Recipe(rounding=daq.UnbiasedFeedback()))
+        assert jnp.isfinite(q.dequantize()).all()

@@ -99,8 +99,8 @@ STACKED_SECOND = [
 ]
 
 
-LINEN_RUNS = [("scan along 1", "block")]
-LINEN_RUNS += [pytest.param(n, "block", marks=pytest.mark.slow) for n in LINEN if n != "scan along 1"]
+LINEN_RUNS = [("experts", "block")]
+LINEN_RUNS += [pytest.param(n, "block", marks=pytest.mark.slow) for n in LINEN if n != "experts"]
 LINEN_RUNS += [pytest.param("scan along 1", r, marks=pytest.mark.slow) for r in RECIPES if r != "block"]
 
 
@@ -120,6 +120,7 @@ def test_a_linen_model_runs_on_codes_as_on_its_dequantized_weights(name, recipe)
     assert sum(a.nbytes for a in jax.tree.leaves(held)) == sum(a.nbytes for a in jax.tree.leaves(q))
 
 
+@pytest.mark.slow
 def test_a_linen_model_with_partitioned_weights_runs():
     init = nn.with_partitioning(nn.initializers.lecun_normal(), ("in", "out"))
     model = nn.Dense(16, kernel_init=init)
@@ -183,11 +184,8 @@ def run(model, x):
     return model(x)
 
 
-NNX_RUNS = [("layer", "block")]
-NNX_RUNS += [pytest.param(*run, marks=pytest.mark.slow) for run in [("stack", "block"), ("layer", "channel")]]
-
-
-@pytest.mark.parametrize(("name", "recipe"), NNX_RUNS)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "recipe"), [("layer", "block"), ("stack", "block"), ("layer", "channel")])
 def test_an_nnx_model_runs_on_codes_as_on_its_dequantized_weights(name, recipe):
     make, x, count = {
         "layer": (lambda: NNXBlock(nnx.Rngs(0)), X, 6),
@@ -210,6 +208,7 @@ def test_an_nnx_model_runs_on_codes_as_on_its_dequantized_weights(name, recipe):
     assert sizes[0] == sizes[1]
 
 
+@pytest.mark.slow
 def test_only_the_parameters_need_be_given_and_any_tree_of_their_paths_will_do():
     model = NNXBlock(nnx.Rngs(0))
     q, _ = quantized(nnx.to_pure_dict(nnx.state(model, nnx.Param)))

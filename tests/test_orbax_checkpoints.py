@@ -52,7 +52,11 @@ def every_kind():
 # --- There and back -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["Auto", "Explicit"])
+@pytest.mark.parametrize(
+    "axis_type",
+    [pytest.param(AxisType.Auto, marks=pytest.mark.slow), AxisType.Explicit],
+    ids=["Auto", "Explicit"],
+)
 def test_every_format_and_tiling_returns_bit_for_bit_onto_another_mesh(tmp_path, axis_type):
     tree = every_kind()
     sharding = NamedSharding(mesh_of((2, 4)), P("x", "y"))

