@@ -7,6 +7,7 @@ direction, its size. Pure functions over pytrees. Letters used throughout: `R, C
 """
 
 import importlib
+import typing
 
 from daq_jax import recipes
 from daq_jax.adjustment import LeastSquares, SignSteps
@@ -26,6 +27,9 @@ from daq_jax.tilings import Block, Channel, Group, PerTensor
 from daq_jax.trees import dequantize, quantize
 from daq_jax.unbiased import UnbiasedGain, UnbiasedSubspace
 
+if typing.TYPE_CHECKING:
+    from daq_jax.io.folder_quantizer import quantize_folder
+
 __version__ = "0.1.0"
 
 # Names at the edges, by the module that holds them; loaded when first used: the core imports none of it.
@@ -37,6 +41,7 @@ _EDGES: dict[str, str] = {
     "load": "daq_jax.io.orbax_checkpoints",
     "load_weights": "daq_jax.io.orbax_checkpoints",
     "nnx_with": "daq_jax.flax_models",
+    "quantize_folder": "daq_jax.io.folder_quantizer",
     "save": "daq_jax.io.orbax_checkpoints",
     "to_qwix": "daq_jax.qwix_arrays",
     "calibrate": "daq_jax.calibration",
@@ -97,6 +102,7 @@ __all__ = [
     "nnx_with",
     "quantize",
     "quantize_density",
+    "quantize_folder",
     "recipes",
     "save",
     "to_qwix",

@@ -1,1 +1,4 @@
-"""Files: what reads and writes checkpoints. Nothing in the core imports it."""
+"""Checkpoints on disk: files and folders of tensors, read and written in bounded memory.
+
+The core imports nothing from here.
+"""
