@@ -25,7 +25,10 @@ from daq_jax.unbiased import UnbiasedGain, UnbiasedSubspace
 __version__ = "0.1.0"
 
 # Names at the edges, by the module that holds them; loaded when first used: the core imports none of it.
-_EDGES: dict[str, str] = {}
+_EDGES: dict[str, str] = {
+    "Inspection": "daq_jax.inspection",
+    "inspect": "daq_jax.inspection",
+}
 
 __all__ = [
     "DEFAULT_RULES",
@@ -38,6 +41,7 @@ __all__ = [
     "Figures",
     "Grid",
     "Group",
+    "Inspection",
     "Nearest",
     "PerTensor",
     "PowerOfTwo",
@@ -57,6 +61,7 @@ __all__ = [
     "fp4_e2m1",
     "fp8_e4m3fn",
     "fp8_e5m2",
+    "inspect",
     "int4",
     "int8",
     "keep",

@@ -131,14 +131,15 @@ def _all_finite(leaves: list[Any]) -> jax.Array:
     return jnp.stack([jnp.stack([jnp.isfinite(a).all() for a in group]).all() for group in arrays])
 
 
-def _is_concrete(x: Any) -> bool:
+def is_concrete(x: Any) -> bool:
+    """Whether all arrays of a tree hold numbers: none is traced or abstract."""
     return not any(isinstance(a, (Tracer, jax.ShapeDtypeStruct)) for a in jax.tree.leaves(x))
 
 
 def _not_finite(pairs: Sequence[Pair]) -> dict[str, str]:
     """Of the pairs with NaN or infinity in a concrete array: path, and which of the two it is."""
     named = [(p.path, word, x) for p in pairs for word, x in (("base", p.base), ("tuned", p.tuned))]
-    named = [(path, word, x) for path, word, x in named if _is_concrete(x)]
+    named = [(path, word, x) for path, word, x in named if is_concrete(x)]
     if not named:
         return {}
     flags = np.asarray(_all_finite([x for _, _, x in named]))
