@@ -1,7 +1,7 @@
 """Figures of the whole from sums over a sample of patches, with bounds.
 
-Sums of a leaf's patches stand for the leaf by its share of them. How far a figure may be off comes from how much
-it moves as each patch in turn is left out (the delete-one jackknife), which serves ratios of any kind.
+Sums of a leaf's patches stand for the leaf by its share of them. How far a figure may be off comes from how
+much it moves as each patch in turn is left out (the delete-one jackknife), which serves ratios of any kind.
 """
 
 import dataclasses
@@ -103,11 +103,11 @@ def findings_of(sums: Sequence[Sums], sizes: Sequence[int], of: int) -> Findings
     whole = jax.tree.map(lambda x: x.sum(0, keepdims=True), each)
     without_one = jax.tree.map(lambda t, x: t - x, whole, each)
     unseen = max(0.0, 1 - sampled / of)
-    spread = stdtrit(n - 1, _SURE) * np.sqrt((n - 1) / n * unseen) if n > 1 else np.inf
+    spread = stdtrit(n - 1, _SURE) * np.sqrt((n - 1) / n * unseen) if n > 1 else 0.0
 
     def estimate(value: NDArray, others: NDArray) -> Estimate:
         deviation = np.sqrt(np.sum(np.square(others - np.mean(others))))
-        return Estimate(float(value[0]), float(spread * deviation) if unseen else 0.0)
+        return Estimate(float(value[0]), np.inf if n == 1 and unseen else float(spread * deviation))
 
     values, others = _figures(whole), _figures(without_one)
     found = {name: estimate(values[name], others[name]) for name in ESTIMATES}
