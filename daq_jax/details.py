@@ -22,7 +22,7 @@ MOST = 2**16  # elements looked at in a leaf
 WIDTH = 4.0  # of d and q, in root mean squares of d: what lies beyond is counted at the edge
 SIZE_EDGES = np.logspace(-8, 1, 37)  # of |d|, weight units: four to a factor of ten
 CHANGE_EDGES = np.linspace(-WIDTH, WIDTH, 65)  # of d and q, root mean squares of d
-RATIO_EDGES = np.logspace(-2, 2, 97, base=2)  # of scale over AbsMax scale: 24 to an octave
+RATIO_EDGES = 2 ** ((np.arange(98) - 48.5) / 24)  # of scale over AbsMax scale: 24 to an octave, 1 in a middle
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Details:
         density: `[64, 64]` elements by (d, q), in root mean squares of d, edges `CHANGE_EDGES`.
         moved: `[36]` elements by |d|, edges `SIZE_EDGES`; those with d = 0 are in none.
         same_sign: `[36]` of these, the elements whose q has the sign of d.
-        ratios: `[96]` tiles by chosen scale over AbsMax scale, edges `RATIO_EDGES`.
+        ratios: `[97]` tiles by chosen scale over AbsMax scale, edges `RATIO_EDGES`.
     """
 
     looked_at: int
