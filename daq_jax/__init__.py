@@ -7,6 +7,7 @@ direction, its size. Pure functions over pytrees. Letters used throughout: `R, C
 """
 
 import importlib
+from typing import TYPE_CHECKING
 
 from daq_jax import recipes
 from daq_jax.comparison import Comparison, Figures, compare
@@ -22,12 +23,17 @@ from daq_jax.tilings import Block, Channel, Group, PerTensor
 from daq_jax.trees import dequantize, quantize
 from daq_jax.unbiased import UnbiasedGain, UnbiasedSubspace
 
+if TYPE_CHECKING:
+    from daq_jax.inspection import Inspection, inspect
+    from daq_jax.io.folder_quantizer import quantize_folder
+
 __version__ = "0.1.0"
 
 # Names at the edges, by the module that holds them; loaded when first used: the core imports none of it.
 _EDGES: dict[str, str] = {
     "Inspection": "daq_jax.inspection",
     "inspect": "daq_jax.inspection",
+    "quantize_folder": "daq_jax.io.folder_quantizer",
 }
 
 __all__ = [
@@ -68,6 +74,7 @@ __all__ = [
     "neg_mse",
     "nf4",
     "quantize",
+    "quantize_folder",
     "recipes",
     "use",
 ]

@@ -100,6 +100,10 @@ class Folder(abc.ABC):
         """
 
     @abc.abstractmethod
+    def chunks(self, name: str) -> Iterator[np.ndarray]:
+        """The stored bytes of a tensor of any dtype, in runs of at most 16 MiB."""
+
+    @abc.abstractmethod
     def close(self) -> None:
         """Closes all files."""
 
@@ -179,7 +183,7 @@ class HuggingFaceFolder(Folder):
         )
 
     def chunks(self, name: str) -> Iterator[np.ndarray]:
-        """The stored bytes of a tensor, in runs of at most 16 MiB."""
+        """See `Folder.chunks`."""
         return self._readers[self.tensors[name].file].chunks(name)
 
     def close(self) -> None:

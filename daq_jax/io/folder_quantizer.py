@@ -1,0 +1,223 @@
+"""Two checkpoint folders to a third: the one call behind `daq-jax quantize`."""
+
+import dataclasses
+import json
+import os
+import resource
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+import daq_jax
+from daq_jax import recipes
+from daq_jax.io.completion import CONFIG, complete
+from daq_jax.io.folders import INDEX, Folder, open_folder
+from daq_jax.io.hf_layouts import LAYOUTS, TARGETS, Layout
+from daq_jax.io.journal import REPORT, Journal, describe, fingerprint
+from daq_jax.io.planning import MissingBase, Plan, make_plan
+from daq_jax.io.report import progress_on, result_of, table_of, warning_of
+from daq_jax.io.streaming import carry_out
+from daq_jax.recipes import Recipe
+from daq_jax.scales import PowerOfTwo
+from daq_jax.searches import AbsMax, WithBaseScale
+
+_DTYPES = ("bfloat16", "float16", "float32")
+_QUARTER = 0.25  # of the machine's memory, unless told otherwise
+_SPARE_DISK = 10**8  # bytes left free for report and side files
+
+
+def quantize_folder(
+    base: str | Path,
+    tuned: str | Path,
+    out: str | Path,
+    recipe: Recipe = recipes.default,
+    *,
+    format: str | None = None,
+    target: str = "hopper",
+    memory_gb: float | None = None,
+    missing_base: MissingBase = "error",
+    tp: int = 1,
+    base_dtype: str | None = None,
+    shard: tuple[int, int] = (1, 1),
+    overwrite: bool = False,
+    custom_code: bool = False,
+    plan_only: bool = False,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Quantizes a checkpoint folder against the one it was tuned from, in bounded memory.
+
+    Everything is checked from headers first. A killed run goes on where it stopped when it is called again,
+    and OUT looks complete only when it is.
+
+    Args:
+        base: folder before tuning; Hugging Face safetensors, bfloat16, float16, float32, or FP8 with scales.
+        tuned: folder after tuning; may be sharded in another way.
+        out: folder to write; new, empty, or left by the same call.
+        recipe: how to quantize; its format and tiling are those of `format`.
+        format: "fp8-block", "fp8-channel" or "int8-channel"; None for what suits the target.
+        target: "hopper", "blackwell" or "tpu": who serves the result.
+        memory_gb: GB that the process may take; None for a quarter of the machine's.
+        missing_base: "error", or "absmax" to quantize weights that base lacks without it.
+        tp: number of devices over which a server will divide each weight.
+        base_dtype: that quantized inputs stand for: "bfloat16", "float16" or "float32"; None for the dtype
+            that the tuned model's config names.
+        shard: (I, N), to do the I-th of N shares of the files; whoever is last completes the folder.
+        overwrite: replace the checkpoint in `out`.
+        custom_code: copy Python files of the tuned model too.
+        plan_only: make and show the plan, and stop.
+        console: where to show plan and progress; None for nowhere.
+
+    Returns:
+        What `daq_report.json` holds; for `plan_only`, or a share that was not the last, what is known so far.
+
+    Raises:
+        ValueError: in one sentence, before any work where it can be known before: what a header, an index or
+            a config has wrong, weights without a base, too little memory or disk, an `out` that is not ours.
+        OSError: where the disk fails.
+    """
+    console = console or Console(quiet=True)
+    started = time.monotonic()
+    layout, power_of_two = _layout(format, target)
+    _check(shard, tp, base_dtype, overwrite)
+    out = Path(out)
+    before, after = open_folder(base), open_folder(tuned)
+    try:
+        _refuse_same(out, before, after)
+        recipe = _recipe_for(recipe, before, layout, power_of_two)
+        plan = make_plan(
+            before,
+            after,
+            recipe,
+            layout,
+            memory=_memory(memory_gb),
+            missing_base=missing_base,
+            tp=tp,
+            dtype=np.dtype(base_dtype) if base_dtype else None,
+        )
+        about = {
+            "version": daq_jax.__version__,
+            "format": layout.name,
+            "target": target,
+            "recipe": plan.recipe,
+        }
+        about |= {
+            "dtype": str(plan.dtype),
+            "missing_base": missing_base,
+            "tp": tp,
+            "custom_code": custom_code,
+        }
+        about |= {"rows": {job.name: job.rows for job in plan.jobs if job.quantize and len(job.parts) > 1}}
+        summary = _summary(plan, about)
+        console.print(table_of(plan, f"{target}: {TARGETS[target].notes[layout.name]}"))
+        if warning_of(plan):
+            console.print(warning_of(plan), highlight=False)
+        if plan_only:
+            return summary
+        _refuse_full_disk(out, plan)
+        journal = Journal(out, fingerprint(_files(before, after), about))
+        if journal.begin(overwrite=overwrite):
+            console.print(f"{out} is complete already", highlight=False)
+            return json.loads((out / REPORT).read_text())
+        mine = list(plan.shards[shard[0] - 1 :: shard[1]])
+        with progress_on(console, sum(job.tuned.nbytes for s in mine for job in s.jobs)) as running:
+            carry_out(plan, before, after, journal, mine, running.tell)
+        summary = complete(journal, plan, after, summary, custom_code)
+        found = running.pooled
+        console.print(result_of(found, plan, time.monotonic() - started, _peak()), highlight=False)
+        return summary
+    finally:
+        before.close()
+        after.close()
+
+
+def _layout(format: str | None, target: str) -> tuple[Layout, bool]:
+    """The layout to write, and whether its scales must be powers of two."""
+    if target not in TARGETS:
+        raise ValueError(f"`target` must be one of {', '.join(TARGETS)}; got {target!r}.")
+    name = format or TARGETS[target].layout
+    if name not in LAYOUTS:
+        raise ValueError(f"`format` must be one of {', '.join(LAYOUTS)}; got {name!r}.")
+    return LAYOUTS[name], name in TARGETS[target].power_of_two
+
+
+def _check(shard: tuple[int, int], tp: int, base_dtype: str | None, overwrite: bool) -> None:
+    if not 1 <= shard[0] <= shard[1]:
+        raise ValueError(f"`shard` must be (I, N) with I from 1 to N; got {shard}.")
+    if overwrite and shard[1] > 1:
+        raise ValueError(
+            "`overwrite` with several shares would undo the work of the others; empty `out` first."
+        )
+    if tp < 1:
+        raise ValueError(f"`tp` must be a number of devices; got {tp}.")
+    if base_dtype not in (None, *_DTYPES):
+        raise ValueError(f"`base_dtype` must be one of {', '.join(_DTYPES)}; got {base_dtype!r}.")
+
+
+def _refuse_same(out: Path, base: Folder, tuned: Folder) -> None:
+    here = out.resolve()
+    for folder in (base, tuned):
+        there = folder.path.resolve()
+        if here == there or here in there.parents or there in here.parents:
+            raise ValueError(f"{out}: must neither be an input, nor lie in one, nor hold one: {folder.path}.")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: is a file; needed a folder to write to.")
+    if not tuned.config:
+        raise ValueError(f"{tuned.path}: has no {CONFIG}, without which no server loads the result.")
+
+
+def _recipe_for(recipe: Recipe, base: Folder, layout: Layout, power_of_two: bool) -> Recipe:
+    """The recipe, with what folder and target ask of it: scales that were stored are worth a try."""
+    if power_of_two:
+        recipe = dataclasses.replace(recipe, scales=PowerOfTwo())
+    stored = any(t.coding and t.coding.tiling == layout.tiling for t in base.tensors.values())
+    if stored and not isinstance(recipe.search, (AbsMax, WithBaseScale)):
+        recipe = dataclasses.replace(recipe, search=WithBaseScale(recipe.search))
+    return recipe
+
+
+def _memory(memory_gb: float | None) -> int:
+    if memory_gb is None:
+        return int(_QUARTER * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    if not 0 < memory_gb < float("inf"):
+        raise ValueError(f"`memory_gb` must be above 0; got {memory_gb}.")
+    return int(memory_gb * 10**9)
+
+
+def _peak() -> int:
+    """Most bytes of memory that this process has had."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _files(*folders: Folder) -> list[Path]:
+    names = [(f.path, {t.file for t in f.tensors.values()} | {CONFIG, INDEX}) for f in folders]
+    return [path / name for path, files in names for name in sorted(files) if (path / name).is_file()]
+
+
+def _refuse_full_disk(out: Path, plan: Plan) -> None:
+    there = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    done = sum((out / shard.file).stat().st_size for shard in plan.shards if (out / shard.file).is_file())
+    free, needed = shutil.disk_usage(there).free, plan.nbytes - done + _SPARE_DISK
+    if free < needed:
+        raise ValueError(
+            f"{out}: needs {needed / 1e9:.1f} GB of disk and {free / 1e9:.1f} GB are free; free some, or "
+            "pass a folder on a larger disk."
+        )
+
+
+def _summary(plan: Plan, about: dict[str, Any]) -> dict[str, Any]:
+    return describe(about) | {
+        "quantized": {
+            job.name: "no base: AbsMax" if job.base is None else "" for job in plan.jobs if job.quantize
+        },
+        "kept": {job.name: job.why for job in plan.jobs if not job.quantize},
+        "left_out": plan.dropped,
+        "share": plan.share,
+        "bytes": plan.nbytes,
+        "memory_bytes": plan.memory,
+    }

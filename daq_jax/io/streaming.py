@@ -1,0 +1,157 @@
+"""Carries out a plan: reads, quantizes and writes at the same time, a few matrices in memory at once.
+
+One thread reads the next pair of matrices while this one quantizes, and another writes the last. Nothing
+waits in a queue, so memory does not depend on the size of the checkpoint.
+"""
+
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from daq_jax.comparison import Figures, compare
+from daq_jax.io.folders import Folder
+from daq_jax.io.journal import Journal
+from daq_jax.io.planning import Job, Plan, Shard
+from daq_jax.io.report import plain_sums
+from daq_jax.io.tensor_files import TensorReader, TensorWriter
+from daq_jax.qtensor import QTensor
+from daq_jax.quantizer import quantize_pair
+
+Tell = Callable[[str, int, Figures | None], None]  # (tensor, bytes of tuned done, its figures)
+Leaf = np.ndarray | jax.Array | QTensor
+
+
+def carry_out(
+    plan: Plan, base: Folder, tuned: Folder, journal: Journal, shards: list[Shard], tell: Tell
+) -> None:
+    """Writes those of the plan's shards that are not finished yet.
+
+    Raises:
+        ValueError: naming the tensor, if one holds NaN or infinity.
+        OSError: if what is on the disk is not what was written.
+    """
+    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+        for shard in shards:
+            with journal.alone(shard.file, wait=False):
+                if journal.record(shard.file) is None:
+                    _Work(plan, base, tuned, journal, tell).do(shard, reader, writer)
+
+
+class _Work:
+    """The work on one shard."""
+
+    def __init__(self, plan: Plan, base: Folder, tuned: Folder, journal: Journal, tell: Tell) -> None:
+        self.plan, self.base, self.tuned, self.journal, self.tell = plan, base, tuned, journal, tell
+        self.sums: dict[str, int] = {}  # crc32 of each written tensor
+        self.written: dict[str, int] = {}  # bytes of each so far
+        self.figures: dict[str, Figures] = {}
+
+    def do(self, shard: Shard, reader: ThreadPoolExecutor, writer: ThreadPoolExecutor) -> None:
+        """Writes one shard, reads it back and records it."""
+        file = TensorWriter(self.journal.out / shard.file, shard.outputs)
+        units = _units(shard)
+        unit = next(units, None)
+        ahead = reader.submit(self.read, *unit) if unit else None
+        writing: Future[None] | None = None
+        while unit and ahead:
+            (job, part), pair = unit, ahead.result()
+            unit = next(units, None)
+            ahead = reader.submit(self.read, *unit) if unit else None
+            result = self.quantize(job, part, *pair) if pair else None
+            del pair
+            if writing:
+                writing.result()
+            writing = writer.submit(self.write, file, job, part, result)
+        if writing:
+            writing.result()
+        file.finish()
+        verify(file, self.sums)
+        figures = {name: plain_sums(found) for name, found in self.figures.items()}
+        self.journal.finish(shard.file, {"crc32": self.sums, "figures": figures})
+
+    def read(self, job: Job, part: slice) -> tuple[Leaf, Leaf] | None:
+        """A pair of matrices; None for a tensor that is copied."""
+        if not job.quantize:
+            return None
+        tuned = self.tuned.read(job.name, part, self.plan.dtype)
+        base = tuned if job.base is None else self.base.read(job.base.name, part, self.plan.dtype)
+        return (tuned, tuned) if job.base is None else (base, tuned)
+
+    def quantize(self, job: Job, part: slice, base: Leaf, tuned: Leaf) -> QTensor:
+        """Codes and scales of a pair."""
+        stream = zlib.crc32(f"{job.name}:{part.start}".encode())
+        q = quantize_pair(base, tuned, recipe=self.plan.recipe, matrix=job.tuned.matrix, stream=stream)
+        if not bool(jnp.isfinite(q.scale).all()):  # what a tile that holds NaN or infinity gets
+            raise ValueError(
+                f"{job.tuned.file}: tensor {job.name!r} holds NaN or infinity in base or tuned; every weight "
+                "must be finite: mend the checkpoint."
+            )
+        if job.base is not None:
+            found = compare({"": base}, {"": tuned}, {"": q}).total
+            before = self.figures.get(job.name)
+            self.figures[job.name] = found if before is None else jax.tree.map(_add, before, found)
+        return q
+
+    def write(self, file: TensorWriter, job: Job, part: slice, q: QTensor | None) -> None:
+        """Writes what one unit gives."""
+        codes, *scale = job.outputs
+        if q is None:
+            for data in self.kept(job):
+                self.put(file, codes, data)
+        else:
+            self.put(file, codes, np.asarray(q.codes))
+            self.put(file, scale[0], np.swapaxes(np.asarray(q.scale), -1, -2))
+        rows = job.tuned.shape[0] if job.tuned.shape else 1
+        share = (part.stop - part.start) / max(rows, 1)
+        self.tell(job.name, int(job.tuned.nbytes * share), self.figures.get(job.name))
+
+    def kept(self, job: Job) -> Iterator[np.ndarray]:
+        """A tensor that is not quantized, piece by piece: as it is stored, or dequantized."""
+        if job.tuned.coding is None:
+            yield from self.tuned.chunks(job.name)
+            return
+        for part in job.parts:
+            q = self.tuned.read(job.name, part, self.plan.dtype)
+            assert isinstance(q, QTensor)
+            yield np.asarray(q.dequantize())
+
+    def put(self, file: TensorWriter, name: str, data: np.ndarray) -> None:
+        """Writes the next bytes of a tensor: bands of a matrix, and matrices of a stack, come in order."""
+        data = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+        at = self.written.get(name, 0)
+        file.write(name, data, at)
+        self.written[name] = at + data.nbytes
+        self.sums[name] = zlib.crc32(data.data, self.sums.get(name, 0))
+
+
+def _units(shard: Shard) -> Iterator[tuple[Job, slice]]:
+    for job in shard.jobs:
+        whole = slice(0, job.tuned.shape[0] if job.tuned.shape else 1)
+        yield from ((job, part) for part in (job.parts if job.quantize else [whole]))
+
+
+def _add(a: Any, b: Any) -> Any:
+    return a + b
+
+
+def verify(file: TensorWriter, sums: dict[str, int]) -> None:
+    """Reads a finished file back and holds each tensor to the sum of what was meant to be written.
+
+    Raises:
+        OSError: naming the tensor that differs.
+    """
+    reader = TensorReader(file.path)
+    try:
+        for name, entry in file.entries.items():
+            found = 0
+            for chunk in reader.chunks(name) if reader.entries.get(name) == entry else ():
+                found = zlib.crc32(chunk.data, found)
+            if found != sums.get(name, 0):
+                raise OSError(f"{file.path}: tensor {name!r} is not what was written; check the disk.")
+    finally:
+        reader.close()
