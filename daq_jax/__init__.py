@@ -25,6 +25,8 @@ from daq_jax.unbiased import UnbiasedGain, UnbiasedSubspace
 
 if TYPE_CHECKING:
     from daq_jax.inspection import Inspection, inspect
+    from daq_jax.io.folder_comparison import compare_folders
+    from daq_jax.io.folder_inspection import inspect_folder
     from daq_jax.io.folder_quantizer import quantize_folder
 
 __version__ = "0.1.0"
@@ -32,7 +34,9 @@ __version__ = "0.1.0"
 # Names at the edges, by the module that holds them; loaded when first used: the core imports none of it.
 _EDGES: dict[str, str] = {
     "Inspection": "daq_jax.inspection",
+    "compare_folders": "daq_jax.io.folder_comparison",
     "inspect": "daq_jax.inspection",
+    "inspect_folder": "daq_jax.io.folder_inspection",
     "quantize_folder": "daq_jax.io.folder_quantizer",
 }
 
@@ -61,6 +65,7 @@ __all__ = [
     "UnusedRuleWarning",
     "WithBaseScale",
     "compare",
+    "compare_folders",
     "cosine",
     "dequantize",
     "fp4_bnb",
@@ -68,6 +73,7 @@ __all__ = [
     "fp8_e4m3fn",
     "fp8_e5m2",
     "inspect",
+    "inspect_folder",
     "int4",
     "int8",
     "keep",

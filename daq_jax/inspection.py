@@ -83,14 +83,14 @@ class Source:
 
     Attributes:
         patches: how it divides.
-        dtype: of what is read.
+        dtypes: of base and tuned, as they are read.
         recipe: how it would be quantized.
         read: `base`, `tuned` and, for a base stored in codes of the recipe's format and scales, the scale
             of each element at an index; arrays of the index's shape.
     """
 
     patches: Patches
-    dtype: np.dtype
+    dtypes: tuple[np.dtype, np.dtype]
     recipe: Recipe
     read: Callable[[Index], tuple[NDArray, NDArray, NDArray | None]]
 
@@ -137,7 +137,7 @@ def _source(pair: Pair) -> Source:
         return take(pair.base, index), take(pair.tuned, index), scales(pair.base, index) if stored else None
 
     patches = Patches(TileView(tuple(pair.tuned.shape), how.matrix, how.recipe.tiling))
-    return Source(patches, np.dtype(pair.tuned.dtype), how.recipe, read)
+    return Source(patches, (np.dtype(pair.base.dtype), np.dtype(pair.tuned.dtype)), how.recipe, read)
 
 
 def inspect_sources(
@@ -169,9 +169,10 @@ def _sums_by_leaf(sources: Mapping[str, Source], chosen: Mapping[str, Sequence[i
     groups = collections.defaultdict(list)
     for path, numbers in chosen.items():
         source = sources[path]
-        for number in numbers:
-            index = source.patches.index(number)
-            kind = np.broadcast_shapes(*map(np.shape, index)), source.dtype, source.recipe
+        for index in sorted(
+            map(source.patches.index, numbers), key=_start
+        ):  # as they lie, to be read at once
+            kind = np.broadcast_shapes(*map(np.shape, index)), source.dtypes, source.recipe
             groups[kind].append(_Place(path, source, index))
     found = collections.defaultdict(list)
     for (shape, _, recipe), places in groups.items():
@@ -181,6 +182,10 @@ def _sums_by_leaf(sources: Mapping[str, Source], chosen: Mapping[str, Sequence[i
             for place, sums in zip(part, _sums_of(part, together, recipe), strict=True):
                 found[place.path].append(sums)
     return {path: jax.tree.map(lambda *x: np.stack(x), *found[path]) for path in chosen}
+
+
+def _start(index: Index) -> tuple[int, ...]:
+    return tuple(int(np.min(numbers)) for numbers in index)
 
 
 def _sums_of(places: Sequence[_Place], together: int, recipe: Recipe) -> list[Sums]:

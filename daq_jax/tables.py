@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from daq_jax.findings import Findings
     from daq_jax.inspection import Inspection
 
+TOTALS = ("total", "give or take")  # rows that are not leaves
 SHOWN = 10  # leaves in a table that shows itself
 ON_GRID = 0.5  # share of the base from which on it counts as lying on the grid
 
@@ -94,7 +95,7 @@ def compared(table: "Comparison", n: int = SHOWN) -> Sheet:
     hidden = len(table.leaves) - n
     after = [f"{hidden} more leaves, with projections nearer 1"] if hidden > 0 else []
     after += [ABOUT, *([ON_GRID_NOTE] if table.total.on_grid > ON_GRID else [])]
-    rows = [("total", table.total), *table.worst(n).items()]
+    rows = [(TOTALS[0], table.total), *table.worst(n).items()]
     return Sheet([], list(COLUMNS), [(path, cells(figures)) for path, figures in rows], after)
 
 
@@ -105,7 +106,7 @@ def inspected(found: "Inspection", n: int = SHOWN) -> Sheet:
     def row(of: "Findings", part: str) -> list[str]:
         return [_cell(column, getattr(getattr(of, column.figure), part)) for column in INSPECTED]
 
-    rows = [("total", row(total, "value")), ("give or take", row(total, "bound"))]
+    rows = list(zip(TOTALS, (row(total, "value"), row(total, "bound")), strict=True))
     rows += [(path, row(leaf, "value")) for path, leaf in found.worst(n).items()]
     looked = (
         f"{total.sampled:,} of {total.elements:,} weights looked at ({total.sampled / total.elements:.2g}), "
