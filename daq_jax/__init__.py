@@ -7,7 +7,7 @@ direction, its size. Pure functions over pytrees. Letters used throughout: `R, C
 """
 
 import importlib
-from typing import TYPE_CHECKING
+import typing
 
 from daq_jax import recipes
 from daq_jax.comparison import Comparison, Figures, compare
@@ -23,7 +23,7 @@ from daq_jax.tilings import Block, Channel, Group, PerTensor
 from daq_jax.trees import dequantize, quantize
 from daq_jax.unbiased import UnbiasedGain, UnbiasedSubspace
 
-if TYPE_CHECKING:
+if typing.TYPE_CHECKING:
     from daq_jax.inspection import Inspection, inspect
     from daq_jax.io.folder_comparison import compare_folders
     from daq_jax.io.folder_inspection import inspect_folder

@@ -39,7 +39,7 @@ def quantize_folder(
     *,
     format: str | None = None,
     target: str = "hopper",
-    memory_gb: float | None = None,
+    memory_gb: float | int | None = None,
     missing_base: MissingBase = "error",
     tp: int = 1,
     base_dtype: str | None = None,
@@ -180,7 +180,7 @@ def _recipe_for(recipe: Recipe, base: Folder, layout: Layout, power_of_two: bool
     return recipe
 
 
-def _memory(memory_gb: float | None) -> int:
+def _memory(memory_gb: float | int | None) -> int:
     if memory_gb is None:
         return int(_QUARTER * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     if not 0 < memory_gb < float("inf"):

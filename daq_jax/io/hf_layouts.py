@@ -7,8 +7,8 @@
 | `int8-channel`: compressed-tensors | I8 `[out, in]` | `weight_scale`, `[out, 1]` |
 
 A weight is `code * scale` in all of them; vLLM and SGLang read all three. Experts may be one matrix each, or
-fused, `[experts, out, in]` under `experts.gate_up_proj` and `experts.down_proj`, whose scale is that name with
-the scale's suffix.
+fused, `[experts, out, in]` under `experts.gate_up_proj` and `experts.down_proj`; their scale bears that name,
+and the suffix of the scales.
 """
 
 import dataclasses

@@ -37,7 +37,7 @@ def pooled(figures: Mapping[str, Figures]) -> Figures | None:
     return jax.tree.map(lambda *x: sum(x), *figures.values()) if figures else None
 
 
-def _size(nbytes: float) -> str:
+def _size(nbytes: float | int) -> str:
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"
 
 

@@ -1,0 +1,102 @@
+"""Folders that other people's loaders read: transformers for blocks, compressed-tensors for channels."""
+
+import pathlib
+
+import numpy as np
+import pytest
+
+import daq_jax as daq
+from daq_jax.io.folders import open_folder
+
+pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("default")]
+
+TINY = {
+    "hidden_size": 256,
+    "intermediate_size": 384,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "max_position_embeddings": 128,
+}
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["own head", "tied head"])
+def pair(request, tmp_path_factory) -> tuple[pathlib.Path, pathlib.Path]:
+    """A Llama-shaped model and a tuned one, as transformers saves them, in shards of different size."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("pair")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**TINY, tie_word_embeddings=request.param, dtype="bfloat16")
+    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(folder / "base")
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 1e-3 * torch.randn_like(weight)
+    model.save_pretrained(folder / "tuned", max_shard_size="1MB")
+    return folder / "base", folder / "tuned"
+
+
+def dequantized(path: pathlib.Path, dtype: str) -> dict:
+    """Every tensor of a folder as a float32 torch tensor, by our own reader; weights rounded to `dtype`."""
+    import torch
+
+    folder = open_folder(path)
+    found = {name: folder.read(name) for name in folder.tensors}
+    arrays = {n: x.dequantize(dtype) if isinstance(x, daq.QTensor) else x for n, x in found.items()}
+    folder.close()
+    return {n: torch.from_numpy(np.asarray(x).astype(np.float32)) for n, x in arrays.items()}
+
+
+def logits(model) -> np.ndarray:
+    import torch
+
+    with torch.no_grad():
+        return model.eval()(torch.arange(64).reshape(2, 32)).logits.float().numpy()
+
+
+def by_our_weights(path: pathlib.Path, tuned: pathlib.Path, dtype: str):
+    """The tuned model in `dtype`, with the weights of `path` as our reader dequantizes them."""
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(tuned, dtype=getattr(torch, dtype))
+    missing, unexpected = model.load_state_dict(dequantized(path, dtype), strict=False)
+    assert unexpected == []
+    assert set(missing) <= {"lm_head.weight"}
+    return model
+
+
+def assert_same_weights(found, wanted) -> None:
+    for name, weight in wanted.state_dict().items():
+        assert found.state_dict()[name].dtype == weight.dtype
+        np.testing.assert_array_equal(found.state_dict()[name].float(), weight.float(), err_msg=name)
+
+
+def test_transformers_loads_blocks_and_computes_what_our_weights_say(pair, tmp_path):
+    import transformers
+
+    daq.quantize_folder(*pair, tmp_path / "out", daq.recipes.absmax, memory_gb=2)
+    how = transformers.FineGrainedFP8Config(dequantize=True)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", quantization_config=how)
+    ours = by_our_weights(tmp_path / "out", pair[1], "bfloat16")
+    assert_same_weights(loaded, ours)
+    np.testing.assert_array_equal(logits(loaded), logits(ours))
+    tuned = transformers.AutoModelForCausalLM.from_pretrained(pair[1])
+    error = np.linalg.norm(logits(ours) - logits(tuned)) / np.linalg.norm(logits(tuned))
+    assert 1e-3 < error < 0.1  # FP8 codes: neither the tuned weights nor noise
+
+
+@pytest.mark.parametrize("layout", ["fp8-channel", "int8-channel"])
+def test_compressed_tensors_decompresses_to_codes_times_scale(layout, pair, tmp_path):
+    import torch
+    import transformers
+
+    daq.quantize_folder(*pair, tmp_path / "out", daq.recipes.absmax, format=layout, memory_gb=2)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    stored = {name: w.dtype for name, w in loaded.state_dict().items() if name.endswith("_proj.weight")}
+    expected = torch.int8 if layout == "int8-channel" else torch.float8_e4m3fn
+    assert list(stored.values()) == [expected] * 14
+    found = logits(loaded)  # the first forward pass decompresses
+    assert_same_weights(loaded, by_our_weights(tmp_path / "out", pair[1], "float32"))
+    assert np.isfinite(found).all()
