@@ -10,27 +10,24 @@ import shutil
 import numpy as np
 import pytest
 
-import daq_jax as daq
 from daq_jax.comparison import Comparison, pool
+from daq_jax.details import Details
 from daq_jax.figures import Figures
 from daq_jax.page import page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
-SIDE = 64
 
 
 @pytest.fixture(scope="module")
 def shown():
     """A comparison of three leaves with details, and the page made of it."""
     rng = np.random.default_rng(0)
-    base = {f"layers_{i}/kernel": rng.normal(0, 0.02, (SIDE, SIDE)).astype(np.float32) for i in (2, 10, 1)}
-    base["<script>alert(1)</script>"] = base.pop("layers_1/kernel")
-    tuned = {
-        path: w + (rng.normal(0, 2e-4 * (i + 1), w.shape)).astype(np.float32)
-        for i, (path, w) in enumerate(base.items())
-    }
-    table = daq.compare(base, tuned, daq.quantize(base, tuned, daq.recipes.absmax), details=True)
+    sums = many_leaves(4).leaves.values()
+    names = ("layers_10/kernel", "layers_2/kernel", "<script>alert(1)</script>")
+    leaves = dict(zip(names, [*sums][1:], strict=True))
+    found = Details(4096, rng.integers(0, 99, (64, 64)), np.full(36, 99), np.full(36, 66), np.arange(97))
+    table = Comparison(leaves, pool(leaves.values()), {names[0]: found})
     return table, page(table, title="A <page>", others={"absmax": table})
 
 
@@ -54,6 +51,7 @@ def test_a_page_escapes_what_it_shows_and_names_no_place_to_load_from(shown):
     assert html.count("data:image/png;base64,") == 5
 
 
+@pytest.mark.slow
 def test_a_thousand_leaves_weigh_less_than_2_mb(shown):
     table, _ = shown
     large = dataclasses.replace(many_leaves(1000), details=table.details)

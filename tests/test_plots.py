@@ -10,17 +10,18 @@ from daq_jax import plots
 from daq_jax.details import CHANGE_EDGES, RATIO_EDGES, SIZE_EDGES, details_of
 from daq_jax.plots import place_of
 
+RECIPE = daq.Recipe(tiling=daq.Block(16, 16), search=daq.Grid(0.8, 1.25, 2))
+
 
 @pytest.fixture(scope="module")
 def compared():
     pairs = {
         "model.layers.0.mlp.up": native("up 0", (64, 48), 0.01),
         "model.layers.1.mlp.up": native("up 1", (64, 48), 0.05),
-        "model.layers.1.attn.q": pair("q 1", (64, 48)),
+        "model.layers.1.attn.q": pair("q 1", (64, 48), np.dtype(np.float32)),
     }
     base, tuned = ({path: x[i] for path, x in pairs.items()} for i in (0, 1))
-    recipe = daq.Recipe(tiling=daq.Block(16, 16), search=daq.Grid(0.8, 1.25, 2))
-    q = daq.quantize(base, tuned, recipe)
+    q = daq.quantize(base, tuned, RECIPE)
     return base, tuned, q, daq.compare(base, tuned, q, details=True)
 
 
@@ -45,10 +46,10 @@ def test_details_count_what_is_there(compared):
 
 
 def test_a_leaf_without_change_has_details_too():
-    base, _ = pair("still", (16, 16))
-    q = daq.quantize({"w": base}, {"w": base}, daq.recipes.absmax)["w"]
+    base, _ = native("still", (64, 48))
+    q = daq.quantize({"w": base}, {"w": base}, RECIPE)["w"]
     found = details_of(base, base, q)
-    assert (found.moved.sum(), found.same_sign.sum(), found.density.sum()) == (0, 0, 256)
+    assert (found.moved.sum(), found.same_sign.sum(), found.density.sum()) == (0, 0, 64 * 48)
     table = daq.compare({"w": base}, {"w": base}, {"w": q}, details=True)
     for draw in (plots.density, plots.sign_rate_by_size, plots.scale_ratios, plots.projection_by_layer):
         draw(table).canvas.draw()
