@@ -265,8 +265,8 @@ def large(folder: Annotated[Path, tyro.conf.Positional], gigabytes: float = 20.0
     total = found["total"]
     print(found["verdict"])
     print(
-        f"{size / 1e9:.1f} GB in {2 * layers} files, {total['sampled']:,} of {total['elements']:,} weights in "
-        f"{len(found['leaves'])} leaves looked at: {seconds:.1f} s, {peak / 1e9:.2f} GB at most; "
+        f"{size / 1e9:.1f} GB in {2 * layers} files, {total['sampled']:,} of {total['elements']:,} weights "
+        f"in {len(found['leaves'])} leaves looked at: {seconds:.1f} s, {peak / 1e9:.2f} GB at most; "
         f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before it ended, JAX {jax.__version__}"
     )
     return int(seconds > 60 or peak > 1e9)

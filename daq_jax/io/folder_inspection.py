@@ -1,6 +1,7 @@
 """`inspect` for two checkpoint folders: reads the bands of rows that hold the sample, and nothing else."""
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 from daq_jax import recipes
 from daq_jax.inspection import MOST_ELEMENTS, Inspection, Source, inspect_sources
 from daq_jax.io.bands import band_around, band_step
-from daq_jax.io.folders import Folder, Tensor, open_folder
+from daq_jax.io.folders import Tensor, open_folder
 from daq_jax.io.hf_layouts import LAYOUTS
 from daq_jax.io.planning import Job, Plan, make_plan
 from daq_jax.qtensor import QTensor
@@ -17,6 +18,8 @@ from daq_jax.recipes import Recipe
 from daq_jax.sampling import Index, Patches, scales, take
 from daq_jax.tilings import TileView
 
+_Leaf = NDArray | QTensor
+_Pair = tuple[_Leaf, _Leaf]
 _NO_LIMIT = 2**60  # bytes: nothing is quantized whole here
 
 
@@ -49,28 +52,29 @@ def inspect_folder(
     before, after = open_folder(base), open_folder(tuned)
     try:
         plan = make_plan(before, after, recipe, LAYOUTS[format], memory=_NO_LIMIT)
-        sources = {job.name: _source(job, plan, before, after) for job in plan.jobs if job.quantize}
+
+        @functools.lru_cache(maxsize=1)  # patches of one band come one after another
+        def band(name: str, first: int, last: int) -> _Pair:
+            old, new = (folder.read(name, slice(first, last), plan.dtype) for folder in (before, after))
+            return old, new
+
+        sources = {job.name: _source(job, plan, band) for job in plan.jobs if job.quantize}
         return inspect_sources(sources, recipe, most_elements=most_elements)
     finally:
         before.close()
         after.close()
 
 
-def _source(job: Job, plan: Plan, before: Folder, after: Folder) -> Source:
+def _source(job: Job, plan: Plan, band: Callable[[str, int, int], _Pair]) -> Source:
     partner = job.base
     assert partner is not None  # the plan refuses weights without
     stored = partner.coding is not None and partner.coding.format == plan.recipe.format
     step, length = band_step(partner, job.tuned), job.tuned.shape[0]
 
-    @functools.lru_cache(maxsize=1)  # patches of one band come one after another
-    def band(first: int, last: int) -> tuple[NDArray | QTensor, NDArray | QTensor]:
-        part = slice(first, last)
-        return before.read(partner.name, part, plan.dtype), after.read(job.name, part, plan.dtype)
-
     def read(index: Index) -> tuple[NDArray, NDArray, NDArray | None]:
         rows = np.asarray(index[0])
         part = band_around(int(rows.min()), int(rows.max()) + 1, step, length)
-        old, new = band(part.start, part.stop)
+        old, new = band(job.name, part.start, part.stop)
         inside = (rows - part.start, *index[1:])
         spread = scales(old, inside) if stored and isinstance(old, QTensor) else None
         return take(old, inside), take(new, inside), spread
