@@ -171,7 +171,7 @@ def pairs(
     """Holds the estimates of samples against the whole."""
     rows = []
     cases = itertools.chain(
-        ((*case, [daq.keep("^$")]) for case in generated()),
+        ((*case, [*daq.DEFAULT_RULES]) for case in generated()),
         ((*case, [HF]) for case in real(wheels.expanduser())),
     )
     for *case, rules in cases:
