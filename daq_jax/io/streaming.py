@@ -53,7 +53,17 @@ class _Work:
 
     def do(self, shard: Shard, reader: ThreadPoolExecutor, writer: ThreadPoolExecutor) -> None:
         """Writes one shard, reads it back and records it."""
-        file = TensorWriter(self.journal.out / shard.file, shard.outputs)
+        with TensorWriter(self.journal.out / shard.file, shard.outputs) as file:
+            self.fill(file, shard, reader, writer)
+            file.finish()
+            verify(file, self.sums)
+        figures = {name: plain_sums(found) for name, found in self.figures.items()}
+        self.journal.finish(shard.file, {"crc32": self.sums, "figures": figures})
+
+    def fill(
+        self, file: TensorWriter, shard: Shard, reader: ThreadPoolExecutor, writer: ThreadPoolExecutor
+    ) -> None:
+        """Reads, quantizes and writes all tensors of a shard."""
         units = _units(shard)
         unit = next(units, None)
         ahead = reader.submit(self.read, *unit) if unit else None
@@ -69,10 +79,6 @@ class _Work:
             writing = writer.submit(self.write, file, job, part, result)
         if writing:
             writing.result()
-        file.finish()
-        verify(file, self.sums)
-        figures = {name: plain_sums(found) for name, found in self.figures.items()}
-        self.journal.finish(shard.file, {"crc32": self.sums, "figures": figures})
 
     def read(self, job: Job, part: slice) -> tuple[Leaf, Leaf] | None:
         """A pair of matrices; None for a tensor that is copied."""

@@ -258,7 +258,8 @@ class TensorWriter:
     """Writes a file whose tensors are known beforehand, in any order and piece by piece.
 
     Bytes go to a temporary name beside `path`; `finish` gives the file its name once all of it is on disk.
-    The order of tensors is that of the reference writer, so the files are equal byte by byte.
+    The order of tensors is that of the reference writer, so the files are equal byte by byte. A context that
+    closes the file at its end, finished or not.
 
     Args:
         path: of the finished file.
@@ -271,6 +272,12 @@ class TensorWriter:
         header, self.entries = plan_file(specs)
         self._file = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
         self._put(memoryview(header), 0)
+
+    def __enter__(self) -> "TensorWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._file)
 
     def write(self, name: str, data: np.ndarray, at: int = 0) -> None:
         """Writes bytes of a tensor.
@@ -294,7 +301,6 @@ class TensorWriter:
         """Waits until the disk has everything, then names the file."""
         os.fsync(self._file)
         drop_pages(self._file)
-        os.close(self._file)
         os.replace(self._temporary, self.path)
         sync_folder(self.path.parent)
 

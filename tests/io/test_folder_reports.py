@@ -9,8 +9,8 @@ import ml_dtypes
 import numpy as np
 import oracles
 import pytest
-import safetensors.numpy
 from cases import pair
+from hf_folders import CONFIG, write_folder
 
 import daq_jax as daq
 from daq_jax import cli
@@ -25,11 +25,7 @@ NAMES = [f"model.layers.{i}.self_attn.{kind}_proj.weight" for i in range(2) for 
 
 
 def write(path, tensors, config=None):
-    """A Hugging Face folder in one file, by the reference writer."""
-    path.mkdir(parents=True)
-    (path / "config.json").write_text(json.dumps({"torch_dtype": "bfloat16"} | (config or {})))
-    safetensors.numpy.save_file(tensors, path / "model.safetensors", {"format": "pt"})
-    return path
+    return write_folder(path, [tensors], CONFIG | (config or {}))
 
 
 def spread(scale, shape):

@@ -1,7 +1,6 @@
 """Folders that the reference writer makes, read back; and folders that must be refused."""
 
 import json
-import pathlib
 import struct
 
 import jax.numpy as jnp
@@ -9,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from hf_folders import BF16, E4M3, E8M0, normal, spread, write_folder
 
 from daq_jax.io.folders import open_folder
 from daq_jax.io.tensor_files import TensorReader, TensorSpec, TensorWriter
@@ -16,28 +16,6 @@ from daq_jax.qtensor import QTensor
 from daq_jax.tilings import Block, Channel, PerTensor
 
 RANDOM = np.random.default_rng(0)
-BF16, E4M3, E8M0 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e8m0fnu
-
-
-def normal(*shape: int) -> np.ndarray:
-    return RANDOM.normal(size=shape).astype(np.float32)
-
-
-def write_folder(path: pathlib.Path, shards: list[dict[str, np.ndarray]], config: dict | None = None) -> None:
-    """A Hugging Face folder by the reference writer, in one file or in shards with an index."""
-    path.mkdir(parents=True)
-    (path / "config.json").write_text(json.dumps(config or {"torch_dtype": "bfloat16"}))
-    if len(shards) == 1:
-        safetensors.numpy.save_file(shards[0], path / "model.safetensors", {"format": "pt"})
-        return
-    files = {f"model-{i + 1:05}-of-{len(shards):05}.safetensors": s for i, s in enumerate(shards)}
-    for file, tensors in files.items():
-        safetensors.numpy.save_file(tensors, path / file, {"format": "pt"})
-    index = {
-        "metadata": {"total_size": sum(x.nbytes for s in shards for x in s.values())},
-        "weight_map": {n: f for f, s in files.items() for n in s},
-    }
-    (path / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 WORDS = (
@@ -57,18 +35,18 @@ EXTENDED = ("uint64", "complex64", BF16, E4M3, ml_dtypes.float8_e5m2, E8M0)
 EVERY_DTYPE = {str(x): np.arange(6).reshape(2, 3).astype(x) for x in (*WORDS, *EXTENDED)} | {
     "scalar": np.array(3, np.float32),
     "empty": np.zeros((0, 3), np.float32),
-    "ünï": normal(2),
+    "ünï": normal(0, 2),
 }
 
 
 def test_a_written_file_is_that_of_the_reference_writer(tmp_path):
     safetensors.numpy.save_file(EVERY_DTYPE, tmp_path / "reference", {"format": "pt"})
     specs = {name: TensorSpec.of(x.dtype, x.shape) for name, x in EVERY_DTYPE.items()}
-    writer = TensorWriter(tmp_path / "ours", specs)
-    for name, x in reversed(EVERY_DTYPE.items()):
-        writer.write(name, x)
-    assert not (tmp_path / "ours").exists()
-    writer.finish()
+    with TensorWriter(tmp_path / "ours", specs) as writer:
+        for name, x in reversed(EVERY_DTYPE.items()):
+            writer.write(name, x)
+        assert not (tmp_path / "ours").exists()
+        writer.finish()
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "reference").read_bytes()
 
 
@@ -84,15 +62,15 @@ def test_every_dtype_is_read_back_whole_and_in_parts(tmp_path):
 
 
 def test_a_transposed_array_is_written_in_c_order(tmp_path):
-    x = normal(2, 3)
-    writer = TensorWriter(tmp_path / "file", {"x": TensorSpec("F32", (3, 2))})
-    writer.write("x", x.T)
-    writer.finish()
+    x = normal(0, 2, 3)
+    with TensorWriter(tmp_path / "file", {"x": TensorSpec("F32", (3, 2))}) as writer:
+        writer.write("x", x.T)
+        writer.finish()
     np.testing.assert_array_equal(TensorReader(tmp_path / "file").read("x"), x.T)
 
 
 def test_shards_and_a_single_file_are_one_to_the_reader(tmp_path):
-    tensors = {"b.weight": normal(4, 2), "a.weight": normal(2, 2).astype(BF16), "n": np.arange(3)}
+    tensors = {"b.weight": normal(0, 4, 2), "a.weight": normal(0, 2, 2).astype(BF16), "n": np.arange(3)}
     write_folder(tmp_path / "one", [tensors])
     write_folder(tmp_path / "two", [{"n": tensors["n"]}, {k: v for k, v in tensors.items() if k != "n"}])
     for word in ("one", "two"):
@@ -103,15 +81,10 @@ def test_shards_and_a_single_file_are_one_to_the_reader(tmp_path):
             np.testing.assert_array_equal(folder.read(name), x)
 
 
-def spread(scale: np.ndarray, shape: tuple[int, ...], block: tuple[int, int]) -> np.ndarray:
-    wide = scale.astype(np.float32).repeat(block[0], -2).repeat(block[1], -1)
-    return wide[..., : shape[-2], : shape[-1]]
-
-
 @pytest.mark.parametrize("dtype", [np.float32, BF16, E8M0, np.uint8], ids=str)
 @pytest.mark.parametrize("shape", [(256, 384), (130, 200), (3, 256, 128)])
 def test_fp8_blocks_are_read_with_the_scale_of_another_shard(dtype, shape, tmp_path):
-    codes = normal(*shape).astype(E4M3)
+    codes = normal(0, *shape).astype(E4M3)
     grid = (*shape[:-2], -(-shape[-2] // 128), -(-shape[-1] // 128))
     scale = (2.0 ** RANDOM.integers(-4, 4, grid)).astype(E8M0 if dtype == np.uint8 else dtype)
     stored = scale.view(np.uint8) if dtype == np.uint8 else scale
@@ -122,7 +95,7 @@ def test_fp8_blocks_are_read_with_the_scale_of_another_shard(dtype, shape, tmp_p
     q = folder.read("a.weight", dtype=np.dtype(np.float32))
     assert isinstance(q, QTensor)
     assert q.tiling == Block(128, 128)
-    expected = codes.astype(np.float32) * spread(scale, shape, (128, 128))
+    expected = codes.astype(np.float32) * spread(scale, shape)
     np.testing.assert_array_equal(q.dequantize(), expected)
     part = slice(0, 128) if len(shape) == 2 else slice(1, 3)
     np.testing.assert_array_equal(folder.read("a.weight", part).dequantize(jnp.float32), expected[part])
@@ -133,8 +106,8 @@ def test_fp8_blocks_are_read_with_the_scale_of_another_shard(dtype, shape, tmp_p
 )
 @pytest.mark.parametrize("dtype", [E4M3, np.int8], ids=str)
 def test_channel_and_tensor_scales_are_read(scale_shape, tiling, dtype, tmp_path):
-    codes = (10 * normal(6, 8)).astype(dtype)
-    scale = np.abs(normal(*scale_shape)) + 1
+    codes = (10 * normal(0, 6, 8)).astype(dtype)
+    scale = np.abs(normal(0, *scale_shape)) + 1
     write_folder(tmp_path / "f", [{"a.weight": codes, "a.weight_scale": np.asarray(scale)}])
     folder = open_folder(tmp_path / "f")
     q = folder.read("a.weight", dtype=np.dtype(np.float32))
@@ -176,7 +149,7 @@ BROKEN_FILES = {
 
 @pytest.mark.parametrize("case", BROKEN_FILES)
 def test_a_broken_file_is_refused_by_name_in_one_line(case, tmp_path):
-    write_folder(tmp_path / "f", [{"a": normal(2)}])
+    write_folder(tmp_path / "f", [{"a": normal(0, 2)}])
     (tmp_path / "f" / "model.safetensors").write_bytes(corrupt(BROKEN_FILES[case]))
     with pytest.raises(ValueError, match=r"model\.safetensors: ") as caught:
         open_folder(tmp_path / "f")
@@ -185,7 +158,7 @@ def test_a_broken_file_is_refused_by_name_in_one_line(case, tmp_path):
 
 @pytest.mark.parametrize("size", [0, 5, 8, 100])
 def test_a_file_without_a_header_is_refused(size, tmp_path):
-    write_folder(tmp_path / "f", [{"a": normal(2)}])
+    write_folder(tmp_path / "f", [{"a": normal(0, 2)}])
     (tmp_path / "f" / "model.safetensors").write_bytes(b"\xff" * size)
     with pytest.raises(ValueError, match="not a safetensors file, or cut short"):
         open_folder(tmp_path / "f")
@@ -193,7 +166,7 @@ def test_a_file_without_a_header_is_refused(size, tmp_path):
 
 @pytest.mark.parametrize("file", ["../x.safetensors", "/etc/passwd", "sub/x", "..", "", "a\\b", "\0", 3])
 def test_an_index_may_not_lead_out_of_the_folder(file, tmp_path):
-    write_folder(tmp_path / "f", [{"a": normal(2)}, {"b": normal(2)}])
+    write_folder(tmp_path / "f", [{"a": normal(0, 2)}, {"b": normal(0, 2)}])
     index = tmp_path / "f" / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": file}}))
     with pytest.raises(ValueError, match="needed the name of a file in it"):
@@ -201,7 +174,7 @@ def test_an_index_may_not_lead_out_of_the_folder(file, tmp_path):
 
 
 def test_what_an_index_names_must_be_there(tmp_path):
-    write_folder(tmp_path / "f", [{"a": normal(2)}, {"b": normal(2)}])
+    write_folder(tmp_path / "f", [{"a": normal(0, 2)}, {"b": normal(0, 2)}])
     index = tmp_path / "f" / "model.safetensors.index.json"
     whole = json.loads(index.read_text())
     index.write_text(
@@ -216,14 +189,14 @@ def test_what_an_index_names_must_be_there(tmp_path):
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, np.nan, np.inf])
 def test_a_scale_must_be_positive_and_finite(scale, tmp_path):
-    tensors = {"a.weight": normal(2, 2).astype(E4M3), "a.weight_scale": np.full((2, 1), scale, np.float32)}
+    tensors = {"a.weight": normal(0, 2, 2).astype(E4M3), "a.weight_scale": np.full((2, 1), scale, np.float32)}
     write_folder(tmp_path / "f", [tensors])
     with pytest.raises(ValueError, match=r"model\.safetensors: tensor 'a\.weight': .*not a positive finite"):
         open_folder(tmp_path / "f").read("a.weight")
 
 
 def test_a_scale_that_fits_no_layout_is_refused(tmp_path):
-    tensors = {"a.weight": normal(6, 4).astype(E4M3), "a.weight_scale_inv": normal(4, 4)}
+    tensors = {"a.weight": normal(0, 6, 4).astype(E4M3), "a.weight_scale_inv": normal(0, 4, 4)}
     write_folder(tmp_path / "f", [tensors])
     with pytest.raises(ValueError, match=r"'a\.weight' is F8_E4M3 \(6, 4\) but 'a\.weight_scale_inv' is F32"):
         open_folder(tmp_path / "f")
