@@ -24,8 +24,9 @@ Sums = dict[str, Any]  # arrays, a number for each patch; see `inspection`
 class Estimate:
     """A figure of the whole, from a sample: `value`, give or take `bound`.
 
-    The bound is three standard errors, wider for few patches as Student's t is: 99.7 % of samples hold it.
-    It is 0 where everything was looked at, and infinite where one patch was.
+    The bound is three standard errors, wider for few patches as Student's t is; it holds for 99.7 % of
+    samples, and for fewer where a few patches of many hold most of a sum. It is 0 where everything was
+    looked at, infinite where one patch was, and NaN where a sample says nothing of the error.
     """
 
     value: float
@@ -77,6 +78,11 @@ class Findings:
     sign_rate: Estimate
     cosine: Estimate
 
+    @property
+    def is_patchwise(self) -> bool:
+        """Whether the recipe works on whole matrices, of which patches do not show all."""
+        return bool(np.isfinite(self.cosine.value) and np.isnan(self.cosine.bound))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers: for each figure its value and its bound, None where it is not a finite number."""
         return jax.tree.map(lambda x: x if np.isfinite(x) else None, dataclasses.asdict(self))
@@ -85,13 +91,16 @@ class Findings:
 ESTIMATES = tuple(field.name for field in dataclasses.fields(Findings) if field.type is Estimate)
 
 
-def findings_of(sums: Sequence[Sums], sizes: Sequence[int], of: int) -> Findings:
+def findings_of(sums: Sequence[Sums], sizes: Sequence[int], of: int, *, patchwise: bool = False) -> Findings:
     """Findings from the sums of the patches of leaves.
 
     Args:
         sums: of each leaf, arrays `[patches]`.
         sizes: number of elements of each leaf: its patches stand for these.
         of: number of elements the findings speak of, more than the sum of `sizes` if leaves were left out.
+        patchwise: whether the recipe works on whole matrices and was tried on patches. Its cosine and sign
+            rate there are not those of the matrix; its projection, which it sets set by set, is, within the
+            bound of a sample from many more patches.
     """
     sampled = sum(s["elements"].sum() for s in sums)
     weight = [
@@ -103,15 +112,26 @@ def findings_of(sums: Sequence[Sums], sizes: Sequence[int], of: int) -> Findings
     whole = jax.tree.map(lambda x: x.sum(0, keepdims=True), each)
     without_one = jax.tree.map(lambda t, x: t - x, whole, each)
     unseen = max(0.0, 1 - sampled / of)
-    spread = stdtrit(n - 1, _SURE) * np.sqrt((n - 1) / n * unseen) if n > 1 else 0.0
-
-    def estimate(value: NDArray, others: NDArray) -> Estimate:
-        deviation = np.sqrt(np.sum(np.square(others - np.mean(others))))
-        return Estimate(float(value[0]), np.inf if n == 1 and unseen else float(spread * deviation))
-
     values, others = _figures(whole), _figures(without_one)
-    found = {name: estimate(values[name], others[name]) for name in ESTIMATES}
+
+    def estimate(name: str) -> Estimate:
+        of_patches = patchwise and name in ("projection", "cosine", "sign_rate")
+        bound = _bound(others[name], 1.0 if of_patches else unseen)
+        return Estimate(float(values[name][0]), np.nan if of_patches and name != "projection" else bound)
+
+    found = {name: estimate(name) for name in ESTIMATES}
     return Findings(elements=int(of), sampled=int(sampled), patches=n, **found)
+
+
+def _bound(others: NDArray, unseen: float) -> float:
+    """Bound of a figure from its values without one patch each, and the share of the whole not looked at."""
+    n = len(others)
+    if not unseen:
+        return 0.0
+    if n == 1 or np.isnan(others).any():  # all of a sum lies in one patch
+        return np.inf
+    deviation = np.sqrt((n - 1) / n * np.sum(np.square(others - np.mean(others))))
+    return float(stdtrit(n - 1, _SURE) * np.sqrt(unseen) * deviation)
 
 
 def _figures(sums: Sums) -> dict[str, NDArray]:

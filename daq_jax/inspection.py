@@ -2,12 +2,13 @@
 
 Answered from a fixed, bounded sample of patches, each quantized on its own. Sums over patches stand for the
 whole by their share of it, and how the patches differ says how far a figure may be off.
-A recipe that works on whole matrices, as `UnbiasedSubspace` does, is tried on the patches alone: what it
-keeps of them stands for what it would keep of the whole.
+A recipe that works on whole matrices, as `UnbiasedSubspace` does, is tried on the patches alone: its
+projection there stands for that of the whole, and its cosine and sign rate are given without a bound.
 """
 
 import collections
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -149,11 +150,15 @@ def inspect_sources(
     chosen = plan({path: source.patches for path, source in sources.items()}, most_elements)
     sums = _sums_by_leaf(sources, chosen)
     sizes = {path: math.prod(source.patches.view.shape) for path, source in sources.items()}
-    leaves = {path: findings_of([found], [sizes[path]], sizes[path]) for path, found in sums.items()}
-    total = findings_of([*sums.values()], [sizes[path] for path in sums], sum(sizes.values()))
+    patchwise = any(hasattr(source.recipe.rounding, "scored_as") for source in sources.values())
+    say = functools.partial(findings_of, patchwise=patchwise)
+    leaves = {path: say([found], [sizes[path]], sizes[path]) for path, found in sums.items()}
+    total = say([*sums.values()], [sizes[path] for path in sums], sum(sizes.values()))
     names = [name for name, known in recipes.RECIPES.items() if known == recipe]
     name = "this recipe" if not names else "the default" if "default" in names else names[0]
-    return Inspection(verdict_of(total, name), total, leaves, name)
+    formats = {source.recipe.format.name.partition("_")[0].upper() for source in sources.values()}
+    kind = " and ".join(sorted(formats))  # "FP8" of "fp8_e4m3fn"
+    return Inspection(verdict_of(total, name, format_name=kind), total, leaves, name)
 
 
 class _Place(NamedTuple):

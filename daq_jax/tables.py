@@ -25,6 +25,7 @@ ON_GRID_NOTE = (
     "average, by moving few weights a whole step, counts as lost in every weight that did not move. "
     "Go by the projection."
 )
+PATCHES_NOTE = "The recipe works on whole matrices and was tried on patches: its cosine and sign rate are those of patches."
 
 
 class Column(NamedTuple):
@@ -112,10 +113,9 @@ def inspected(found: "Inspection", n: int = SHOWN) -> Sheet:
         f"{total.sampled:,} of {total.elements:,} weights looked at ({total.sampled / total.elements:.2g}), "
         f"in {total.patches:,} patches of {len(found.leaves):,} leaves. Bounds are three standard errors."
     )
+    after = [looked, ABOUT, *([PATCHES_NOTE] if total.is_patchwise else [])]
     on_grid = max(np.nan_to_num([total.on_fitted_grid.value, total.on_stored_grid.value])) > ON_GRID
-    return Sheet(
-        [found.verdict], list(INSPECTED), rows, [looked, ABOUT, *([ON_GRID_NOTE] if on_grid else [])]
-    )
+    return Sheet([found.verdict], list(INSPECTED), rows, [*after, *([ON_GRID_NOTE] if on_grid else [])])
 
 
 def text(sheet: Sheet) -> str:

@@ -4,6 +4,7 @@ Every sentence claims no more than its bounds allow: "erased" and "kept" are sai
 the estimate lies on that side of the line.
 """
 
+import math
 from typing import TYPE_CHECKING
 
 from daq_jax.tables import ON_GRID
@@ -19,12 +20,13 @@ UNRELATED = 0.9  # |d| / |base|
 KEPT = 0.9  # projection
 
 
-def verdict_of(found: "Findings", recipe: str) -> str:
+def verdict_of(found: "Findings", recipe: str, *, format_name: str = "FP8") -> str:
     """The verdict on all leaves together.
 
     Args:
         found: their findings.
         recipe: what to call the recipe that was tried.
+        format_name: what to call its number format.
     """
     if found.unmoved.value == 1:
         everywhere = found.sampled == found.elements
@@ -35,8 +37,10 @@ def verdict_of(found: "Findings", recipe: str) -> str:
             f"These two models look unrelated: the change is {found.change.value:.0%} of the weights. "
             "Is this the base that the tuned model was made from?"
         )
-    grid = _grid(found)
+    grid = _grid(found, format_name)
     plain, kept = found.absmax_projection, found.projection
+    if not math.isfinite(plain.bound):
+        return f"{grid} The change lies in too few of the weights looked at to say what is kept of it."
     if plain.high < KEPT:
         lost = f"AbsMax would erase about {1 - plain.value:.0%} of this fine-tune{_span(plain)}"
         return f"{grid} {lost}; {recipe} {_keeps(kept)}."
@@ -50,15 +54,16 @@ def verdict_of(found: "Findings", recipe: str) -> str:
     return f"{grid} Plain AbsMax keeps the change, {_interval(plain)} of it; {rest}."
 
 
-def _grid(found: "Findings") -> str:
-    if found.on_stored_grid.value == found.on_stored_grid.value:
-        return "This base is stored in FP8." if found.on_stored_grid.value > ON_GRID else ""
-    share = found.on_fitted_grid
-    word = "is" if share.value > ON_GRID else "is not"
-    return f"This base {word} on an FP8 grid."
+def _grid(found: "Findings", name: str) -> str:
+    if not math.isnan(found.on_stored_grid.value):
+        return f"This base is stored in {name}."
+    word = "is" if found.on_fitted_grid.value > ON_GRID else "is not"
+    return f"This base {word} on an {name} grid."
 
 
 def _interval(x: "Estimate") -> str:
+    if not math.isfinite(x.bound):
+        return f"about {x.value:.0%}"
     low, high = f"{max(x.low, 0):.0%}".rstrip("%"), f"{x.high:.0%}"
     return high if f"{low}%" == high else f"{low} to {high}"
 

@@ -226,6 +226,7 @@ def test_the_verdict_says_what_is_erased_and_what_the_recipe_keeps():
         "This base is on an FP8 grid. AbsMax would erase about 70% of this fine-tune (69% to 71%); "
         "the default keeps 99 to 101% of it."
     )
+    assert verdict_of(findings(), "it", format_name="INT8").startswith("This base is on an INT8 grid.")
     said = verdict_of(findings(projection=Estimate(1.4, 0.02)), "the default")
     assert "the default would overshoot to 138 to 142% of it" in said
 
@@ -239,6 +240,15 @@ def test_nothing_is_called_erased_or_kept_that_the_bounds_leave_open():
         (KEPT + 0.02 + nearly, "keeps the change"),
     ):
         assert word in verdict_of(findings(absmax_projection=Estimate(value, 0.02)), "the default"), value
+
+
+def test_a_change_in_one_patch_of_many_is_no_ground_for_a_verdict():
+    sums = one_sums(np.array([1.0, 0.0]))
+    sums["absmax"] = sums["absmax"] | {"dd": np.array([1.0, 0.0])}
+    found = findings_of([sums], [4000], 4000)
+    assert np.isinf(found.absmax_projection.bound)
+    said = verdict_of(dataclasses.replace(found, change=Estimate(0.01, 0.0)), "the default")
+    assert said.endswith("too few of the weights looked at to say what is kept of it.")
 
 
 def test_no_gain_is_promised_off_the_grid_and_none_denied_on_it():
@@ -265,6 +275,19 @@ def test_bounds_shrink_with_the_sample_and_are_endless_for_one_patch():
     assert (whole, np.isinf(one)) == (0, True)
     # The mean of four numbers of standard deviation 0.1291; Student's t of 0.99865 with 3 degrees is 9.219.
     np.testing.assert_allclose(some, 9.219 * 0.1291 / 2 * np.sqrt(1 - 64 / 4000), rtol=1e-3)
+
+
+def test_a_recipe_for_whole_matrices_has_no_bound_where_patches_say_nothing_of_the_whole():
+    sums = one_sums(np.array([1.0, 1.2, 0.9, 1.1]))
+    found = findings_of([sums], [64], 64, patchwise=True)
+    assert (found.absmax_cosine.bound, found.absmax_projection.bound) == (0, 0)
+    assert np.isnan([found.cosine.bound, found.sign_rate.bound]).all()
+    np.testing.assert_allclose(
+        found.projection.bound, 9.219 * 0.1291 / 2, rtol=1e-3
+    )  # not 0: see `patchwise`
+    said = str(Inspection("Said.", found, {}, "the default"))
+    assert "tried on patches" in said
+    assert "tried on patches" not in str(Inspection("Said.", findings_of([sums], [64], 64), {}, "absmax"))
 
 
 def one_sums(dq):
