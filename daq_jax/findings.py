@@ -115,9 +115,13 @@ def findings_of(sums: Sequence[Sums], sizes: Sequence[int], of: int, *, patchwis
     values, others = _figures(whole), _figures(without_one)
 
     def estimate(name: str) -> Estimate:
-        of_patches = patchwise and name in ("projection", "cosine", "sign_rate")
-        bound = _bound(others[name], 1.0 if of_patches else unseen)
-        return Estimate(float(values[name][0]), np.nan if of_patches and name != "projection" else bound)
+        value, of_patches = (
+            float(values[name][0]),
+            patchwise and name in ("projection", "cosine", "sign_rate"),
+        )
+        if np.isnan(value) or (of_patches and name != "projection"):
+            return Estimate(value, np.nan)
+        return Estimate(value, _bound(others[name], 1.0 if of_patches else unseen))
 
     found = {name: estimate(name) for name in ESTIMATES}
     return Findings(elements=int(of), sampled=int(sampled), patches=n, **found)

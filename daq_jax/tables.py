@@ -25,7 +25,9 @@ ON_GRID_NOTE = (
     "average, by moving few weights a whole step, counts as lost in every weight that did not move. "
     "Go by the projection."
 )
-PATCHES_NOTE = "The recipe works on whole matrices and was tried on patches: its cosine and sign rate are those of patches."
+PATCHES_NOTE = (
+    "The recipe works on whole matrices: its cosine and sign rate here are those of the patches alone."
+)
 
 
 class Column(NamedTuple):

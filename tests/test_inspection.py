@@ -286,8 +286,8 @@ def test_a_recipe_for_whole_matrices_has_no_bound_where_patches_say_nothing_of_t
         found.projection.bound, 9.219 * 0.1291 / 2, rtol=1e-3
     )  # not 0: see `patchwise`
     said = str(Inspection("Said.", found, {}, "the default"))
-    assert "tried on patches" in said
-    assert "tried on patches" not in str(Inspection("Said.", findings_of([sums], [64], 64), {}, "absmax"))
+    assert "of the patches alone" in said
+    assert "of the patches alone" not in str(Inspection("Said.", findings_of([sums], [64], 64), {}, "absmax"))
 
 
 def one_sums(dq):
