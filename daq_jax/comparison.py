@@ -40,7 +40,8 @@ class Comparison:
     Attributes:
         leaves: figures of each quantized leaf, by path.
         total: figures of all of them together, from pooled sums.
-        details: what the pictures of `daq_jax.plots` need, by path; empty unless asked for.
+        details: what the pictures of `daq_jax.plots` need, by path; empty unless asked for. A comparison of
+            folders has them of all leaves together, under the path "".
     """
 
     leaves: dict[str, Figures]

@@ -105,7 +105,9 @@ class Figures:
         )
 
     def badness(self, figure: str) -> float:
-        """How badly one figure speaks of the leaf, to sort by: higher is worse, NaN is minus infinity.
+        """How badly one figure speaks of the leaf, to sort by: higher is worse.
+
+        Minus infinity where the figure has no meaning; infinity where it has none because nothing was kept.
 
         Raises:
             ValueError: if there is no such figure.
@@ -114,7 +116,7 @@ class Figures:
             raise ValueError(f"there is no figure {figure!r}; there are {', '.join(FIGURES)}.")
         value = float(np.asarray(getattr(self, figure)))
         if np.isnan(value):
-            return -np.inf
+            return np.inf if figure == "cosine" and self.dd > 0 else -np.inf
         if figure in ("projection", "norm_ratio"):
             return abs(value - 1)
         return value if figure in ("flipped", "lost", "unchanged", "mse", "on_grid") else -value

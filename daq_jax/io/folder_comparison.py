@@ -33,7 +33,7 @@ def compare_folders(
         base: folder before tuning.
         tuned: folder after tuning.
         quantized: folder of the quantized model. Its weights bear the names of the tuned model's.
-        details: also collect what pictures need.
+        details: also collect what pictures need, of all weights together: under the path "".
         tell: of the number of bytes to come, makes what is told of progress.
 
     Raises:
@@ -46,11 +46,12 @@ def compare_folders(
             folders.append(open_folder(path))
         names = _names(*folders)
         progress = tell(sum(folders[2].tensors[name].nbytes for name in names)) if tell else None
-        leaves, closer = {}, {}
+        leaves: dict[str, Figures] = {}
+        closer: Details | None = None
         for name in names:
             leaves[name], found = _leaf(name, folders, details, progress)
-            closer |= {} if found is None else {name: found}
-        return Comparison(leaves, pool(leaves.values()), closer)
+            closer = found if closer is None or found is None else closer + found
+        return Comparison(leaves, pool(leaves.values()), {} if closer is None else {"": closer})
     finally:
         for folder in folders:
             folder.close()
