@@ -16,7 +16,7 @@ from daq_jax.metrics import SignRate, cosine, neg_mse
 from daq_jax.qtensor import QTensor
 from daq_jax.recipes import Recipe
 from daq_jax.roundings import Nearest, Stochastic
-from daq_jax.rules import DEFAULT_RULES, Rule, UnusedRuleWarning, keep, use
+from daq_jax.rules import DEFAULT_RULES, MAXTEXT_RULES, TUNIX_RULES, Rule, UnusedRuleWarning, keep, use
 from daq_jax.scales import AnyScale, PowerOfTwo
 from daq_jax.searches import AbsMax, CoarseToFine, Grid, WithBaseScale
 from daq_jax.tilings import Block, Channel, Group, PerTensor
@@ -35,13 +35,23 @@ __version__ = "0.1.0"
 _EDGES: dict[str, str] = {
     "Inspection": "daq_jax.inspection",
     "compare_folders": "daq_jax.io.folder_comparison",
+    "from_qwix": "daq_jax.qwix_arrays",
     "inspect": "daq_jax.inspection",
     "inspect_folder": "daq_jax.io.folder_inspection",
+    "linen_apply": "daq_jax.flax_models",
+    "linen_variables": "daq_jax.flax_models",
+    "load": "daq_jax.io.orbax_checkpoints",
+    "load_weights": "daq_jax.io.orbax_checkpoints",
+    "nnx_with": "daq_jax.flax_models",
     "quantize_folder": "daq_jax.io.folder_quantizer",
+    "save": "daq_jax.io.orbax_checkpoints",
+    "to_qwix": "daq_jax.qwix_arrays",
 }
 
 __all__ = [
     "DEFAULT_RULES",
+    "MAXTEXT_RULES",
+    "TUNIX_RULES",
     "AbsMax",
     "AnyScale",
     "Block",
@@ -72,16 +82,24 @@ __all__ = [
     "fp4_e2m1",
     "fp8_e4m3fn",
     "fp8_e5m2",
+    "from_qwix",
     "inspect",
     "inspect_folder",
     "int4",
     "int8",
     "keep",
+    "linen_apply",
+    "linen_variables",
+    "load",
+    "load_weights",
     "neg_mse",
     "nf4",
+    "nnx_with",
     "quantize",
     "quantize_folder",
     "recipes",
+    "save",
+    "to_qwix",
     "use",
 ]
 

@@ -5,7 +5,7 @@ import dataclasses
 import re
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from daq_jax import recipes
 from daq_jax.qtensor import QTensor
 from daq_jax.quantizer import quantize_pair
 from daq_jax.recipes import Recipe
-from daq_jax.rules import DEFAULT_RULES, Decision, Rule, UnusedRuleWarning, decide
+from daq_jax.rules import DEFAULT_RULES, NAMED_RULES, Decision, Rule, UnusedRuleWarning, decide
 from daq_jax.tilings import matrix_problem
 
 PyTree = Any
@@ -29,16 +29,42 @@ def is_qtensor(x: object) -> bool:
     return isinstance(x, QTensor)
 
 
-def _is_box(x: object) -> bool:
+def is_box(x: object) -> bool:
     """Flax boxes that add metadata to an array: `nnx.Variable`, `nn.Partitioned` and their kin."""
     return hasattr(x, "get_raw_value") or (hasattr(x, "unbox") and hasattr(x, "replace_boxed"))
 
 
-def _word(key: Any) -> str:
+def word_of(key: Any) -> str:
+    """A key of a JAX key path as it stands in a path: a dict key, an index or an attribute name."""
     for name in ("key", "idx", "name"):  # of DictKey, SequenceKey, GetAttrKey
         if hasattr(key, name):
             return str(getattr(key, name))
     return str(key)
+
+
+def keyed_leaves(
+    tree: PyTree, is_whole: Callable[[Any], bool] = is_qtensor
+) -> dict[str, tuple[tuple[Any, ...], Any]]:
+    """As `named_leaves`, with each leaf's JAX key path beside it; None is a leaf too.
+
+    Args:
+        tree: any pytree.
+        is_whole: which nodes are one leaf, whatever they hold.
+
+    Raises:
+        ValueError: if two leaves have the same path, such as `{"a/b": x, "a": {"b": y}}`.
+    """
+    leaves: dict[str, tuple[tuple[Any, ...], Any]] = {}
+    outer, _ = jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda x: x is None or is_whole(x) or is_box(x)
+    )
+    for keys, node in outer:
+        for leaf in [None] if node is None else jax.tree.leaves(node, is_leaf=is_whole):
+            path = "/".join(map(word_of, keys))
+            if path in leaves:
+                raise ValueError(f"two leaves have the path {path!r}; rename one so that paths are unique.")
+            leaves[path] = keys, leaf
+    return leaves
 
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:
@@ -47,15 +73,7 @@ def named_leaves(tree: PyTree) -> dict[str, Any]:
     Raises:
         ValueError: if two leaves have the same path, such as `{"a/b": x, "a": {"b": y}}`.
     """
-    leaves: dict[str, Any] = {}
-    outer, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: is_qtensor(x) or _is_box(x))
-    for keys, node in outer:
-        for leaf in jax.tree.leaves(node, is_leaf=is_qtensor):
-            path = "/".join(map(_word, keys))
-            if path in leaves:
-                raise ValueError(f"two leaves have the path {path!r}; rename one so that paths are unique.")
-            leaves[path] = leaf
-    return leaves
+    return {path: leaf for path, (_, leaf) in keyed_leaves(tree).items() if leaf is not None}
 
 
 def with_leaves(tree: PyTree, leaves: Sequence[Any]) -> PyTree:
@@ -168,7 +186,7 @@ def refuse_unquantizable(pairs: Sequence[Pair], check_finite: bool) -> None:
 def warn_unused(pairs: Sequence[Pair], rules: Sequence[Rule]) -> None:
     """Warns of each rule of the caller's own that no leaf's path matches."""
     for rule in rules:
-        if rule not in DEFAULT_RULES and not any(rule.matches(p.path, np.ndim(p.tuned)) for p in pairs):
+        if rule not in NAMED_RULES and not any(rule.matches(p.path, np.ndim(p.tuned)) for p in pairs):
             warnings.warn(f"the rule for {rule.pattern!r} matches no leaf", UnusedRuleWarning, stacklevel=3)
 
 

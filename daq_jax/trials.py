@@ -87,7 +87,8 @@ class Trials:
     def at_ratio(self, ratio: Array) -> Trial:
         """The candidate `ratio * absmax`; `ratio` is float32, one for all tiles or one for each."""
         scale = self.recipe.scales(usable(ratio * self.absmax))
-        return Trial(scale, jnp.broadcast_to(ratio, scale.shape), self.score(scale))
+        # No ratio where there is no scale; and inside `shard_map` as device-varying as the scale.
+        return Trial(scale, jnp.where(jnp.isnan(scale), jnp.nan, ratio), self.score(scale))
 
     def best(self, ratios: Array, start: Trial | None = None) -> Trial:
         """The best of several ratios, and of `start`.

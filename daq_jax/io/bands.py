@@ -1,31 +1,42 @@
-"""Parts of the first axis in which weights are read, one after another, so that memory stays bounded."""
+"""A comparison band by band: sums over a whole matrix at once would take forty bytes for each element."""
 
+import dataclasses
 import math
+from typing import Any
 
-from daq_jax.io.folders import Tensor
+import jax
+import numpy as np
+
+from daq_jax.comparison import Figures, compare
+from daq_jax.qtensor import QTensor
 from daq_jax.tilings import Block, PerTensor
 
+Leaf = np.ndarray | jax.Array | QTensor
 
-def band_step(*tensors: Tensor) -> int:
-    """At multiples of how many rows all of these tensors may be parted without cutting through a tile."""
-    step = 1
-    for tensor in tensors:
-        tiling = tensor.coding.tiling if tensor.coding and len(tensor.shape) == 2 else None
-        if isinstance(tiling, Block):
-            step = math.lcm(step, tiling.c)
-        elif isinstance(tiling, PerTensor):
-            step = math.lcm(step, max(tensor.shape[0], 1))
-    return step
+_ELEMENTS = 2**21  # of a band: 80 MB
 
 
-def band_around(first: int, last: int, step: int, length: int) -> slice:
-    """The smallest band of whole steps that holds rows `first` to `last`, the last not among them."""
-    return slice(first // step * step, min(-(-last // step) * step, length))
+def band_of(x: Leaf, start: int, stop: int) -> Leaf:
+    """Some outputs of a weight `[..., out, in]`; for a QTensor they must not cut through a tile."""
+    if not isinstance(x, QTensor):
+        return x[..., start:stop, :]
+    step = x.tiling.c if isinstance(x.tiling, Block) else 1
+    assert start % step == 0
+    scale = x.scale
+    if not isinstance(x.tiling, PerTensor):
+        scale = scale[..., start // step : -(-stop // step)]
+    return dataclasses.replace(x, codes=x.codes[..., start:stop, :], scale=scale)
 
 
-def bands(*tensors: Tensor, most: int) -> list[slice]:
-    """Bands that cover tensors of one shape, each of at most `most` elements if a step is no larger."""
-    length, *rest = tensors[0].shape
-    step = band_step(*tensors)
-    rows = max(step, most // max(math.prod(rest), 1) // step * step)
-    return [slice(i, min(i + rows, length)) for i in range(0, length, rows)]
+def figures_in_bands(base: Leaf, tuned: Leaf, q: QTensor) -> Figures:
+    """What `compare` finds of one weight `[..., out, in]`, in little memory."""
+    *batch, outputs, inputs = q.shape
+    tilings = [x.tiling for x in (base, tuned, q) if isinstance(x, QTensor)]
+    step = math.lcm(*(t.c for t in tilings if isinstance(t, Block)))
+    rows = max(_ELEMENTS // (math.prod(batch) * inputs) // step, 1) * step
+    found: Any = None
+    for start in range(0, outputs, rows):
+        pair = (band_of(x, start, min(start + rows, outputs)) for x in (base, tuned, q))
+        part = compare(*({"": x} for x in pair)).total
+        found = part if found is None else jax.tree.map(lambda a, b: a + b, found, part)
+    return found

@@ -6,8 +6,8 @@ from pathlib import Path
 from daq_jax.comparison import Comparison, compare_leaf, pool
 from daq_jax.details import Details, details_of
 from daq_jax.figures import Figures
-from daq_jax.io.bands import bands
-from daq_jax.io.folders import Folder, Tensor, open_folder
+from daq_jax.io.folders import Folder, Tensor
+from daq_jax.io.row_bands import bands, open_for_bands
 from daq_jax.qtensor import QTensor
 
 _AT_A_TIME = 2**22  # elements: some 200 MB while they are compared
@@ -43,7 +43,7 @@ def compare_folders(
     folders: list[Folder] = []
     try:
         for path in (base, tuned, quantized):
-            folders.append(open_folder(path))
+            folders.append(open_for_bands(path))
         names = _names(*folders)
         progress = tell(sum(folders[2].tensors[name].nbytes for name in names)) if tell else None
         leaves: dict[str, Figures] = {}

@@ -1,5 +1,6 @@
 """`inspect` for two checkpoint folders: reads the bands of rows that hold the sample, and nothing else."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -9,10 +10,10 @@ from numpy.typing import NDArray
 
 from daq_jax import recipes
 from daq_jax.inspection import MOST_ELEMENTS, Inspection, Source, inspect_sources
-from daq_jax.io.bands import band_around, band_step
-from daq_jax.io.folders import Tensor, open_folder
+from daq_jax.io.folders import Tensor
 from daq_jax.io.hf_layouts import LAYOUTS
 from daq_jax.io.planning import Job, Plan, make_plan
+from daq_jax.io.row_bands import band_around, band_step, open_for_bands
 from daq_jax.qtensor import QTensor
 from daq_jax.recipes import Recipe
 from daq_jax.sampling import Index, Patches, scales, take
@@ -49,9 +50,11 @@ def inspect_folder(
     """
     if format not in LAYOUTS:
         raise ValueError(f"`format` must be one of {', '.join(LAYOUTS)}; got {format!r}.")
-    before, after = open_folder(base), open_folder(tuned)
+    before, after = open_for_bands(base), open_for_bands(tuned)
     try:
-        plan = make_plan(before, after, recipe, LAYOUTS[format], memory=_NO_LIMIT)
+        layout = LAYOUTS[format]
+        stored_so = dataclasses.replace(recipe, format=layout.format, tiling=layout.tiling)
+        plan = make_plan(before, after, stored_so, layout, memory=_NO_LIMIT)
 
         @functools.lru_cache(maxsize=1)  # patches of one band come one after another
         def band(name: str, first: int, last: int) -> _Pair:

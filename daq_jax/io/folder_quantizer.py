@@ -16,7 +16,7 @@ from rich.console import Console
 import daq_jax
 from daq_jax import recipes
 from daq_jax.io.completion import CONFIG, complete
-from daq_jax.io.folders import INDEX, Folder, open_folder
+from daq_jax.io.folders import INDEX, Folder, is_orbax, open_folder
 from daq_jax.io.hf_layouts import LAYOUTS, TARGETS, Layout
 from daq_jax.io.journal import REPORT, Journal, describe, fingerprint
 from daq_jax.io.planning import MissingBase, Plan, make_plan
@@ -56,6 +56,7 @@ def quantize_folder(
 
     Args:
         base: folder before tuning; Hugging Face safetensors, bfloat16, float16, float32, or FP8 with scales.
+            Or an Orbax checkpoint, if `tuned` is one too: then so is `out`, for `daq_jax.load`.
         tuned: folder after tuning; may be sharded in another way.
         out: folder to write; new, empty, or left by the same call.
         recipe: how to quantize; its format and tiling are those of `format`.
@@ -84,11 +85,27 @@ def quantize_folder(
     started = time.monotonic()
     layout, power_of_two = _layout(format, target)
     _check(shard, tp, base_dtype, overwrite)
-    out = Path(out)
+    base, tuned, out = Path(base), Path(tuned), Path(out)
+    _refuse_same(out, base, tuned)
+    recipe = _for_server(recipe, layout, power_of_two)
+    if is_orbax(base) or is_orbax(tuned):
+        return _quantize_orbax(
+            base,
+            tuned,
+            out,
+            recipe,
+            about={"version": daq_jax.__version__, "format": layout.name, "target": target},
+            memory=_memory(memory_gb),
+            missing_base=missing_base,
+            overwrite=overwrite,
+            plan_only=plan_only,
+            console=console,
+        )
     before, after = open_folder(base), open_folder(tuned)
     try:
-        _refuse_same(out, before, after)
-        recipe = _recipe_for(recipe, before, layout, power_of_two)
+        if not after.config:
+            raise ValueError(f"{tuned}: has no {CONFIG}, without which no server loads the result.")
+        recipe = _with_base_scales(recipe, before, layout)
         plan = make_plan(
             before,
             after,
@@ -121,7 +138,7 @@ def quantize_folder(
         _refuse_full_disk(out, plan)
         journal = Journal(out, fingerprint(_files(before, after), about))
         if journal.begin(overwrite=overwrite):
-            console.print(f"{out} is complete already", highlight=False)
+            console.print(f"{out} is complete already", highlight=False, markup=False)
             return json.loads((out / REPORT).read_text())
         mine = list(plan.shards[shard[0] - 1 :: shard[1]])
         with progress_on(console, sum(job.tuned.nbytes for s in mine for job in s.jobs)) as running:
@@ -158,22 +175,33 @@ def _check(shard: tuple[int, int], tp: int, base_dtype: str | None, overwrite: b
         raise ValueError(f"`base_dtype` must be one of {', '.join(_DTYPES)}; got {base_dtype!r}.")
 
 
-def _refuse_same(out: Path, base: Folder, tuned: Folder) -> None:
+def _quantize_orbax(base: Path, tuned: Path, out: Path, recipe: Recipe, **options: Any) -> dict[str, Any]:
+    from daq_jax.io.orbax_folders import quantize_orbax  # which loads Orbax
+
+    if not (is_orbax(base) and is_orbax(tuned)):
+        raise ValueError(f"{base} and {tuned}: one is an Orbax checkpoint, one is not; needed two of a kind.")
+    options["about"] |= {"recipe": describe(recipe), "missing_base": options["missing_base"]}
+    return quantize_orbax(base, tuned, out, recipe, **options)
+
+
+def _refuse_same(out: Path, base: Path, tuned: Path) -> None:
     here = out.resolve()
     for folder in (base, tuned):
-        there = folder.path.resolve()
+        there = folder.resolve()
         if here == there or here in there.parents or there in here.parents:
-            raise ValueError(f"{out}: must neither be an input, nor lie in one, nor hold one: {folder.path}.")
+            raise ValueError(f"{out}: must neither be an input, nor lie in one, nor hold one: {folder}.")
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is a file; needed a folder to write to.")
-    if not tuned.config:
-        raise ValueError(f"{tuned.path}: has no {CONFIG}, without which no server loads the result.")
 
 
-def _recipe_for(recipe: Recipe, base: Folder, layout: Layout, power_of_two: bool) -> Recipe:
-    """The recipe, with what folder and target ask of it: scales that were stored are worth a try."""
-    if power_of_two:
-        recipe = dataclasses.replace(recipe, scales=PowerOfTwo())
+def _for_server(recipe: Recipe, layout: Layout, power_of_two: bool) -> Recipe:
+    """The recipe, with the format, the tiling and the scales that a server reads."""
+    recipe = dataclasses.replace(recipe, format=layout.format, tiling=layout.tiling)
+    return dataclasses.replace(recipe, scales=PowerOfTwo()) if power_of_two else recipe
+
+
+def _with_base_scales(recipe: Recipe, base: Folder, layout: Layout) -> Recipe:
+    """The recipe, its search with the scales that the base was stored with, if it was."""
     stored = any(t.coding and t.coding.tiling == layout.tiling for t in base.tensors.values())
     if stored and not isinstance(recipe.search, (AbsMax, WithBaseScale)):
         recipe = dataclasses.replace(recipe, search=WithBaseScale(recipe.search))

@@ -120,6 +120,11 @@ def open_folder(path: str | Path) -> Folder:
     return HuggingFaceFolder(path)
 
 
+def is_orbax(path: Path) -> bool:
+    """Whether a folder looks like an Orbax checkpoint."""
+    return any((path / name).exists() for name in ("_CHECKPOINT_METADATA", "_METADATA"))
+
+
 class HuggingFaceFolder(Folder):
     """A `Folder` of safetensors files with a `config.json`, as Hugging Face lays them out."""
 
@@ -143,8 +148,8 @@ class HuggingFaceFolder(Folder):
         missing = [n for n, file in self._file_of.items() if n not in self._readers[file].entries]
         if missing:
             raise ValueError(
-                f"{self.path / INDEX}: says that {missing[0]!r} is in {self._file_of[missing[0]]}, which has "
-                f"no tensor of that name, nor {len(missing) - 1} others; the folder is incomplete or mixed."
+                f"{self.path / INDEX}: says that {missing[0]!r} is in {self._file_of[missing[0]]!r}, which "
+                f"has no tensor of that name, nor {len(missing) - 1} others; the folder is incomplete."
             )
         placed = sorted(self._file_of, key=lambda n: (self._file_of[n], self._entry(n).start))
         specs = {name: self._entry(name).spec for name in placed}
@@ -232,5 +237,5 @@ def _weight_map(index: Path) -> dict[str, str]:
                 f"{index}: tensor {name!r} is said to be in {file!r}; needed the name of a file in it."
             )
         if not (index.parent / file).is_file():
-            raise ValueError(f"{index}: tensor {name!r} is in {file}, which is not in the folder.")
+            raise ValueError(f"{index}: tensor {name!r} is in {file!r}, which is not in the folder.")
     return found

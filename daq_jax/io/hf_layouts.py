@@ -177,7 +177,7 @@ def why_not_blocks(name: str, shape: Sequence[int], tp: int, kv_heads: int | Non
     """Why a weight `[..., out, in]` cannot be cut into whole blocks on each of `tp` devices; "" if it can."""
     *_, outputs, inputs = shape
     if outputs % BLOCK or inputs % BLOCK:
-        return f"{outputs} x {inputs} is not a multiple of {BLOCK} x {BLOCK}"
+        return f"not a multiple of {BLOCK} x {BLOCK}: {outputs} x {inputs}"
     last = module_of(name).rpartition(".")[2] if not name.endswith("_proj") else name.rpartition(".")[2]
     if tp == 1 or last in _NOT_SPLIT:
         return ""
@@ -187,7 +187,7 @@ def why_not_blocks(name: str, shape: Sequence[int], tp: int, kv_heads: int | Non
     whole, word = (inputs, "inputs") if by_input else (outputs, "outputs")
     whole = whole // 2 if last == "gate_up_proj" else whole
     if whole % (parts * BLOCK):
-        return f"{whole} {word} over {parts} devices are not a multiple of {BLOCK} each"
+        return f"not a multiple of {BLOCK} on each device: {whole} {word} over {parts} devices"
     return ""
 
 

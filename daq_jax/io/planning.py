@@ -30,9 +30,9 @@ MissingBase = Literal["error", "absmax"]
 
 # The heads of classifiers, by the name that transformers gives them.
 RULES = (keep(r"(^|\.)score\."), *DEFAULT_RULES)
-_WORK = 24  # bytes that quantizing takes for each element of a matrix, both inputs included
-_AHEAD = 10  # bytes for each element of the next matrix, read ahead, and of the last, being written
-_RUNTIME = 700 * 10**6  # bytes of the interpreter, JAX and its compiled programs
+WORK = 24  # bytes that quantizing takes for each element of a matrix, two inputs of 16 bits included
+_WRITING = 2  # bytes for each element of the matrix before it, which is being written
+RUNTIME = 700 * 10**6  # bytes of the interpreter, JAX, its compiled programs, and the figures of a band
 _SHOWN = 8  # problems listed in full
 _CONV1D = ("gpt2", "gpt_bigcode", "openai-gpt")  # whose matrices are stored [in, out]
 _FLOATS = ("BF16", "F16", "F32")
@@ -136,11 +136,11 @@ class Plan:
 
     @property
     def kept(self) -> dict[str, list[Job]]:
-        """Tensors that stay as they are, by the reason why."""
+        """Tensors that stay as they are, by the reason why, without its particulars."""
         reasons: dict[str, list[Job]] = collections.defaultdict(list)
         for job in self.jobs:
             if not job.quantize:
-                reasons[job.why].append(job)
+                reasons[job.why.partition(":")[0]].append(job)
         return dict(reasons)
 
 
@@ -160,7 +160,7 @@ def make_plan(
     Args:
         base: before tuning.
         tuned: after.
-        recipe: how to quantize; its format and tiling are those of the layout.
+        recipe: how to quantize, with the format and the tiling of the layout.
         layout: how to store the result.
         memory: bytes that the work may take.
         missing_base: what becomes of weights whose base is missing or has another shape.
@@ -192,7 +192,7 @@ def make_plan(
     skipped = skipped_modules((n for n in kept if is_matrix(n, len(tuned.tensors[n].shape))), _is_tied(tuned))
     plan = Plan(
         shards=tuple(Shard(file, tuple(jobs)) for file, jobs in shards.items()),
-        recipe=dataclasses.replace(recipe, format=layout.format, tiling=layout.tiling),
+        recipe=recipe,
         layout=layout,
         dtype=dtype,
         skipped=tuple(skipped),
@@ -213,14 +213,15 @@ def _quantized(tensor: Tensor, base: Tensor | None, recipe: Recipe, layout: Layo
 def _rows_at_a_time(tensor: Tensor, recipe: Recipe, layout: Layout, memory: int) -> int:
     """Whole matrices one by one; a matrix too large for the memory in bands, if its tiles are independent."""
     *batch, outputs, inputs = tensor.shape
-    room = (memory - _RUNTIME) // (_WORK + _AHEAD)
+    each = _bytes_each(tensor)
+    room = (memory - RUNTIME) // each
     whole = 1 if batch else outputs
     if outputs * inputs <= room:
         return whole
     step = layout.tiling.c if isinstance(layout.tiling, Block) else 1
     rows = room // inputs // step * step
     if batch or rows < step or not isinstance(recipe.rounding, Nearest):
-        needed = (_RUNTIME + outputs * inputs * (_WORK + _AHEAD)) / 10**9
+        needed = (RUNTIME + outputs * inputs * each) / 10**9
         raise ValueError(
             f"{tensor.file}: {tensor.name!r} is {outputs} x {inputs}, which takes {needed:.1f} GB at once; "
             f"the memory given is {memory / 10**9:.1f} GB: raise it (--memory {math.ceil(10 * needed) / 10})."
@@ -229,8 +230,14 @@ def _rows_at_a_time(tensor: Tensor, recipe: Recipe, layout: Layout, memory: int)
 
 
 def _memory(shards: Iterable[Sequence[Job]]) -> int:
-    units = [job.unit for jobs in shards for job in jobs if job.quantize]
-    return _RUNTIME + max(units, default=0) * (_WORK + _AHEAD)
+    units = [job.unit * _bytes_each(job.tuned) for jobs in shards for job in jobs if job.quantize]
+    return RUNTIME + max(units, default=0)
+
+
+def _bytes_each(tensor: Tensor) -> int:
+    """Bytes of memory for each element of the largest matrix: while one is worked on, the next is read."""
+    wide = max(2, tensor.dtype.itemsize if tensor.dtype else 2)
+    return WORK + _WRITING + 2 * wide + 2 * (wide - 2)
 
 
 def _is_tied(folder: Folder) -> bool:
@@ -256,7 +263,7 @@ def _kept(tuned: Folder, layout: Layout, tp: int) -> dict[str, str]:
     for names in groups.values():
         at_fault = next((n for n in names if own[n]), None)
         if at_fault is not None:
-            kept |= {n: own[n] or f"servers fuse it with {at_fault}, which is kept" for n in names}
+            kept |= {n: own[n] or f"servers fuse it with a weight that is kept: {at_fault}" for n in names}
     return kept
 
 

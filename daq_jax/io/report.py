@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from rich.box import HORIZONTALS
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
@@ -51,9 +52,9 @@ def table_of(plan: Plan, note: str) -> Table:
     for what, group in groups.items():
         if group:
             now = sum(job.tuned.nbytes for job in group)
-            table.add_row(what, str(len(group)), _size(now), group[0].name)
+            table.add_row(escape(what), str(len(group)), _size(now), escape(group[0].name))
     for name, why in plan.dropped.items():
-        table.add_row(f"leave out: {why}", "1", "", name)
+        table.add_row(escape(f"leave out: {why}"), "1", "", escape(name))
     now = sum(job.tuned.nbytes for job in plan.jobs)
     table.add_section()
     table.add_row("all", str(len(plan.jobs)), _size(now), f"{len(plan.shards)} files")

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from daq_jax.comparison import Figures, compare
+from daq_jax.comparison import Figures
+from daq_jax.io.bands import Leaf, figures_in_bands
 from daq_jax.io.folders import Folder
 from daq_jax.io.journal import Journal
 from daq_jax.io.planning import Job, Plan, Shard
@@ -23,7 +24,6 @@ from daq_jax.qtensor import QTensor
 from daq_jax.quantizer import quantize_pair
 
 Tell = Callable[[str, int, Figures | None], None]  # (tensor, bytes of tuned done, its figures)
-Leaf = np.ndarray | jax.Array | QTensor
 
 
 def carry_out(
@@ -84,9 +84,10 @@ class _Work:
         """A pair of matrices; None for a tensor that is copied."""
         if not job.quantize:
             return None
-        tuned = self.tuned.read(job.name, part, self.plan.dtype)
-        base = tuned if job.base is None else self.base.read(job.base.name, part, self.plan.dtype)
-        return (tuned, tuned) if job.base is None else (base, tuned)
+        tuned = _on_device(self.tuned.read(job.name, part, self.plan.dtype))
+        if job.base is None:
+            return tuned, tuned
+        return _on_device(self.base.read(job.base.name, part, self.plan.dtype)), tuned
 
     def quantize(self, job: Job, part: slice, base: Leaf, tuned: Leaf) -> QTensor:
         """Codes and scales of a pair."""
@@ -98,7 +99,7 @@ class _Work:
                 "must be finite: mend the checkpoint."
             )
         if job.base is not None:
-            found = compare({"": base}, {"": tuned}, {"": q}).total
+            found = figures_in_bands(base, tuned, q)
             before = self.figures.get(job.name)
             self.figures[job.name] = found if before is None else jax.tree.map(_add, before, found)
         return q
@@ -139,6 +140,11 @@ def _units(shard: Shard) -> Iterator[tuple[Job, slice]]:
     for job in shard.jobs:
         whole = slice(0, job.tuned.shape[0] if job.tuned.shape else 1)
         yield from ((job, part) for part in (job.parts if job.quantize else [whole]))
+
+
+def _on_device(x: Leaf) -> Leaf:
+    """Sent there by the thread that reads, and only once."""
+    return x if isinstance(x, QTensor) else jnp.asarray(x)
 
 
 def _add(a: Any, b: Any) -> Any:

@@ -15,8 +15,8 @@ from hf_folders import CONFIG, write_folder
 import daq_jax as daq
 from daq_jax import cli
 from daq_jax.io import folder_comparison, folder_inspection
-from daq_jax.io.bands import band_around, bands
 from daq_jax.io.folders import open_folder
+from daq_jax.io.row_bands import band_around, bands
 
 BF16, E4M3 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
 NUMBER = oracles.FORMATS["fp8_e4m3fn"]
@@ -164,6 +164,9 @@ def test_folders_that_do_not_fit_are_refused_in_one_line(trees, folders, tmp_pat
         daq.compare_folders(other, folders[1], block_folder(tmp_path / "one", {NAMES[0]: trees[1][NAMES[0]]}))
     with pytest.raises(ValueError, match="holds no quantized weight: no weight has a scale"):
         daq.compare_folders(*folders, folders[1])
+    (tmp_path / "orbax" / "_METADATA").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"an Orbax checkpoint, .* `daq_jax.load_weights`"):
+        daq.compare_folders(*folders, tmp_path / "orbax")
     packed = write(tmp_path / "packed", {"model.a.weight_packed": np.zeros((4, 4), np.int32)})
     with pytest.raises(ValueError, match="packed"):
         daq.compare_folders(*folders, packed)
@@ -197,7 +200,7 @@ def test_only_bands_that_hold_the_sample_are_read(folders, monkeypatch):
         )
         return folder
 
-    monkeypatch.setattr(folder_inspection, "open_folder", spying)
+    monkeypatch.setattr(folder_inspection, "open_for_bands", spying)
     daq.inspect_folder(*folders, daq.recipes.absmax, most_elements=1)
     assert read
     assert {name for name, _ in read} == {NAMES[0]}

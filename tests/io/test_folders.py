@@ -180,10 +180,10 @@ def test_what_an_index_names_must_be_there(tmp_path):
     index.write_text(
         json.dumps(whole | {"weight_map": {**whole["weight_map"], "c": "model-00001-of-00002.safetensors"}})
     )
-    with pytest.raises(ValueError, match=r"'c' is in model-00001-of-00002\.safetensors, which has no"):
+    with pytest.raises(ValueError, match=r"'c' is in 'model-00001-of-00002\.safetensors', which has no"):
         open_folder(tmp_path / "f")
     index.write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
-    with pytest.raises(ValueError, match=r"'a' is in gone\.safetensors, which is not in the folder"):
+    with pytest.raises(ValueError, match=r"'a' is in 'gone\.safetensors', which is not in the folder"):
         open_folder(tmp_path / "f")
 
 

@@ -1,0 +1,102 @@
+"""What a file must say of a leaf beside its arrays, as JSON: pure functions, there and back.
+
+A record is a dict with the `kind` of a leaf: "qtensor" with its static fields, "array", "key" (of
+`jax.random`), "empty" (an array without elements) or "value" (a number, a string or None).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from daq_jax.formats import FORMATS
+from daq_jax.qtensor import QTensor
+from daq_jax.tilings import Block, Channel, Group, PerTensor
+
+Record = dict[str, Any]
+
+TILINGS: dict[str, type] = {t.__name__: t for t in (Block, Channel, Group, PerTensor)}
+QTENSOR_ARRAYS = tuple(f.name for f in dataclasses.fields(QTensor) if not f.metadata.get("static"))
+WHOLE = ""  # name of the one array of a leaf that is not a QTensor
+
+
+def record_of(leaf: Any) -> tuple[Record, dict[str, Any]]:
+    """A leaf as its record and its arrays by name.
+
+    Raises:
+        ValueError: saying what cannot be written.
+    """
+    if isinstance(leaf, QTensor):
+        arrays = {name: getattr(leaf, name) for name in QTENSOR_ARRAYS}
+        arrays = {name: x for name, x in arrays.items() if x is not None}
+        if any(isinstance(x, Tracer) or not hasattr(x, "dtype") for x in arrays.values()):
+            raise ValueError("it is a QTensor without arrays; call this outside jit")
+        return _static_fields(leaf), arrays
+    if isinstance(leaf, Tracer):
+        raise ValueError("it is traced; call this outside jit")
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return {"kind": "key", "impl": str(jax.random.key_impl(leaf))}, {WHOLE: jax.random.key_data(leaf)}
+    if isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
+        if leaf.size == 0:
+            return {"kind": "empty", "shape": list(leaf.shape), "dtype": str(leaf.dtype)}, {}
+        return {"kind": "array"}, {WHOLE: np.asarray(leaf) if isinstance(leaf, np.generic) else leaf}
+    if leaf is None or isinstance(leaf, (bool, int, float, str)):
+        return {"kind": "value", "value": leaf}, {}
+    raise ValueError(
+        f"it is a {type(leaf).__name__}; a leaf must be an array, a QTensor, a number or a string"
+    )
+
+
+def _static_fields(q: QTensor) -> Record:
+    if FORMATS.get(q.format.name) != q.format:
+        raise ValueError(f"its format {q.format!r} is none of daq_jax's own, which alone have names in files")
+    if type(q.tiling) not in TILINGS.values():
+        raise ValueError(f"its tiling {q.tiling!r} is none of daq_jax's own, which alone have names in files")
+    return {
+        "kind": "qtensor",
+        "format": q.format.name,
+        "tiling": {"name": type(q.tiling).__name__, **dataclasses.asdict(q.tiling)},  # pyright: ignore
+        "dtype": str(q.dtype),
+        "matrix": [list(axes) for axes in q.matrix],
+    }
+
+
+def leaf_of(record: Record, arrays: Mapping[str, Any]) -> Any:
+    """The inverse of `record_of`; `arrays` may also hold what stands for an array, such as shapes.
+
+    Raises:
+        ValueError: if the record speaks of what this version of daq_jax does not have.
+    """
+    kind = record["kind"]
+    if kind == "qtensor":
+        return _qtensor(record, arrays)
+    if kind == "array":
+        return arrays[WHOLE]
+    if kind == "key":
+        return jax.random.wrap_key_data(arrays[WHOLE], impl=record["impl"])
+    if kind == "empty":
+        return jnp.zeros(record["shape"], record["dtype"])
+    if kind == "value":
+        return record["value"]
+    raise ValueError(f"it is a {kind!r}, of which this version of daq_jax knows nothing; upgrade daq_jax")
+
+
+def _qtensor(record: Record, arrays: Mapping[str, Any]) -> QTensor:
+    tiling = dict(record["tiling"])
+    name = tiling.pop("name")
+    if record["format"] not in FORMATS or name not in TILINGS:
+        raise ValueError(
+            f"format {record['format']!r} or tiling {name!r} is unknown to this version; upgrade daq_jax"
+        )
+    rows, columns = (tuple(axes) for axes in record["matrix"])
+    return QTensor(
+        **arrays,
+        format=FORMATS[record["format"]],
+        tiling=TILINGS[name](**tiling),
+        dtype=np.dtype(jnp.dtype(record["dtype"])),
+        matrix=(rows, columns),
+    )

@@ -1,0 +1,154 @@
+"""To and from qwix (google/qwix): the same codes and scales as a `qwix.QArray`, bit for bit.
+
+A QArray's scale has the rank of its weight, and the length of each of its axes divides the weight's: tiles
+are whole and never cut across an axis. What does not fit that is refused. Scales stay float32. qwix is
+imported when one of these functions is called.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from daq_jax.formats import FORMATS, Format, nf4
+from daq_jax.qtensor import QTensor
+from daq_jax.recipes import Recipe
+from daq_jax.rules import DEFAULT_RULES, Rule, decide
+from daq_jax.tilings import Block, Channel, Group, Matrix, PerTensor, TileView, Tiling, matrix_problem
+from daq_jax.trees import PyTree, is_qtensor, keyed_leaves
+
+# Formats by what qwix calls them; of those with a table of levels it has only nf4.
+_FORMATS: dict[str, Format] = {f.dtype: f for f in FORMATS.values() if f.dtype != "uint8"} | {"nf4": nf4}
+_QTYPES = {f.name: qtype for qtype, f in _FORMATS.items()}
+
+
+def to_qwix(tree: PyTree) -> PyTree:
+    """A tree with a `qwix.QArray` in place of each QTensor. Needs qwix.
+
+    A QArray has the dtype of its scale, float32 here, and so has what is computed with it; `astype` of a
+    QArray would round the scale.
+
+    Raises:
+        ValueError: naming every leaf that has no such form: partial tiles at an edge, tiles cut across axes,
+            or a format that qwix lacks.
+    """
+    import qwix
+
+    def convert(q: QTensor) -> Any:
+        if q.format.name not in _QTYPES:
+            raise ValueError(f"qwix has no {q.format.name}")
+        codes = q.codes.astype(jnp.uint4) if q.format == nf4 else q.codes
+        zero = getattr(q, "zero", None)
+        return qwix.QArray(
+            codes, _spread(q, q.scale), None if zero is None else _spread(q, zero), _QTYPES[q.format.name]
+        )
+
+    return _converted(tree, is_qtensor, lambda path, q: convert(q))
+
+
+def from_qwix(
+    tree: PyTree, *, dtype: jax.typing.DTypeLike | None = None, rules: Sequence[Rule] = DEFAULT_RULES
+) -> PyTree:
+    """A tree with a QTensor in place of each `qwix.QArray`. Needs qwix.
+
+    Args:
+        tree: any pytree.
+        dtype: that the weights had; None takes that of each scale.
+        rules: tell the matrix of each weight by its path, as in `quantize`; nothing else of them counts.
+
+    Raises:
+        ValueError: naming every leaf that a QTensor cannot hold: tiles that are not runs of inputs by runs of
+            outputs, scales that part of a batch shares, a zero point, or a format that we lack.
+    """
+    import qwix
+
+    def convert(path: str, array: Any) -> QTensor:
+        matrix = decide(path, array.ndim, True, rules, Recipe()).matrix
+        return _qtensor(array, matrix, np.dtype(dtype or array.scale.dtype))
+
+    return _converted(tree, lambda x: isinstance(x, qwix.QArray), convert)
+
+
+def _converted(tree: PyTree, is_ours: Callable[[Any], bool], convert: Callable[[str, Any], Any]) -> PyTree:
+    """A tree with some of its leaves converted, or one error that names all that cannot be."""
+    found, problems = [], []
+    for path, (_, leaf) in keyed_leaves(tree, is_ours).items():
+        try:
+            found.append(convert(path, leaf) if is_ours(leaf) else leaf)
+        except ValueError as error:
+            problems.append(f"{path!r}: {error}")
+    if problems:
+        raise ValueError(
+            f"{len(problems)} leaves cannot be converted:" + "".join(f"\n  {p}." for p in problems)
+        )
+    leaves = [x for x in found if x is not None]
+    return jax.tree.unflatten(jax.tree.structure(tree, is_leaf=is_ours), leaves)
+
+
+def _lengths(axes: Sequence[int], tile: int, tiles: int) -> list[int]:
+    """Length of a scale on each of several axes, over which together run `tiles` tiles of `tile` elements."""
+    if tile * tiles != math.prod(axes):
+        raise ValueError(f"{math.prod(axes)} inputs or outputs are not whole tiles of {tile}")
+    lengths = []
+    for n in reversed(axes):
+        if max(n, tile) % min(n, tile):
+            raise ValueError(f"tiles of {tile} cut across the axes {tuple(axes)}")
+        lengths.append(max(n // tile, 1))
+        tile = max(tile // n, 1)
+    return lengths[::-1]
+
+
+def _spread(q: QTensor, scale: Array) -> Array:
+    """A scale in the rank and the axis order of its weight."""
+    batch, rows, columns = q.view.axes
+    (r, c), grid = q.view.tile, q.view.grid
+    lengths = [*q.view.batch]
+    lengths += _lengths([q.shape[a] for a in rows], r, grid[-2])
+    lengths += _lengths([q.shape[a] for a in columns], c, grid[-1])
+    order = (*batch, *rows, *columns)
+    return scale.reshape(lengths).transpose(sorted(range(q.ndim), key=order.__getitem__))
+
+
+def _qtensor(array: Any, matrix: Matrix, dtype: np.dtype) -> QTensor:
+    """The QTensor of a QArray."""
+    qtype = str(array.qtype) if isinstance(array.qtype, str) else np.dtype(array.qtype).name
+    if qtype not in _FORMATS:
+        raise ValueError(f"daq_jax has no {qtype}")
+    if array.zero_point is not None:
+        raise ValueError("it has a zero point")
+    if why := matrix_problem(array.shape, matrix):
+        raise ValueError(f"it is {array.shape} and cannot be viewed as matrix={matrix}: {why}")
+    whole = TileView(array.shape, matrix, PerTensor())
+    batch, rows, columns = whole.axes
+    scale = array.scale.astype(jnp.float32)
+    for axis in batch:
+        if scale.shape[axis] not in (1, array.shape[axis]):
+            raise ValueError(f"part of its axis {axis} shares a scale, which is a batch axis here")
+        scale = jnp.repeat(scale, array.shape[axis] // scale.shape[axis], axis)
+    tiling, grid = _tiling(array.shape, scale.shape, whole)
+    scale = scale.transpose(*batch, *rows, *columns).reshape(*whole.batch, *grid)
+    codes = array.qvalue.astype(jnp.uint8) if qtype == "nf4" else array.qvalue
+    return QTensor(codes, scale, _FORMATS[qtype], tiling, dtype, matrix)
+
+
+def _tiling(shape: Sequence[int], scale: Sequence[int], whole: TileView) -> tuple[Tiling, tuple[int, int]]:
+    """The tiling of a scale of this shape, and its number of tiles along inputs and outputs."""
+    tile = []
+    for axes in whole.axes[1:]:
+        n = math.prod(shape[a] for a in axes) // math.prod(scale[a] for a in axes)
+        if _lengths([shape[a] for a in axes], n, math.prod(scale[a] for a in axes)) != [
+            scale[a] for a in axes
+        ]:
+            raise ValueError(
+                f"a scale {tuple(scale)} of a weight {tuple(shape)} is not one for each run of {n}"
+            )
+        tile.append(n)
+    (r, c), rows, columns = tile, whole.rows, whole.columns
+    grid = (rows // r, columns // c)
+    if c == 1:
+        return (Channel() if r == rows else Group(r)), grid
+    return (PerTensor() if grid == (1, 1) else Block(r, c)), grid

@@ -1,0 +1,103 @@
+"""qwix holds the same codes and scales, and computes with them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import BF16, assert_same_bits, rng_for
+from flax import nnx
+
+import daq_jax as daq
+from daq_jax.tilings import TileView
+
+qwix = pytest.importorskip("qwix")
+pytestmark = pytest.mark.peers
+
+FORMATS = (daq.fp8_e4m3fn, daq.fp8_e5m2, daq.int8, daq.int4, daq.nf4)
+TILINGS = (daq.Block(16, 8), daq.Channel(), daq.Group(16), daq.PerTensor())
+# Shape, matrix, and a rule's pattern that gives that matrix.
+VIEWS = {
+    "plain": ((32, 48), ((-2,), (-1,))),
+    "stored [out, in]": ((48, 32), ((1,), (0,))),
+    "experts": ((3, 32, 48), ((-2,), (-1,))),
+    "query": ((32, 4, 8), ((-3,), (-2, -1))),
+    "out": ((4, 8, 48), ((-3, -2), (-1,))),
+    "scanned query": ((32, 3, 4, 8), ((0,), (2, 3))),
+}
+
+
+def weight(shape, matrix, number, tiling):
+    """A float32 QTensor of random codes and scales."""
+    rng = rng_for(f"{shape} {number.name} {tiling}")
+    codes = number.encode(number.round(jnp.asarray(rng.uniform(-1, 1, shape) * number.largest, jnp.float32)))
+    scale = jnp.asarray(rng.uniform(0.1, 1, TileView(shape, matrix, tiling).grid), jnp.float32)
+    return daq.QTensor(codes, scale, number, tiling, np.dtype(np.float32), matrix)
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_qwix_gives_the_same_values_and_the_way_back_the_same_bits(name):
+    shape, matrix = VIEWS[name]
+    for number in FORMATS if name == "plain" else (daq.fp8_e4m3fn,):
+        for tiling in TILINGS:
+            q = {"layers": [weight(shape, matrix, number, tiling)], "bias": jnp.ones(3)}
+            there = daq.to_qwix(q)
+            assert isinstance(there["layers"][0], qwix.QArray)
+            assert there["layers"][0].scale.dtype == jnp.float32
+            with jax.numpy_dtype_promotion("standard"):
+                got = qwix.dequantize(there["layers"][0])
+            np.testing.assert_array_equal(got, daq.dequantize(q)["layers"][0], strict=True)
+            assert_same_bits(daq.from_qwix(there, rules=[daq.use("layers", matrix=matrix)]), q)
+
+
+def test_a_matrix_product_of_qwix_takes_the_weight():
+    x = jax.random.normal(jax.random.key(0), (4, 32))
+    for tiling in TILINGS:
+        q = weight((32, 48), ((-2,), (-1,)), daq.fp8_e4m3fn, tiling)
+        with jax.numpy_dtype_promotion("standard"):
+            got = qwix.dot_general(x, daq.to_qwix(q), (((1,), (0,)), ((), ())))
+        wanted = np.asarray(x, np.float64) @ np.asarray(q.dequantize(), np.float64)
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_an_array_that_qwix_quantized_becomes_a_qtensor():
+    w = jax.random.normal(jax.random.key(1), (32, 48))
+    for array, tiling in (
+        (qwix.quantize(w, jnp.int8, channelwise_axes=[1]), daq.Channel()),
+        (qwix.quantize(w, jnp.float8_e4m3fn, channelwise_axes=[1], tiled_axes={0: 16}), daq.Group(16)),
+    ):
+        q = daq.from_qwix({"w": array}, dtype=jnp.bfloat16)["w"]
+        assert (q.tiling, q.dtype) == (tiling, BF16)
+        np.testing.assert_array_equal(q.dequantize(jnp.float32), qwix.dequantize(array))
+
+
+def test_variables_of_a_model_keep_their_boxes():
+    q = nnx.State({"kernel": nnx.Param(weight((32, 48), ((-2,), (-1,)), daq.int8, daq.Channel()))})
+    there = daq.to_qwix(q)
+    assert isinstance(there["kernel"], nnx.Param)
+    assert isinstance(there["kernel"].get_raw_value(), qwix.QArray)
+    assert_same_bits(daq.from_qwix(there), q)
+
+
+def test_what_has_no_such_form_is_named():
+    heads = ((-3,), (-2, -1))
+    tree = {
+        "partial": weight((33, 48), ((-2,), (-1,)), daq.int8, daq.Block(16, 16)),
+        "across": weight((32, 4, 10), heads, daq.int8, daq.Block(16, 8)),
+        "levels": weight((32, 48), ((-2,), (-1,)), daq.fp4_bnb, daq.Channel()),
+        "fine": weight((32, 48), ((-2,), (-1,)), daq.int8, daq.Channel()),
+    }
+    with pytest.raises(ValueError, match="3 leaves") as caught:
+        daq.to_qwix(tree)
+    for name, why in {"partial": "whole tiles of 16", "across": "cut across", "levels": "no fp4_bnb"}.items():
+        assert f"{name!r}: " in str(caught.value)
+        assert why in str(caught.value)
+    codes = jnp.ones((4, 32, 48), jnp.int8)
+    bad = {
+        "zero": qwix.QArray(codes, jnp.ones((1, 1, 1)), jnp.ones((1, 1, 1))),
+        "shared": qwix.QArray(codes, jnp.ones((2, 1, 48))),
+        "type": qwix.QArray(jnp.ones((4, 4), jnp.int2), jnp.ones((1, 1))),
+    }
+    with pytest.raises(ValueError, match="3 leaves") as caught:
+        daq.from_qwix(bad)
+    for why in ("'zero': it has a zero point", "'shared': part of its axis 0", "'type': daq_jax has no int2"):
+        assert why in str(caught.value)
