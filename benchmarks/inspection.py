@@ -39,7 +39,7 @@ from daq_jax.io.tensor_files import TensorSpec, TensorWriter
 
 HF = daq.use("", matrix=((1,), (0,)))
 FIGURES = ("projection", "cosine", "sign_rate")
-RECIPES = {"default": daq.recipes.default, "unbiased subspace": daq.Recipe(rounding=daq.UnbiasedSubspace())}
+RECIPES = {"default": daq.recipes.default, "paper_cosine": daq.recipes.paper_cosine}
 Tree = dict[str, NDArray]
 
 
@@ -183,7 +183,8 @@ def pairs(
     said = "; ".join(f"{r}: {words}" for r, words in counts.items())
     where = f"JAX {jax.__version__}, {platform.machine()} CPU, {time.strftime('%Y-%m-%d')}"
     verdicts = "\n".join(f"* {row['pair']}, {row['recipe']}: {row['verdict']}" for row in rows)
-    out.write_text(f"{HEAD}\n{where}. {said}.\n\n{table_of(rows)}\n\n{verdicts}\n")
+    said += f". The default is `{daq.recipes.default}`."
+    out.write_text(f"{HEAD}\n{where}. {said}\n\n{table_of(rows)}\n\n{verdicts}\n")
     print(said)
     return int(any(x > 1 for x in checks["default"]))
 
@@ -191,9 +192,9 @@ def pairs(
 HEAD = """# Samples against the whole
 
 `python benchmarks/inspection.py pairs`: each estimate ± its bound, the figure of the whole in brackets, and
-the largest error of a row's estimates in units of its bound (above 1 it lies outside). A recipe that
-works on whole matrices, `UnbiasedSubspace`, is tried by the sample on patches of 128 x 128, which is another
-thing: its projection is held to its bound, and its cosine and sign rate have none (± nan).
+the largest error of a row's estimates in units of its bound (above 1 it lies outside). A recipe that works on
+whole matrices is tried by the sample on patches of 128 x 128, which is another thing: its projection is held
+to its bound, and its cosine and sign rate have none (± nan).
 """
 
 
