@@ -1,12 +1,13 @@
 """What the behaviour study compares: one table of recipes and baselines. To add a row, edit `METHODS`."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from behaviour_baselines import Baseline, awq, smoothquant
 
 import daq_jax as daq
 from daq_jax.formats import Format
+from daq_jax.roundings import Rounding
 from daq_jax.tilings import Tiling
 
 
@@ -23,11 +24,9 @@ BLACK, GREY, ORANGE, SKY, GREEN, BLUE, RED, PINK = (
     "#000000", "#999999", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7",
 )  # fmt: skip
 
-WITH_BASE_SCALE = daq.Recipe(search=daq.WithBaseScale(daq.AbsMax()))
 
-
-def _subspace(rank: int, recipe: daq.Recipe = daq.recipes.absmax) -> daq.Recipe:
-    return dataclasses.replace(recipe, rounding=daq.UnbiasedSubspace(rank=rank, per="column"))
+def _with(rounding: Rounding, **parts: Any) -> daq.Recipe:
+    return dataclasses.replace(daq.recipes.absmax, rounding=rounding, **parts)
 
 
 METHODS: dict[str, Method] = {
@@ -39,15 +38,15 @@ METHODS: dict[str, Method] = {
     "released_cosine": Method(daq.recipes.released_cosine, PINK, "D"),
     "smoothquant": Method(smoothquant, GREY, "<"),
     "awq": Method(awq, GREY, ">"),
-    "stochastic": Method(daq.Recipe(rounding=daq.Stochastic(seed=0)), SKY, "x"),
-    "gain_row": Method(daq.Recipe(rounding=daq.UnbiasedGain(per="row")), GREEN, "^"),
-    "gain_tile": Method(daq.Recipe(rounding=daq.UnbiasedGain(per="tile")), GREEN, "s"),
-    "gain_column": Method(daq.Recipe(rounding=daq.UnbiasedGain(per="column")), GREEN, "v"),
-    "subspace_32": Method(_subspace(32), BLUE, "<"),
-    "subspace_64": Method(_subspace(64), BLUE, ">"),
-    "subspace_128": Method(_subspace(128), BLUE, "*"),
-    "subspace_128_base_scale": Method(_subspace(128, WITH_BASE_SCALE), BLUE, "P"),
-    "default": Method(daq.recipes.default, BLACK, "*"),
+    "stochastic": Method(_with(daq.Stochastic(seed=0)), PINK, "x"),
+    "gain_row": Method(_with(daq.UnbiasedGain(per="row")), GREEN, "^"),
+    "gain_tile": Method(_with(daq.UnbiasedGain(per="tile")), GREEN, "s"),
+    "gain_column": Method(_with(daq.UnbiasedGain(per="column")), GREEN, "v"),
+    "subspace_64": Method(_with(daq.UnbiasedSubspace(rank=64)), SKY, ">"),
+    "subspace_128": Method(_with(daq.UnbiasedSubspace(rank=128)), SKY, "*"),
+    "feedback": Method(_with(daq.UnbiasedFeedback()), BLUE, "P"),
+    "feedback_power_of_two": Method(_with(daq.UnbiasedFeedback(), scales=daq.PowerOfTwo()), BLUE, "v"),
+    "default": Method(daq.recipes.default, BLUE, "*"),
 }
 
 # Format and tiling of every method in a run; the FP8-native base of the study lies on the same grid.

@@ -54,6 +54,11 @@ def unique(rows: list[Row], key: str) -> list[Any]:
     return list(dict.fromkeys(row[key] for row in rows))
 
 
+def in_order(rows: list[Row]) -> list[str]:
+    """Recipes of the rows, in the order of the table of methods."""
+    return sorted(unique(rows, "recipe"), key=list(METHODS).index)
+
+
 def mean(rows: list[Row], key: str) -> float | None:
     """Mean over seeds; None where the figure is missing."""
     values = [row[key] for row in rows if row[key] is not None]
@@ -102,7 +107,7 @@ def table(rows: list[Row], cell: Callable[[list[Row]], str]) -> str:
     rates = unique(rows, "rate")
     sizes = [show(mean(select(rows, rate=rate), "change"), "{:.2%}") for rate in rates]
     lines = [f"| recipe, by change | {' | '.join(sizes)} |", "|---" * (len(rates) + 1) + "|"]
-    for name in unique(rows, "recipe"):
+    for name in in_order(rows):
         cells = [cell(select(rows, rate=rate, recipe=name)) for rate in rates]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -111,7 +116,7 @@ def table(rows: list[Row], cell: Callable[[list[Row]], str]) -> str:
 def markdown(files: list[dict[str, Any]], rows: list[Row]) -> str:
     """The whole report."""
     first = files[0]
-    seeds = ", ".join(str(file["seed"]) for file in files)
+    seeds = ", ".join(map(str, unique(files, "seed")))
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     parts = [
         f"# What quantization keeps of a tune: size {first['size']}, {first['layout']}",
@@ -120,7 +125,7 @@ def markdown(files: list[dict[str, Any]], rows: list[Row]) -> str:
         "Change: |tuned - base| / |base| over the quantized matrices. KL and losses in nats per byte of "
         "held-out text. Floor: the KL of AbsMax on the bf16 base at the same seed and learning rate, "
         "which is the noise of the format. Style kept: the share of the loss that tuning gained "
-        "on its own text.",
+        "on its own text. A KL without ± is of one seed.",
     ]
     for kind in unique(rows, "base_kind"):
         parts.append(f"## {select(rows, base_kind=kind)[0]['title']}")
@@ -161,7 +166,7 @@ def looks(name: str) -> dict[str, Any]:
 
 
 def draw_divergence(axis: Any, rows: list[Row]) -> None:
-    for name in unique(rows, "recipe"):
+    for name in in_order(rows):
         own = select(rows, recipe=name)
         groups = [select(own, rate=rate) for rate in unique(own, "rate")]
         x, y = ([mean(group, key) for group in groups] for key in ("change", "kl"))
@@ -177,7 +182,7 @@ def draw_divergence(axis: Any, rows: list[Row]) -> None:
 
 
 def draw_style(axis: Any, rows: list[Row]) -> None:
-    for name in unique(rows, "recipe"):
+    for name in in_order(rows):
         own = select(rows, recipe=name)
         groups = [select(own, rate=rate) for rate in unique(own, "rate")]
         x, y = ([mean(group, key) for group in groups] for key in ("general_rise", "style_kept"))

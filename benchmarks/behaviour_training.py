@@ -47,7 +47,7 @@ SIZES = {
         base_steps=4000,
         base_rate=1e-3,
         tune_steps=400,
-        tune_rates=(3e-6, 8e-6, 2.2e-5, 4.5e-5),
+        tune_rates=(2e-6, 8e-6, 3e-5, 1.5e-4),
         judged=512,
     ),
     "cpu": Size(
@@ -56,7 +56,7 @@ SIZES = {
         base_steps=800,
         base_rate=2e-3,
         tune_steps=80,
-        tune_rates=(8e-6, 2.5e-5, 7e-5, 1.5e-4),
+        tune_rates=(1e-5, 4e-5, 1.5e-4, 6e-4),
         judged=128,
     ),
     "tiny": Size(

@@ -23,6 +23,7 @@ from daq_jax.arithmetic import divide, multiply
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tests"))
 import oracles
+import rounding_oracles
 
 FORMATS = {"fp8_e4m3fn": daq.fp8_e4m3fn, "fp8_e5m2": daq.fp8_e5m2, "int8": daq.int8}
 TILE = (128, 128)
@@ -130,6 +131,25 @@ def check_searches() -> dict[str, float | int]:
     return found
 
 
+def check_gains() -> dict[str, float | int]:
+    """Unbiased rounding: every set's codes are those of one gain, and the change keeps its size."""
+    number, found = oracles.FORMATS["fp8_e4m3fn"], {}
+    base, tuned = rounding_oracles.native(5, (1024, 1024), 0.01)
+    for per in ("row", "column", "tile"):
+        recipe = daq.Recipe(rounding=daq.UnbiasedGain(per))
+        q = daq.quantize(jnp.asarray(base), jnp.asarray(tuned), recipe)
+        values = np.asarray(q.codes).astype(np.float32)
+        scale = np.repeat(np.repeat(np.asarray(q.scale), 128, 0), 128, 1)
+        intervals = rounding_oracles.gain_intervals(base, tuned, values, scale, number.grid()[0])
+        low, high = rounding_oracles.shared_gains(
+            *intervals, rounding_oracles.set_labels(base.shape, TILE, per)
+        )
+        d, kept = (tuned - base).astype(np.float64), values.astype(np.float64) * scale - base
+        found[f"unbiased gain of each {per}: sets that no one gain explains"] = int(np.sum(low > high))
+        found[f"unbiased gain of each {per}: projection"] = float(np.sum(d * kept) / np.sum(d * d))
+    return found
+
+
 def check_traps() -> dict[str, float]:
     """What the obvious code does on this machine; none of it is in the library."""
     tuned = jnp.asarray(a_pair(3)[1], jnp.float32)
@@ -168,7 +188,7 @@ def check_traps() -> dict[str, float]:
 def main() -> int:
     start = time.time()
     must_be_zero = {**check_rounding(), **check_arithmetic()}
-    searches = check_searches()
+    searches, gains = check_searches(), check_gains()
     report = {
         "device": jax.devices()[0].device_kind,
         "backend": jax.default_backend(),
@@ -177,6 +197,7 @@ def main() -> int:
         "date": time.strftime("%Y-%m-%d"),
         "exact": must_be_zero,
         "searches": searches,
+        "gains": gains,
         "traps": check_traps(),
         "seconds": round(time.time() - start),
     }
@@ -184,6 +205,7 @@ def main() -> int:
     bad += [k for k, v in searches.items() if "not the nearest" in k and v]
     bad += [k for k, v in searches.items() if "shortfall" in k and v > 1e-6]
     bad += [k for k, v in searches.items() if k.startswith(("absmax", "paper_sign")) and "differs" in k and v]
+    bad += [k for k, v in gains.items() if "no one gain" in k and v]
     text = json.dumps(report, indent=1)
     print(text)
     print("FAILED: " + "; ".join(bad) if bad else "all exact")

@@ -1,15 +1,18 @@
 """How fast is `quantize`, and how much memory does it need? The answer is checked before it is timed.
 
     python benchmarks/run.py --workload square_1024 square_4096 --recipe paper_cosine absmax --reference
+    python benchmarks/run.py --gpu
 
-For each workload and recipe: sampled tiles are compared with the NumPy oracle of the tests, and a wrong one
+For each workload and recipe: sampled tiles are compared with the NumPy oracles of the tests, and a wrong one
 ends the run with exit status 1. Then the eager call `daq_jax.quantize(base, tuned, recipe)` is timed, its
 look for NaN included and compilation apart, next to two others: the released search (`reference.py`), and the
-floor, a program that does no more than read both weights and write a byte for each. Writes
+floor, a program that does no more than read both weights and write a byte for each. `--gpu` runs all that the
+README says of a GPU, some of it without our kernels as well ("plain"), in about three minutes. Writes
 `speed_DEVICE.json` and `speed_DEVICE.md`.
 """
 
 import argparse
+import contextlib
 import functools
 import itertools
 import json
@@ -20,7 +23,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # leave the reference its share of a GPU's memory
@@ -35,14 +38,16 @@ from jax import lax
 from numpy.typing import NDArray
 
 import daq_jax as daq
-from daq_jax import quantizer
+from daq_jax import quantizer, unbiased
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tests"))
 import oracles
+import rounding_oracles
 
 HERE = pathlib.Path(__file__).parent
 TILE = 128  # rows and columns of a tile in every recipe below
 SAMPLE = 32  # tiles checked
+_WARM_UP = 0.3  # seconds
 PAPER = oracles.coarse_to_fine(0.8, 1.5, 5, 10)
 ORACLES = {  # metric and search, by recipe
     "paper_cosine": (oracles.cosine, PAPER),
@@ -51,12 +56,37 @@ ORACLES = {  # metric and search, by recipe
     "absmax": (oracles.cosine, oracles.absmax()),
 }
 
+RECIPES = daq.recipes.RECIPES | {"unbiased_gain": daq.Recipe(rounding=daq.UnbiasedGain())}
+
+
+class Job(NamedTuple):
+    """What a row of the table measures."""
+
+    workload: str
+    recipe: str
+    reference: bool = False  # time the released program too
+    plain: bool = False  # without kernels of ours
+
+
+GPU = [
+    Job("square_16384", "paper_cosine", reference=True),
+    Job("square_16384", "paper_cosine", plain=True),
+    *(Job("square_16384", recipe) for recipe in ("paper_sign", "mse", "absmax", "unbiased_gain")),
+    Job("llama_7b", "paper_cosine", reference=True),
+    Job("llama_7b", "absmax"),
+    Job("llama_7b", "unbiased_gain"),
+    *(Job(f"deepseek_v3_{name}", "paper_cosine") for name in ("up", "down", "expert")),
+    *(Job(name, "paper_cosine") for name in ("moe_experts", "llama_7b_up", "square_8192", "square_32768")),
+    Job("square_16384", "default"),
+    Job("llama_7b", "default"),
+]
+
 Tree = dict[str, jax.Array]
 
 
 def trees(workload: workloads.Workload) -> tuple[Tree, Tree]:
     """Base and tuned. Leaves of one shape have equal values, each in a buffer of its own."""
-    pairs = {shape: workloads.pair(shape) for shape in set(workload.shapes.values())}
+    pairs = {shape: [*map(jnp.asarray, workloads.pair(shape))] for shape in set(workload.shapes.values())}
     base, tuned = ({p: jnp.array(pairs[s][i]) for p, s in workload.shapes.items()} for i in (0, 1))
     return base, tuned
 
@@ -89,6 +119,8 @@ def check(recipe: str, base: Tree, tuned: Tree, q: dict[str, daq.QTensor]) -> di
     Raises:
         SystemExit: with what was wrong.
     """
+    if recipe not in ORACLES:
+        return check_unbiased(recipe, base, tuned, q)
     metric, search = ORACLES[recipe]
     number, whole = oracles.FORMATS["fp8_e4m3fn"], (None, None)
     wrong, shortfall = 0, 0.0
@@ -105,12 +137,39 @@ def check(recipe: str, base: Tree, tuned: Tree, q: dict[str, daq.QTensor]) -> di
     return {"tiles_checked": SAMPLE, "worst_shortfall": shortfall}
 
 
+def check_unbiased(recipe: str, base: Tree, tuned: Tree, q: dict[str, daq.QTensor]) -> dict[str, float]:
+    """Checks that the sampled tiles keep their change at its size, and that each column has one gain.
+
+    Raises:
+        SystemExit: with what was wrong.
+    """
+    number, dd, dq, no_gain = oracles.FORMATS["fp8_e4m3fn"], 0.0, 0.0, 0
+    for path, index in sampled_tiles(q):
+        b, t = (tile_of(x[path], index).astype(np.float32) for x in (base, tuned))
+        values, scale = number.decode(tile_of(q[path].codes, index)), np.float32(q[path].scale[index])
+        d = (t - b).astype(np.float64)
+        dd, dq = dd + np.sum(d * d), dq + np.sum(d * (values.astype(np.float64) * scale - b))
+        if recipe == "unbiased_gain":
+            spread = np.full(b.shape, scale)
+            interval = rounding_oracles.gain_intervals(b, t, values, spread, number.grid()[0])
+            columns = rounding_oracles.set_labels(b.shape, (TILE, TILE), "column")
+            low, high = rounding_oracles.shared_gains(*interval, columns)
+            no_gain += int(np.sum(low > high))
+    if no_gain or abs(dq / dd - 1) > 0.02:
+        sys.exit(f"{recipe}: WRONG: projection {dq / dd:.4f}; {no_gain} columns are of no one gain")
+    return {"tiles_checked": SAMPLE, "projection": float(dq / dd)}
+
+
 # --- Time and memory ----------------------------------------------------------------------------------------
 
 
 def seconds(call: Callable[[], Any], repeats: int) -> list[float]:
-    """Wall time of each of several calls, after one that is not counted."""
-    jax.block_until_ready(call())
+    """Wall time of each of several calls, after others that are not counted: an idle GPU is slow at first."""
+    start = time.perf_counter()
+    while True:
+        jax.block_until_ready(call())
+        if time.perf_counter() - start > _WARM_UP:
+            break
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -162,14 +221,26 @@ def _touch(base: jax.Array, tuned: jax.Array) -> jax.Array:
     return (base ^ tuned).astype(jnp.uint8)
 
 
-def measure(name: str, recipe_name: str, repeats: int) -> dict[str, Any]:
+def without_kernels() -> contextlib.ExitStack:
+    """While this is open, `quantize` compiles plain programs."""
+    stack = contextlib.ExitStack()
+    for module in (quantizer, unbiased):
+        stack.enter_context(mock.patch.object(module, "has_fp8_gpu", return_value=False))
+    return stack
+
+
+def measure(job: Job, repeats: int) -> dict[str, Any]:
     """One row of the table."""
-    recipe, elements = daq.recipes.RECIPES[recipe_name], workloads.WORKLOADS[name].elements
+    jax.clear_caches()  # of programs with other kernels
+    name, recipe_name = job.workload, job.recipe
+    recipe, elements = RECIPES[recipe_name], workloads.WORKLOADS[name].elements
     base, tuned = trees(workloads.WORKLOADS[name])
-    row = {"workload": name, "recipe": recipe_name, "elements": elements, **programs(recipe, base)}
     call = functools.partial(daq.quantize, base, tuned, recipe, rules=())
-    q = call()
-    row |= check(recipe_name, base, tuned, q)
+    start = time.perf_counter()
+    q = jax.block_until_ready(call())
+    first = time.perf_counter() - start
+    row = {"workload": name, "recipe": recipe_name + ", plain" * job.plain, "elements": elements}
+    row |= {"first_call_seconds": first, **programs(recipe, base), **check(recipe_name, base, tuned, q)}
     moved = sum(x.nbytes for x in jax.tree.leaves((base, tuned, q)))
     del q
     times = seconds(call, repeats)
@@ -226,7 +297,7 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "in jit": lambda r: f"{r['temp_bytes_per_element_in_jit']:.2f}",
     "reference's": lambda r: f"{r['reference']['temp_bytes_per_element']:.0f}" if "reference" in r else "-",
     "load": lambda r: f"{r['load_average']:.1f}",
-    "compile s": lambda r: f"{r['compile_seconds']:.2g}",
+    "first call s": lambda r: f"{r['first_call_seconds']:.2g}",
 }
 
 
@@ -239,10 +310,16 @@ def markdown(report: dict[str, Any]) -> str:
     return f"{table}\n\n{about}\n"
 
 
+def result_path(word: str, report: dict[str, Any], folder: pathlib.Path) -> pathlib.Path:
+    """`WORD_DEVICE.json` in a folder."""
+    device = report["device"].lower().removeprefix("nvidia ").replace(" ", "_")
+    return folder / f"{word}_{device}.json"
+
+
 def write(report: dict[str, Any], folder: pathlib.Path) -> None:
     """`speed_DEVICE.json` and `.md`."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"speed_{report['device'].lower().replace(' ', '_')}.json"
+    path = result_path("speed", report, folder)
     path.write_text(json.dumps(report, indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown(report))
 
@@ -250,7 +327,8 @@ def write(report: dict[str, Any], folder: pathlib.Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--workload", nargs="+", choices=workloads.WORKLOADS, default=["square_1024"])
-    parser.add_argument("--recipe", nargs="+", choices=ORACLES, default=list(ORACLES))
+    parser.add_argument("--recipe", nargs="+", choices=RECIPES, default=list(ORACLES))
+    parser.add_argument("--gpu", action="store_true", help="all that is measured on a GPU, and only that")
     parser.add_argument(
         "--reference", action="store_true", help="time the released program too (needs torch)"
     )
@@ -265,11 +343,13 @@ def main() -> None:
     args = parser.parse_args()
     repeats = args.repeats or (7 if jax.default_backend() == "cpu" else 10)
     report = environment() | {"rows": []}
-    for name, recipe in itertools.product(args.workload, args.recipe):
+    jobs = [Job(*pair, args.reference) for pair in itertools.product(args.workload, args.recipe)]
+    for job in GPU if args.gpu else jobs:
         found = None
-        if args.reference and recipe in reference.METRICS:
-            found = reference.measure_apart(name, recipe, repeats, args.wheels)
-        report["rows"].append(with_reference(measure(name, recipe, repeats), found))
+        if job.reference and job.recipe in reference.METRICS:
+            found = reference.measure_apart(job.workload, job.recipe, repeats, args.wheels)
+        with without_kernels() if job.plain else contextlib.nullcontext():
+            report["rows"].append(with_reference(measure(job, repeats), found))
         print(markdown(report | {"rows": report["rows"][-1:]}).splitlines()[2], flush=True)
         write(report, args.out)  # after every row: a long run may be cut short
 

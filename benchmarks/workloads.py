@@ -4,6 +4,7 @@ A shape is `[in, out]`, or `[experts, in, out]`. Needs only NumPy, so that the r
 """
 
 import dataclasses
+import functools
 import math
 
 import ml_dtypes
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Shape = tuple[int, ...]
+_MOST_DRAWN = 16_777_213  # a prime
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +50,9 @@ _ATTENTION, _UP, _DOWN = (4096, 4096), (4096, 11008), (11008, 4096)
 WORKLOADS: dict[str, Workload] = {
     "square_1024": _one(1024, 1024),
     "square_4096": _one(4096, 4096),
+    "square_8192": _one(8192, 8192),
     "square_16384": _one(16384, 16384),
+    "square_32768": _one(32768, 32768),
     "llama_7b_attention": _one(*_ATTENTION),
     "llama_7b_up": _one(*_UP),
     "llama_7b_down": _one(*_DOWN),
@@ -68,9 +72,16 @@ WORKLOADS: dict[str, Workload] = {
 }
 
 
+@functools.lru_cache(maxsize=3)
 def pair(shape: Shape) -> tuple[NDArray, NDArray]:
-    """Base and tuned bfloat16 weights: standard deviation 0.02, and a change of 2 % of that."""
+    """Base and tuned bfloat16 weights: standard deviation 0.02, and a change of 2 % of that.
+
+    Large ones repeat after a prime number of elements, so that no two tiles are alike.
+    """
     rng = np.random.default_rng(list(shape))
-    base = (rng.standard_normal(shape, np.float32) * np.float32(0.02)).astype(ml_dtypes.bfloat16)
-    change = rng.standard_normal(shape, np.float32) * np.float32(0.0004)
-    return base, (base.astype(np.float32) + change).astype(ml_dtypes.bfloat16)
+    drawn = min(math.prod(shape), _MOST_DRAWN)
+    base = (rng.standard_normal(drawn, np.float32) * np.float32(0.02)).astype(ml_dtypes.bfloat16)
+    change = rng.standard_normal(drawn, np.float32) * np.float32(0.0004)
+    tuned = (base.astype(np.float32) + change).astype(ml_dtypes.bfloat16)
+    base, tuned = (np.resize(x, shape) for x in (base, tuned))
+    return base, tuned

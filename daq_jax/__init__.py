@@ -11,6 +11,7 @@ import typing
 
 from daq_jax import recipes
 from daq_jax.comparison import Comparison, Figures, compare
+from daq_jax.feedback import UnbiasedFeedback
 from daq_jax.formats import fp4_bnb, fp4_e2m1, fp8_e4m3fn, fp8_e5m2, int4, int8, nf4
 from daq_jax.metrics import SignRate, cosine, neg_mse
 from daq_jax.qtensor import QTensor
@@ -18,7 +19,7 @@ from daq_jax.recipes import Recipe
 from daq_jax.roundings import Nearest, Stochastic
 from daq_jax.rules import DEFAULT_RULES, MAXTEXT_RULES, TUNIX_RULES, Rule, UnusedRuleWarning, keep, use
 from daq_jax.scales import AnyScale, PowerOfTwo
-from daq_jax.searches import AbsMax, CoarseToFine, Grid, WithBaseScale
+from daq_jax.searches import AbsMax, CoarseToFine, Grid, OffGrid, WithBaseScale
 from daq_jax.tilings import Block, Channel, Group, PerTensor
 from daq_jax.trees import dequantize, quantize
 from daq_jax.unbiased import UnbiasedGain, UnbiasedSubspace
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 _EDGES: dict[str, str] = {
     "Inspection": "daq_jax.inspection",
     "compare_folders": "daq_jax.io.folder_comparison",
+    "dot": "daq_jax.products",
     "from_qwix": "daq_jax.qwix_arrays",
     "inspect": "daq_jax.inspection",
     "inspect_folder": "daq_jax.io.folder_inspection",
@@ -63,6 +65,7 @@ __all__ = [
     "Group",
     "Inspection",
     "Nearest",
+    "OffGrid",
     "PerTensor",
     "PowerOfTwo",
     "QTensor",
@@ -70,6 +73,7 @@ __all__ = [
     "Rule",
     "SignRate",
     "Stochastic",
+    "UnbiasedFeedback",
     "UnbiasedGain",
     "UnbiasedSubspace",
     "UnusedRuleWarning",
@@ -78,6 +82,7 @@ __all__ = [
     "compare_folders",
     "cosine",
     "dequantize",
+    "dot",
     "fp4_bnb",
     "fp4_e2m1",
     "fp8_e4m3fn",

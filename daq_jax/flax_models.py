@@ -6,15 +6,18 @@ every read decodes anew.
 """
 
 import dataclasses
+import json
 import math
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.export
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
+from daq_jax.io.leaf_records import QTENSOR_ARRAYS, qtensor_of, static_record
 from daq_jax.qtensor import QTensor
 from daq_jax.tilings import Matrix
 from daq_jax.trees import PyTree, is_box, is_qtensor, named_leaves
@@ -214,3 +217,39 @@ def _refuse_misfits(leaves: dict[str, Any], model: dict[str, Any]) -> None:
         raise ValueError(
             f"these quantized weights do not fit the model:{lines}\nPass the state of this model."
         )
+
+
+# --- Exported programs --------------------------------------------------------------------------------------
+# `jax.export` writes the types of a program's arguments; those of ours it has to be told how to write.
+
+
+def _to_bytes(static: QTensor, *roles: str) -> bytes:
+    return json.dumps([static_record(static), *roles]).encode()
+
+
+def _from_bytes(data: bytes | bytearray) -> tuple[QTensor, tuple[str, ...]]:
+    record, *roles = json.loads(bytes(data))
+    return qtensor_of(record, dict.fromkeys(QTENSOR_ARRAYS)), tuple(roles)
+
+
+def _static_fields(q: QTensor) -> tuple[Any, ...]:
+    return tuple(getattr(q, f.name) for f in dataclasses.fields(q) if f.metadata.get("static"))
+
+
+def _qtensor_to_bytes(fields: tuple[Any, ...]) -> bytes:
+    names = [f.name for f in dataclasses.fields(QTensor) if f.metadata.get("static")]
+    return _to_bytes(QTensor(**dict.fromkeys(QTENSOR_ARRAYS), **dict(zip(names, fields, strict=True))))
+
+
+jax.export.register_pytree_node_serialization(
+    InPlace,
+    serialized_name="daq_jax.InPlace",
+    serialize_auxdata=lambda fields: _to_bytes(fields[0], *fields[1]),
+    deserialize_auxdata=_from_bytes,
+)
+jax.export.register_pytree_node_serialization(
+    QTensor,
+    serialized_name="daq_jax.QTensor",
+    serialize_auxdata=_qtensor_to_bytes,
+    deserialize_auxdata=lambda data: _static_fields(_from_bytes(data)[0]),
+)

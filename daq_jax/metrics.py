@@ -38,8 +38,19 @@ class Additive(abc.ABC):
         return self.score(*(jnp.sum(x, axis=-1) for x in (*self.fixed_terms(d), *self.terms(d, q))))
 
 
+class SumOfProducts(Additive):
+    """An additive metric whose terms are products, which a machine may multiply and add at once."""
+
+    @abc.abstractmethod
+    def factors(self, d: Array, q: Array) -> tuple[tuple[Array, Array], ...]:
+        """Two factors for each of the `terms`."""
+
+    def terms(self, d: Array, q: Array) -> tuple[Array, ...]:
+        return tuple(a * b for a, b in self.factors(d, q))
+
+
 @dataclasses.dataclass(frozen=True)
-class Cosine(Additive):
+class Cosine(SumOfProducts):
     """Cosine of the angle between the true and the kept change, `<d, q> / (|d| |q|)`.
 
     Between -1 and 1. Where nothing changed (`d = 0`) it is 1, where all of a change was lost (`q = 0`) 0.
@@ -49,8 +60,8 @@ class Cosine(Additive):
     def fixed_terms(self, d: Array) -> tuple[Array, ...]:
         return (d * d,)
 
-    def terms(self, d: Array, q: Array) -> tuple[Array, ...]:
-        return d * q, q * q
+    def factors(self, d: Array, q: Array) -> tuple[tuple[Array, Array], ...]:
+        return (d, q), (q, q)
 
     def score(self, *sums: Array) -> Array:
         dd, dq, qq = sums
@@ -85,7 +96,7 @@ class SignRate(Additive):
 
 
 @dataclasses.dataclass(frozen=True)
-class NegMse(Additive):
+class NegMse(SumOfProducts):
     """Minus the mean squared error of the weights, `-mean((q - d)^2)`; it does not look at the base.
 
     The control against which metrics of the change are measured; the search by reconstruction error.
@@ -94,13 +105,34 @@ class NegMse(Additive):
     def fixed_terms(self, d: Array) -> tuple[Array, ...]:
         return (jnp.ones_like(d),)
 
-    def terms(self, d: Array, q: Array) -> tuple[Array, ...]:
-        return ((q - d) ** 2,)
+    def factors(self, d: Array, q: Array) -> tuple[tuple[Array, Array], ...]:
+        return ((q - d, q - d),)
 
     def score(self, *sums: Array) -> Array:
         count, squares = sums
         return -squares / count
 
 
+@dataclasses.dataclass(frozen=True)
+class NegBias(Additive):
+    """Minus how far the projection is from 1, beyond what the noise of rounding explains.
+
+    `max(0, |<d, e>| - 2 sqrt(sum (d e)^2)) / <d, d>` for the error `e = q - d`: two standard deviations of
+    `<d, e>`, were the errors independent, are forgiven. 0 where the change is kept at its size.
+    """
+
+    def fixed_terms(self, d: Array) -> tuple[Array, ...]:
+        return (d * d,)
+
+    def terms(self, d: Array, q: Array) -> tuple[Array, ...]:
+        return d * (q - d), (d * (q - d)) ** 2
+
+    def score(self, *sums: Array) -> Array:
+        dd, de, noise = sums
+        excess = jnp.maximum(0, jnp.abs(de) - 2 * jnp.sqrt(noise))
+        return -jnp.where(dd > 0, excess / jnp.where(dd > 0, dd, 1), 0)
+
+
 cosine = Cosine()
 neg_mse = NegMse()
+neg_bias = NegBias()

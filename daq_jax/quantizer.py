@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,20 @@ from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
+from daq_jax import gpu_search
 from daq_jax.parts import in_parts
+from daq_jax.platforms import has_fp8_gpu, kernel_or_plain
 from daq_jax.qtensor import QTensor
 from daq_jax.recipes import Recipe
-from daq_jax.sharding import run_sharded, scale_sharding, sharding_of
+from daq_jax.roundings import Nearest
+from daq_jax.searches import OURS
+from daq_jax.sharding import (
+    keeps_tiles_whole,
+    on_each_device,
+    run_sharded,
+    scale_sharding,
+    sharding_of,
+)
 from daq_jax.tiles import Tiles
 from daq_jax.tilings import Matrix, TileView
 from daq_jax.trials import find_scales
@@ -38,12 +49,27 @@ def quantize_pair(
         matrix: input axes and output axes of the weight.
         stream: tells this weight's random draws from those of others; 32 bits.
     """
+    return quantize_and_look(base, tuned, recipe=recipe, matrix=matrix, stream=stream)[0]
+
+
+def quantize_and_look(
+    base: ArrayLike | QTensor, tuned: ArrayLike | QTensor, *, recipe: Recipe, matrix: Matrix, stream: int
+) -> tuple[QTensor, Array]:
+    """As `quantize_pair`, with whether both weights are finite: if not, a scale is NaN."""
     like = tuned.codes if isinstance(tuned, QTensor) else tuned
     sharding = sharding_of(like)
     # Under a trace an array may lie on several devices, where there are several, without our knowing.
     split = sharding is None and (not isinstance(like, Tracer) or jax.device_count() == 1)
     how = _How(recipe, matrix, sharding, split)
-    return _quantize_pair(base, tuned, np.uint32(stream), how=how)
+    draws = hasattr(recipe.rounding, "draw")  # a number that nobody asks for need not go to the device
+    q, finite = _quantize_pair(base, tuned, np.uint32(stream) if draws else None, how=how)
+    return q, is_finite(q.scale) if finite is None else finite
+
+
+@jax.jit
+def is_finite(tree: Any) -> Array:
+    """No NaN, no infinity, in any array of a tree."""
+    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,39 +83,73 @@ class _How:
 
 
 @functools.partial(jax.jit, static_argnames="how")
-def _quantize_pair(base: Array | QTensor, tuned: Array | QTensor, stream: Array, *, how: _How) -> QTensor:
+def _quantize_pair(
+    base: Array | QTensor, tuned: Array | QTensor, stream: Array | None, *, how: _How
+) -> tuple[QTensor, Array | None]:
     recipe = how.recipe
     view = TileView(tuple(tuned.shape), how.matrix, recipe.tiling)
     stored = None
     if isinstance(base, QTensor) and (base.view, base.format) == (view, recipe.format):
         stored = base.scale
 
-    def run(base: Array, tuned: Array, stored: Array | None, stream: Array) -> tuple[Array, Array]:
+    def run(
+        base: Array, tuned: Array, stored: Array | None, stream: Array | None, *, local: bool = how.split
+    ) -> tuple[Array, Array]:
+        part = dataclasses.replace(view, shape=tuple(tuned.shape))
         draw = getattr(recipe.rounding, "draw", None)
-        noise = view.cut(draw(tuned.shape, stream)) if draw else None
-        axes, grid = view.tile_axes, view.grid_axes
-        tiles = Tiles(view.cut(base), view.cut(tuned), noise, axes, grid, recipe.format)
-        codes, scale = _codes_and_scale(
-            tiles, None if stored is None else view.spread(stored), recipe, how.split
-        )
-        return view.join(codes), view.gather(scale)
+        noise = part.cut(draw(tuned.shape, stream)) if draw else None
+        axes, grid = part.tile_axes, part.grid_axes
+        tiles = Tiles(part.cut(base), part.cut(tuned), noise, axes, grid, recipe.format, local)
+        codes, scale = _codes_and_scale(tiles, None if stored is None else part.spread(stored), recipe)
+        return part.join(codes), part.gather(scale)
 
     base, tuned = (x.dequantize() if isinstance(x, QTensor) else x for x in (base, tuned))
-    out = (how.sharding, scale_sharding(how.sharding, view))
+    weight, scales = out = (how.sharding, scale_sharding(how.sharding, view))
+    if weight and scales and keeps_tiles_whole(weight, scales, view) and _goes_tile_by_tile(recipe, view):
+        inside = (weight, weight, None if stored is None else scales, None)
+        run = on_each_device(functools.partial(run, local=True), inside, (weight, scales))
     codes, scale = run_sharded(run, out)(base, tuned, stored, stream)
-    return QTensor(codes, scale, recipe.format, recipe.tiling, np.dtype(tuned.dtype), how.matrix)
+    q = QTensor(codes, scale, recipe.format, recipe.tiling, np.dtype(tuned.dtype), how.matrix)
+    return q, None if how.sharding else is_finite(scale)  # where devices would wait for one another: later
 
 
-def _codes_and_scale(tiles: Tiles, stored: Array | None, recipe: Recipe, split: bool) -> tuple[Array, Array]:
+def _goes_tile_by_tile(recipe: Recipe, view: TileView) -> bool:
+    """Whether the codes of a tile are known to depend on nothing outside it."""
+    alignment = getattr(recipe.rounding, "alignment", None)
+    if alignment:
+        cut = jax.eval_shape(view.cut, jax.ShapeDtypeStruct(view.shape, jnp.float32))
+        alone = alignment(Tiles(cut, cut, None, view.tile_axes, view.grid_axes, recipe.format)) == 1
+    else:
+        alone = isinstance(recipe.rounding, Nearest)
+    search = getattr(recipe.search, "search", recipe.search)  # of `WithBaseScale`
+    return alone and isinstance(search, OURS)
+
+
+def _codes_and_scale(tiles: Tiles, stored: Array | None, recipe: Recipe) -> tuple[Array, Array]:
+    def plain(base: Array, tuned: Array) -> tuple[Array, Array]:
+        pair = dataclasses.replace(tiles, stored_base=base, stored_tuned=tuned)
+        return _plain_codes_and_scale(pair, None, recipe)
+
+    def kernel(base: Array, tuned: Array) -> tuple[Array, Array]:
+        pair = dataclasses.replace(tiles, stored_base=base, stored_tuned=tuned)
+        return gpu_search.search(recipe, pair)
+
+    if tiles.local and has_fp8_gpu() and gpu_search.applies(recipe, tiles):
+        codes, scale = kernel_or_plain(kernel, plain, tiles.stored_base, tiles.stored_tuned)
+        return codes, scale
+    return _plain_codes_and_scale(tiles, stored, recipe)
+
+
+def _plain_codes_and_scale(tiles: Tiles, stored: Array | None, recipe: Recipe) -> tuple[Array, Array]:
     def encode(tiles: Tiles, scale: Array) -> Array:
         values = recipe.rounding(tiles, scale)
         # A zero keeps its sign, as in a cast: arithmetic rounding makes every zero positive.
         values = jnp.where(values == 0, jnp.copysign(values, tiles.tuned), values)
         return recipe.format.encode(values)
 
-    scale = find_scales(recipe, tiles, stored, split=split)
+    scale = find_scales(recipe, tiles, stored)
     alignment = getattr(recipe.rounding, "alignment", None)
-    if split and alignment:
+    if tiles.local and alignment:
         on_cpu = functools.partial(in_parts, encode, step=alignment(tiles))
         return lax.platform_dependent(tiles, scale, cpu=on_cpu, default=encode), scale
     return encode(tiles, scale), scale

@@ -33,7 +33,7 @@ class Nearest:
 
     def __call__(self, tiles: Tiles, scale: Array) -> Array:
         """Code values; see the module's docstring."""
-        return tiles.format.round(divide(tiles.tuned, scale))
+        return tiles.format.round(tiles.over(scale))
 
 
 @dataclasses.dataclass(frozen=True)

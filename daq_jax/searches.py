@@ -15,6 +15,8 @@ import numpy as np
 from jaxtyping import Array
 
 from daq_jax.arithmetic import divide
+from daq_jax.metrics import neg_bias
+from daq_jax.roundings import Nearest
 from daq_jax.scales import usable
 from daq_jax.tiles import Tiles
 from daq_jax.trials import Trial, Trials, better
@@ -55,10 +57,14 @@ class Grid:
     def __post_init__(self) -> None:
         _check_range(self, self.low, self.high, n=self.n)
 
+    @property
+    def ratios(self) -> np.ndarray:
+        """`[n]` float32."""
+        return np.linspace(self.low, self.high, self.n).astype(np.float32)
+
     def __call__(self, trials: Trials) -> Array:
         """One scale per tile."""
-        ratios = np.linspace(self.low, self.high, self.n).astype(np.float32)
-        return trials.best(jnp.asarray(ratios), _one(trials)).scale
+        return trials.best(jnp.asarray(self.ratios), _one(trials)).scale
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +123,41 @@ class WithBaseScale:
 
 
 @dataclasses.dataclass(frozen=True)
+class OffGrid:
+    """AbsMax, or a larger scale where the base lies on the grid of AbsMax and that works against the change.
+
+    On such a grid plain rounding favours the base. On another it rounds base and change alike, at the price
+    of the format's ordinary noise. A tile in which AbsMax keeps the change at its size, within the noise of
+    rounding, stays as it is; so does one in which it keeps less than `least` of it: that change is so small
+    that ordinary noise costs more than an unbiased rounding on the base's own grid.
+
+    Attributes:
+        low: smallest ratio to the AbsMax scale that is tried.
+        high: largest.
+        n: how many, evenly spaced; the least biased is taken.
+        least: the share of a change, below which it is small.
+    """
+
+    low: float = 1.05
+    high: float = 1.5
+    n: int = 4
+    least: float = 0.25
+
+    def __post_init__(self) -> None:
+        _check_range(self, self.low, self.high, n=self.n)
+        if not 0 <= self.least < 1:
+            raise ValueError(f"OffGrid: `least` must be a share from 0 to 1; got {self.least!r}.")
+
+    def __call__(self, trials: Trials) -> Array:
+        """One scale per tile."""
+        plain = trials.judged_by(neg_bias, Nearest())
+        on_grid = _one(plain)
+        ratios = np.linspace(self.low, self.high, self.n).astype(np.float32)
+        best = plain.best(jnp.asarray(ratios), on_grid)
+        return jnp.where(on_grid.score < self.least - 1, on_grid.scale, best.scale)
+
+
+@dataclasses.dataclass(frozen=True)
 class Released:
     """The coarse-to-fine search of the program released with arXiv:2603.22324, as it is, for comparison.
 
@@ -157,3 +198,6 @@ def _higher(a: Trial, b: Trial) -> Trial:
 def _twice(tiles: Tiles, scale: Array) -> Array:
     """Rounds to whole numbers first and then to the format."""
     return tiles.format.round(jnp.round(divide(tiles.tuned, scale)))
+
+
+OURS = (AbsMax, Grid, CoarseToFine, Released)  # known to look at one tile at a time

@@ -5,12 +5,12 @@ the user says where things lie. We do: codes lie as the weight does and scales w
 reshapes in between may be left to the compiler (mesh axes Auto).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from jax.core import Tracer
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 from jax.typing import ArrayLike
 
 from daq_jax.tilings import TileView
@@ -44,6 +44,40 @@ def run_sharded(function: Callable[..., Any], out: Any) -> Callable[..., Any]:
     return lambda *args: jax.lax.with_sharding_constraint(function(*args), out)
 
 
+def on_each_device(
+    function: Callable[..., Any], inside: Sequence[NamedSharding | None], out: Sequence[NamedSharding]
+) -> Callable[..., Any]:
+    """`function`, called on each device with the shards that lie there: no device waits for another.
+
+    Args:
+        function: of arrays, to a tuple of arrays.
+        inside: where each argument lies; None where it lies everywhere, or is None.
+        out: where each result lies.
+    """
+
+    def spec(sharding: NamedSharding | None) -> PartitionSpec:
+        return PartitionSpec() if sharding is None else sharding.spec
+
+    return jax.shard_map(
+        function,
+        mesh=None if _is_explicit(out[0]) else out[0].mesh,  # None: that which `run_sharded` has set
+        in_specs=tuple(map(spec, inside)),
+        out_specs=tuple(map(spec, out)),
+        check_vma=False,
+    )
+
+
+def keeps_tiles_whole(weight: NamedSharding, scale: NamedSharding, view: TileView) -> bool:
+    """Whether every tile lies on one device, given where the weight and its scales lie."""
+    batch, rows, columns = view.axes
+    spec = tuple(weight.spec) + (None,) * (len(view.shape) - len(weight.spec))
+    grid = tuple(scale.spec)[len(batch) :]
+    return all(
+        (spec[axes[0]] is None or spec[axes[0]] == names) and not any(spec[a] for a in axes[1:])
+        for axes, names in zip((rows, columns), grid, strict=True)
+    )
+
+
 def scale_sharding(weight: NamedSharding | None, view: TileView) -> NamedSharding | None:
     """Where the scales of a weight lie: with their tiles, or everywhere if a tile crosses devices."""
     if weight is None:
@@ -69,3 +103,24 @@ def scale_sharding(weight: NamedSharding | None, view: TileView) -> NamedShardin
     new = [spec[a] for a in batch]
     new += [of(rows, view.grid[-2], r, view.rows), of(columns, view.grid[-1], c, view.columns)]
     return NamedSharding(weight.mesh, PartitionSpec(*new))
+
+
+def committed_sharding(x: Any) -> Sharding | None:
+    """Where an array must stay; None if it is no array of JAX's, is traced, or may be moved."""
+    bound = isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.committed
+    return x.sharding if bound else None
+
+
+def lie_apart(a: Sharding | None, b: Sharding | None) -> bool:
+    """Whether two arrays lie on other devices, or on two meshes: not every program can take both."""
+    if isinstance(a, NamedSharding) and isinstance(b, NamedSharding):
+        return a.mesh != b.mesh
+    return a is not None and b is not None and a.device_set != b.device_set
+
+
+def place_of(sharding: Sharding | None) -> str:
+    """Where arrays of this sharding lie, in words."""
+    if isinstance(sharding, NamedSharding):
+        ids = [d.id for d in sharding.mesh.devices.flat]  # pyright: ignore[reportOptionalMemberAccess]
+        return f"{sharding.mesh} of devices {ids}"
+    return "no device" if sharding is None else ", ".join(map(str, sharding.device_set))

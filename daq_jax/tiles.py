@@ -7,19 +7,20 @@ runs over tiles. A scale has length 1 on those two axes, so that it broadcasts.
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from daq_jax.arithmetic import multiply
+from daq_jax.arithmetic import divide, divide_short, multiply
 from daq_jax.formats import Format
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["stored_base", "stored_tuned", "noise"],
-    meta_fields=["axes", "grid", "format"],
+    meta_fields=["axes", "grid", "format", "local", "quick"],
 )
 @dataclasses.dataclass(frozen=True)
 class Tiles:
@@ -32,22 +33,18 @@ class Tiles:
         axes: positions of a tile's rows and of its columns.
         grid: positions of the rows and the columns of tiles.
         format: the number format of the codes.
+        local: whether they lie on one device, so that a kernel may take them.
+        quick: whether quotients may be `divide_short`.
     """
 
-    stored_base: Array
-    stored_tuned: Array
+    stored_base: Any  # an array; its shape and dtype where no more is asked for
+    stored_tuned: Any
     noise: Array | None
     axes: tuple[int, int]
     grid: tuple[int, int]
     format: Format
-
-    @property
-    def moved(self) -> "Tiles":
-        """What these tiles are called once each array has had `axes` moved to its end."""
-        n = len(self.shape)
-        rest = [i for i in range(n) if i not in self.axes]
-        grid = (rest.index(self.grid[0]), rest.index(self.grid[1]))
-        return dataclasses.replace(self, axes=(n - 2, n - 1), grid=grid)
+    local: bool = False
+    quick: bool = False
 
     @property
     def base(self) -> Array:
@@ -58,6 +55,11 @@ class Tiles:
     def tuned(self) -> Array:
         """Weights after tuning, float32."""
         return self.stored_tuned.astype(jnp.float32)
+
+    def over(self, scale: Array) -> Array:
+        """The tuned weights in code units."""
+        short = self.quick and self.stored_tuned.dtype == jnp.bfloat16
+        return (divide_short if short else divide)(self.tuned, scale)
 
     @property
     def shape(self) -> tuple[int, ...]:

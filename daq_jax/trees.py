@@ -5,7 +5,7 @@ import dataclasses
 import re
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,9 +15,10 @@ from jax.core import Tracer
 
 from daq_jax import recipes
 from daq_jax.qtensor import QTensor
-from daq_jax.quantizer import quantize_pair
+from daq_jax.quantizer import is_finite, quantize_and_look
 from daq_jax.recipes import Recipe
 from daq_jax.rules import DEFAULT_RULES, NAMED_RULES, Decision, Rule, UnusedRuleWarning, decide
+from daq_jax.sharding import committed_sharding, lie_apart, place_of
 from daq_jax.tilings import matrix_problem
 
 PyTree = Any
@@ -105,9 +106,32 @@ def pair_leaves(base: PyTree, tuned: PyTree, recipe: Recipe, rules: Sequence[Rul
             _report("base and tuned must have one structure", problems)
             + "\nPass two trees of the same model, or cut both down to the leaves they share."
         )
-    return [
-        Pair(p, before[p], x, decide(p, np.ndim(x), _is_float(x), rules, recipe)) for p, x in after.items()
+    pairs = [
+        Pair(p, before[p], x, decide(p, _ndim(x), _is_float(x), rules, recipe)) for p, x in after.items()
     ]
+    hidden = [
+        f"{p.path!r} is a {type(p.tuned).__name__}"
+        for p in pairs
+        if p.decision.rule is None and _hides_arrays(p.tuned)
+    ]
+    if hidden:
+        raise ValueError(
+            _report("JAX does not look for arrays inside these leaves", hidden)
+            + "\nRegister their class, as with jax.tree_util.register_dataclass, or keep(...) them."
+        )
+    return pairs
+
+
+def _ndim(x: Any) -> int:
+    return x.ndim if hasattr(x, "dtype") else 0
+
+
+def _hides_arrays(x: Any) -> bool:
+    """Whether what JAX takes for a leaf is a container that it does not know."""
+    if hasattr(x, "dtype") or callable(x):
+        return False
+    inside = list(x.values()) if isinstance(x, Mapping) else list(getattr(x, "__dict__", {}).values())
+    return any(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(inside))
 
 
 def _is_float(x: Any) -> bool:
@@ -136,17 +160,34 @@ def problem_of(pair: Pair) -> str | None:
         )
     if tuned.size == 0:
         return f"it is empty, {tuple(tuned.shape)}; a quantized leaf needs at least one element"
+    places = [committed_sharding(x.codes if is_qtensor(x) else x) for x in (base, tuned)]
+    if lie_apart(*places):
+        return (
+            f"base lies on {place_of(places[0])} but tuned on {place_of(places[1])}; a pair must share its "
+            "devices and its mesh: base = jax.device_put(base, tuned.sharding)"
+        )
     why = matrix_problem(tuned.shape, pair.decision.matrix)
     if why:
         return f"it is {tuple(tuned.shape)} and cannot be viewed as matrix={pair.decision.matrix}: {why}"
     return None
 
 
+def _all_finite(leaves: Sequence[Any]) -> list[bool]:
+    """A flag for each leaf. All are asked for before the host waits for one."""
+    return [bool(x) for x in jax.device_get([is_finite(x) for x in leaves])]
+
+
 @jax.jit
-def _all_finite(leaves: list[Any]) -> jax.Array:
-    """One flag for each leaf: no NaN, no infinity. The only thing the host waits for."""
-    arrays = [jax.tree.leaves(x) for x in leaves]
-    return jnp.stack([jnp.stack([jnp.isfinite(a).all() for a in group]).all() for group in arrays])
+def _all_of(flags: Sequence[jax.Array]) -> jax.Array:
+    return jnp.stack(flags).all()
+
+
+def _are_true(flags: Sequence[jax.Array]) -> bool:
+    """Whether all are. The host waits for one answer from each set of devices."""
+    groups = collections.defaultdict(list)
+    for flag in flags:
+        groups[frozenset(flag.sharding.device_set)].append(flag)
+    return all(jax.device_get([_all_of(x) if len(x) > 1 else x[0] for x in groups.values()]))
 
 
 def is_concrete(x: Any) -> bool:
@@ -160,15 +201,21 @@ def _not_finite(pairs: Sequence[Pair]) -> dict[str, str]:
     named = [(path, word, x) for path, word, x in named if is_concrete(x)]
     if not named:
         return {}
-    flags = np.asarray(_all_finite([x for _, _, x in named]))
+    flags = _all_finite([x for _, _, x in named])
     return {path: word for (path, word, _), fine in zip(named, flags, strict=True) if not fine}
 
 
-def refuse_unquantizable(pairs: Sequence[Pair], check_finite: bool) -> None:
-    """Raises one ValueError that names every pair that is to be quantized and cannot be."""
+def refuse_unquantizable(pairs: Sequence[Pair], check_finite: bool, *, later: bool = False) -> None:
+    """Raises one ValueError that names every pair that is to be quantized and cannot be.
+
+    Args:
+        pairs: of both trees.
+        check_finite: look for NaN and infinity.
+        later: but only if there is something to raise anyway.
+    """
     pairs = [p for p in pairs if p.decision.quantize]
     problems = {p.path: why for p in pairs if (why := problem_of(p))}
-    if check_finite:
+    if check_finite and (problems or not later):
         broken = _not_finite([p for p in pairs if p.path not in problems])
         problems |= {
             path: f"{word} holds NaN or infinity; every weight must be finite: mend the checkpoint"
@@ -212,15 +259,16 @@ def quantize(
         rules: which leaves are quantized, in place of `DEFAULT_RULES`; write `[..., *daq.DEFAULT_RULES]` to
             add to those.
         donate: delete each input array as soon as its codes exist. Ignored under a trace.
-        check_finite: look for NaN and infinity first, in one pass over both trees. Under a trace there is
-            no look, and a tile that holds one gets the scale NaN.
+        check_finite: refuse NaN and infinity. A tile that holds one gets the scale NaN, so it takes a look at
+            all scales once every leaf is on its way; with `donate`, a look at both trees first. Under a trace
+            there is no look.
 
     Returns:
         A tree like `tuned`, with a `QTensor` for each leaf that was quantized.
 
     Raises:
-        ValueError: before any work, naming every leaf at fault: other structure, shape or dtype, an empty
-            leaf, NaN or infinity, or a rule that quantizes what cannot be quantized.
+        ValueError: naming every leaf at fault: other structure, shape or dtype, an empty leaf, a rule that
+            quantizes what cannot be quantized, all before any work, or NaN or infinity.
 
     Source: arXiv:2603.22324 for the question; see `Recipe` for the answers.
 
@@ -231,19 +279,26 @@ def quantize(
     """
     pairs = pair_leaves(base, tuned, recipe, rules)
     warn_unused(pairs, rules)
-    refuse_unquantizable(pairs, check_finite)
+    later = not donate and is_concrete((base, tuned))
+    refuse_unquantizable(pairs, check_finite, later=later)
     uses = collections.Counter(id(x) for x in jax.tree.leaves((base, tuned)))
-    results = []
+    results, finite = [], []
     for pair in pairs:
-        results.append(_quantize_leaf(pair) if pair.decision.quantize else pair.tuned)
-        if donate and pair.decision.quantize:
+        if not pair.decision.quantize:
+            results.append(pair.tuned)
+            continue
+        for found, x in zip((results, finite), _quantize_leaf(pair), strict=True):
+            found.append(x)
+        if donate:
             _delete(pair, uses)
+    if check_finite and later and not _are_true(finite):
+        refuse_unquantizable(pairs, check_finite)
     return with_leaves(tuned, results)
 
 
-def _quantize_leaf(pair: Pair) -> QTensor:
+def _quantize_leaf(pair: Pair) -> tuple[QTensor, jax.Array]:
     how, stream = pair.decision, zlib.crc32(pair.path.encode())
-    return quantize_pair(pair.base, pair.tuned, recipe=how.recipe, matrix=how.matrix, stream=stream)
+    return quantize_and_look(pair.base, pair.tuned, recipe=how.recipe, matrix=how.matrix, stream=stream)
 
 
 def _delete(pair: Pair, uses: collections.Counter[int]) -> None:

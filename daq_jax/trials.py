@@ -1,8 +1,9 @@
 """Scoring candidate scales: the loop that every search runs.
 
 By definition a search is `jax.vmap` over candidates and tiles of one score. The order of the loops is free,
-and differs by machine: an accelerator scores a few candidates of all tiles at once, with the elements of a
-tile side by side; a CPU takes candidates one after another, over as many tiles as its cache holds.
+and differs by machine: an accelerator scores a few candidates of all tiles at once; a CPU takes candidates
+one after another, over as many tiles as its cache holds. NVIDIA GPUs have kernels for the common cases, in
+`gpu_search`.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ from jax import lax
 from jaxtyping import Array
 
 from daq_jax.arithmetic import divide, total
-from daq_jax.metrics import Additive
+from daq_jax.metrics import Additive, Metric
 from daq_jax.parts import in_parts
 from daq_jax.roundings import Rounding
 from daq_jax.scales import absmax_scale, usable
@@ -79,6 +80,12 @@ class Trials:
             score = self.tiles.per_tile(metric(self.tiles.flat(d), self.tiles.flat(q)))
         return jnp.where(self.changed, score, 0)  # all alike where nothing changed: AbsMax wins the tie
 
+    def judged_by(self, metric: Metric, rounding: Rounding) -> "Trials":
+        """The same trials under another metric, of the codes of another rounding."""
+        recipe = dataclasses.replace(self.recipe, metric=metric, rounding=rounding)
+        fixed = _fixed_sums(metric, self.tiles, self.parallel)
+        return dataclasses.replace(self, recipe=recipe, fixed_sums=fixed)
+
     def at_scale(self, scale: Array) -> Trial:
         """A scale of one's own as a candidate."""
         scale = self.recipe.scales(usable(scale))
@@ -120,44 +127,48 @@ class Trials:
 
 
 def _total(x: Array, axes: tuple[int, int], parallel: bool) -> Array:
-    # An accelerator sums in short runs by itself.
-    return jnp.sum(x, axes, keepdims=True) if parallel else total(x, axes)
+    # An accelerator sums in short runs by itself; XLA's GPU code was half as fast for axes out of order.
+    return jnp.sum(x, tuple(sorted(axes)), keepdims=True) if parallel else total(x, axes)
+
+
+def _fixed_sums(metric: Metric, tiles: Tiles, parallel: bool) -> tuple[Array, ...]:
+    terms = metric.fixed_terms(tiles.change) if isinstance(metric, Additive) else ()
+    return tuple(_total(x, tiles.axes, parallel) for x in terms)
 
 
 def _trials(recipe: "Recipe", tiles: Tiles, stored_base: Array | None, parallel: bool) -> Trials:
     absmax = functools.partial(absmax_scale, axes=tiles.axes, largest=tiles.format.largest)
-    fixed = recipe.metric.fixed_terms(tiles.change) if isinstance(recipe.metric, Additive) else ()
     return Trials(
         tiles,
         recipe,
         absmax=absmax(jnp.where(jnp.isfinite(tiles.base), tiles.tuned, jnp.nan)),
         base=absmax(tiles.base) if stored_base is None else stored_base,
         changed=jnp.any(tiles.change != 0, axis=tiles.axes, keepdims=True),
-        fixed_sums=tuple(_total(x, tiles.axes, parallel) for x in fixed),
+        fixed_sums=_fixed_sums(recipe.metric, tiles, parallel),
         parallel=parallel,
     )
 
 
-def find_scales(recipe: "Recipe", tiles: Tiles, stored_base: Array | None, *, split: bool) -> Array:
+def find_scales(recipe: "Recipe", tiles: Tiles, stored_base: Array | None) -> Array:
     """The scales that the recipe's search picks, by the order of loops that suits the machine.
 
     Args:
         recipe: its search, metric, rounding and scales.
         tiles: the pair of weights.
         stored_base: the scale of each tile that the base was stored with, or None.
-        split: whether a CPU may take the tiles part by part. Cutting an array that lies on several devices
-            would move it between them.
     """
 
     def search(tiles: Tiles, stored_base: Array | None, parallel: bool = False) -> Array:
-        return recipe.search(_trials(recipe, tiles, stored_base, parallel))
+        trials = _trials(recipe, tiles, stored_base, parallel)
+        return jnp.where(
+            jnp.isnan(trials.absmax), jnp.nan, recipe.search(trials)
+        )  # whatever a search makes of it
 
     def parallel(tiles: Tiles, stored_base: Array | None) -> Array:
-        moved = jax.tree.map(lambda x: jnp.moveaxis(x, tiles.axes, (-2, -1)), (tiles.moved, stored_base))
-        return jnp.moveaxis(search(*moved, parallel=True), (-2, -1), tiles.axes)
+        return search(dataclasses.replace(tiles, quick=True), stored_base, parallel=True)
 
     def in_order(tiles: Tiles, stored_base: Array | None) -> Array:
-        if not split:
+        if not tiles.local:  # cutting them would move them between devices
             return search(tiles, stored_base)
         rounding = getattr(recipe.rounding, "scored_as", recipe.rounding)
         step = rounding.alignment(tiles) if hasattr(rounding, "alignment") else 1  # pyright: ignore

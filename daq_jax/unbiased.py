@@ -12,15 +12,19 @@ error at random.
 """
 
 import dataclasses
+import functools
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from daq_jax import gpu_gains
 from daq_jax.arithmetic import divide, multiply
+from daq_jax.platforms import has_fp8_gpu, kernel_or_plain
 from daq_jax.tiles import Tiles
 
 Per = Literal["row", "column", "tile"]
@@ -76,9 +80,8 @@ class Sets:
         """Sum over each set, in a shape that broadcasts over the tiles."""
         return _sum_of_runs(jnp.sum(x, self.axes, keepdims=True), self.along, self.run)
 
-    def region_total(self, x: Array) -> Array:
-        """Sum over the whole region that each set lies in, in a shape that broadcasts over the tiles."""
-        sums = self.total(x)
+    def region_total(self, sums: Array) -> Array:
+        """Sum over the whole region that each set lies in, of the totals of sets; in their shape."""
         sums = sums if self.rest is None else jnp.sum(sums, self.rest, keepdims=True)
         return _sum_of_runs(sums, self.across, self.region)
 
@@ -131,7 +134,64 @@ def _sum_of_runs(x: Array, axis: int, run: int) -> Array:
 def _between(low: Array, high: Array) -> Array:
     """The float half-way between two positive floats in order of their bits: close to the geometric mean."""
     a, b = (lax.bitcast_convert_type(x, jnp.int32) for x in (low, high))
-    return lax.bitcast_convert_type(a + (b - a) // 2, jnp.float32)
+    return lax.bitcast_convert_type(a + ((b - a) >> 1), jnp.float32)
+
+
+class Bracket(NamedTuple):
+    """What is known of each set when its bisection ends, in a shape that broadcasts over the tiles.
+
+    Attributes:
+        size: `<d, d>`.
+        excess: `<d, e>`, with the error `e` of plain rounding.
+        squares: the sum of `(d e)^2`.
+        low: a gain that reaches no projection above 1,
+        high: and one that reaches none below, the next one.
+        at_low: `<d, q>` there,
+        at_high: and there.
+    """
+
+    size: Array
+    excess: Array
+    squares: Array
+    low: Array
+    high: Array
+    at_low: Array
+    at_high: Array
+
+
+def bracket(d: Array, kept: Callable[[Array | float], Array], total: Callable[[Array], Array]) -> Bracket:
+    """Bisects for the gain of each set.
+
+    Args:
+        d: the true change.
+        kept: the kept change under a gain.
+        total: sums over each set.
+    """
+    size, plain = total(d * d), kept(1.0)
+    excess, squares, at_one = total(d * (plain - d)), total((d * (plain - d)) ** 2), total(d * plain)
+    short = excess < 0
+    far = jnp.where(short, _LARGEST_GAIN, 1 / _LARGEST_GAIN)
+    at_far = total(d * kept(far))
+
+    def halve(_: Array, bracket: tuple[Array, ...]) -> tuple[Array, ...]:
+        low, high, at_low, at_high = bracket
+        middle = _between(low, high)
+        reached = total(d * kept(middle))
+        under = reached < size
+        return (
+            jnp.where(under, middle, low),
+            jnp.where(under, high, middle),
+            jnp.where(under, reached, at_low),
+            jnp.where(under, at_high, reached),
+        )
+
+    start = (
+        jnp.where(short, 1.0, far),
+        jnp.where(short, far, 1.0),
+        jnp.where(short, at_one, at_far),
+        jnp.where(short, at_far, at_one),
+    )
+    return Bracket(size, excess, squares, *lax.fori_loop(0, _HALVINGS, halve, start))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +230,7 @@ class UnbiasedGain:
 
     def gains(self, tiles: Tiles, scale: Array) -> Array:
         """The gain of each set, in a shape that broadcasts over the tiles."""
-        if self.per != "column":
+        if self.per != "column" or self._kernel_applies(tiles):
             return self._gains(tiles, scale)
         # Sums down a tile took twice the time of sums along it on an H200, so a set's elements are copied
         # to lie side by side.
@@ -189,46 +249,47 @@ class UnbiasedGain:
 
         return lax.platform_dependent(tiles, scale, cpu=self._gains, default=side_by_side)
 
+    def _kernel_applies(self, tiles: Tiles) -> bool:
+        sets = Sets.of(self.per, tiles)
+        return tiles.local and has_fp8_gpu() and gpu_gains.applies(tiles, sets.axes, sets.run)
+
     def _gains(self, tiles: Tiles, scale: Array) -> Array:
-        sets, d = Sets.of(self.per, tiles), tiles.change
-        size = sets.total(d * d)
+        sets = Sets.of(self.per, tiles)
 
-        def projected(gain: Array) -> Array:
-            """`<d, q>` of each set."""
-            return sets.total(d * tiles.kept(_round_towards(tiles, scale, gain), scale))
+        def plain(base: Array, tuned: Array, scale: Array) -> Bracket:
+            pair = dataclasses.replace(tiles, stored_base=base, stored_tuned=tuned)
 
-        one = jnp.ones_like(size)
-        error = tiles.kept(_round_towards(tiles, scale, one), scale) - d
-        short = sets.total(d * error) < 0
-        excess, noise = sets.region_total(d * error), jnp.sqrt(sets.region_total((d * error) ** 2))
-        unbiased = jnp.abs(excess) <= _TOLERATED * noise
-        low = jnp.where(short, 1.0, 1 / _LARGEST_GAIN)
-        high = jnp.where(short, _LARGEST_GAIN, 1.0)
+            def kept(gain: Array | float) -> Array:
+                return pair.kept(_round_towards(pair, scale, jnp.asarray(gain)), scale)
 
-        def halve(_: Array, bracket: tuple[Array, ...]) -> tuple[Array, ...]:
-            low, high, at_low, at_high = bracket
-            middle = _between(low, high)
-            reached = projected(middle)
-            under = reached < size
-            return (
-                jnp.where(under, middle, low),
-                jnp.where(under, high, middle),
-                jnp.where(under, reached, at_low),
-                jnp.where(under, at_high, reached),
-            )
+            return bracket(pair.change, kept, sets.total)
 
-        start = (low, high, projected(low), projected(high))
-        low, high, at_low, at_high = lax.fori_loop(0, _HALVINGS, halve, start)
+        kernel = functools.partial(gpu_gains.per_set, bracket, tiles.format, sets.axes)
+        arrays = (tiles.stored_base, tiles.stored_tuned, scale)
+        found = kernel_or_plain(kernel, plain, *arrays) if self._kernel_applies(tiles) else plain(*arrays)
+        size, excess, squares, low, high, at_low, at_high = found
+        noise = jnp.sqrt(sets.region_total(squares))
+        unbiased = jnp.abs(sets.region_total(excess)) <= _TOLERATED * noise
         reachable = (at_low <= size) & (at_high >= size) & (size > 0)
         left_alone = unbiased | ~reachable
         share = jnp.where(left_alone, 0, (size - at_low) / jnp.where(at_high > at_low, at_high - at_low, 1))
         return jnp.where(left_alone, 1, jnp.where(sets.spread_evenly(share), high, low))
 
 
+def target_of(tiles: Tiles, gain: Array) -> Array:
+    """`base + gain * d`; exactly `tuned` where the gain is 1."""
+    return jnp.where(gain == 1, tiles.tuned, tiles.base + multiply(gain, tiles.change))
+
+
 def _round_towards(tiles: Tiles, scale: Array, gain: Array, correction: Array | float = 0.0) -> Array:
-    """Code values nearest to `base + gain * d + correction`; exactly `tuned` for gain 1 and no correction."""
-    target = jnp.where(gain == 1, tiles.tuned, tiles.base + multiply(gain, tiles.change))
-    return tiles.format.round(divide(target + correction, scale))
+    """Values of the codes nearest to `base + gain * d + correction`."""
+    return tiles.format.round(divide(target_of(tiles, gain) + correction, scale))
+
+
+def check_whole_number(name: str, value: object) -> None:
+    """Raises ValueError unless `value`, called `name`, is an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"`{name}` must be a whole number above 0; got {value!r}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,10 +318,8 @@ class UnbiasedSubspace:
 
     def __post_init__(self) -> None:
         UnbiasedGain(self.per)  # checks `per`
-        for name in ("rank", "turns"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` must be a whole number above 0; got {value!r}.")
+        check_whole_number("rank", self.rank)
+        check_whole_number("turns", self.turns)
 
     @property
     def scored_as(self) -> UnbiasedGain:

@@ -178,10 +178,10 @@ def test_step_counts_must_be_multiples_of_a_chunk():
         study.Study(base_steps=70, chunk=50)
 
 
-def test_the_recipes_run_from_absmax_to_an_unbiased_one():
+def test_the_recipes_run_from_absmax_to_the_default():
     names, recipes = zip(*demo.RECIPES.items(), strict=True)
     assert (names[0], recipes[0]) == ("absmax", daq.recipes.absmax)
-    assert isinstance(recipes[-1].rounding, daq.UnbiasedSubspace)
+    assert (names[-1], recipes[-1]) == ("default", daq.recipes.default)
 
 
 @pytest.fixture(scope="module")

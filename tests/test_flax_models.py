@@ -227,6 +227,44 @@ def test_weights_that_do_not_fit_a_model_are_named():
         daq.nnx_with(nnx.eval_shape(lambda: model), {"kernel": jnp.ones((4, 8))})
 
 
+# --- Exported -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "platform",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.slow), pytest.param("tpu", marks=pytest.mark.slow)],
+)
+def test_a_quantized_model_is_exported_and_read_again(platform):
+    pytest.importorskip("flatbuffers")
+    model, variables, x = nn.Dense(16), None, X
+    if platform != "cpu":  # a whole stack of layers takes its time
+        model, x, _ = LINEN["scan along 0"]
+    variables = model.init(jax.random.key(0), x)
+    q, _ = quantized(variables)
+    held = daq.linen_variables(q)
+    for apply, tree in ((model.apply, held), (lambda q, x: model.apply(daq.dequantize(q), x), q)):
+        exported = jax.export.export(jax.jit(apply), platforms=(platform, "cpu"))(tree, x)
+        again = jax.export.deserialize(exported.serialize())
+        assert platform in again.platforms
+        np.testing.assert_allclose(again.call(tree, x), jax.jit(apply)(tree, x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_quantized_nnx_model_is_exported():
+    graph, state = nnx.split(
+        daq.nnx_with(NNXBlock(nnx.Rngs(0)), quantized(nnx.state(NNXBlock(nnx.Rngs(0))))[0])
+    )
+    leaves_, tree = jax.tree.flatten(state)  # jax.export cannot write an nnx.State
+
+    def apply(leaves, x):
+        return nnx.merge(graph, jax.tree.unflatten(tree, leaves))(x)
+
+    leaves_ = [jax.random.key_data(a) if jnp.issubdtype(a.dtype, jax.dtypes.prng_key) else a for a in leaves_]
+    exported = jax.export.export(jax.jit(apply), platforms=("cpu", "cuda", "tpu"))(leaves_, X)
+    again = jax.export.deserialize(exported.serialize())
+    np.testing.assert_allclose(again.call(leaves_, X), jax.jit(apply)(leaves_, X), rtol=1e-5, atol=1e-5)
+
+
 # --- Models of a real size ----------------------------------------------------------------------------------
 
 

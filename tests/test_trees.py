@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import types
 import warnings
 
 import flax.core
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 from cases import BF16, Stored, assert_same_bits, is_qtensor, leaves, pair
 from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import daq_jax as daq
 
@@ -298,3 +301,85 @@ def test_nothing_is_deleted_when_a_leaf_is_bad():
 def test_check_finite_can_be_skipped():
     q = daq.quantize({"w": GOOD}, {"w": NAN}, ABSMAX, check_finite=False)
     assert np.isnan(Stored.of(q["w"]).scale).all()
+
+
+# --- Containers and devices that do not go together ---------------------------------------------------------
+
+
+class Unknown:
+    """A container of which JAX knows nothing."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+
+@pytest.mark.parametrize(
+    "kind", [Unknown, lambda w: types.MappingProxyType({"kernel": w})], ids=["class", "mapping"]
+)
+def test_a_container_that_jax_does_not_know_is_named_with_what_to_do(kind):
+    base, tuned = ({"layer": kind(w), "w": w} for w in (BASE, TUNED))
+    with pytest.raises(ValueError, match=r"'layer' is a \w+\nRegister their class"):
+        daq.quantize(base, tuned, ABSMAX)
+    q = daq.quantize(base, tuned, ABSMAX, rules=[daq.keep("layer")])
+    assert q["layer"] is tuned["layer"]
+
+
+def test_a_whole_nnx_model_is_a_tree_too():
+    model = nnx.Linear(24, 16, rngs=nnx.Rngs(0))
+    q = daq.quantize(model, model, ABSMAX)
+    assert isinstance(q, nnx.Linear)
+    assert is_qtensor(q.kernel.get_raw_value())
+
+
+DEVICES = jax.devices("cpu")
+GRID = np.array(DEVICES[:8]).reshape(2, 4)
+AUTO, EXPLICIT = ((kind, kind) for kind in (AxisType.Auto, AxisType.Explicit))
+
+
+def on(mesh_devices, axis_types, *spec):
+    return NamedSharding(Mesh(mesh_devices, ("x", "y"), axis_types=axis_types), P(*spec))
+
+
+FINE = {
+    "committed and not": (DEVICES[1], None),
+    "not and committed": (None, DEVICES[1]),
+    "sharded and not": (on(GRID, AUTO, "x", "y"), None),
+    "not and sharded": (None, on(GRID, AUTO, "x", "y")),
+    "not and Explicit": (None, on(GRID, EXPLICIT, "x", "y")),
+    "two specs": (on(GRID, AUTO, "x", "y"), on(GRID, AUTO, "y")),
+    "two Explicit specs": (on(GRID, EXPLICIT, "x", "y"), on(GRID, EXPLICIT, "y")),
+}
+APART = {
+    "two devices": (DEVICES[0], DEVICES[1]),
+    "a mesh and a device": (on(GRID, AUTO, "x", "y"), DEVICES[0]),
+    "two meshes": (on(GRID, AUTO, "x", "y"), on(GRID.reshape(4, 2), AUTO, "x", "y")),
+    "two orders": (on(GRID, AUTO, "x", "y"), on(GRID[::-1], AUTO, "x", "y")),
+    "Auto and Explicit": (on(GRID, AUTO, "x", "y"), on(GRID, EXPLICIT, "x", "y")),
+}
+
+
+def placed(places):
+    """Base and tuned on a device or mesh each, or uncommitted."""
+    pair = zip((BASE, TUNED), places, strict=True)
+    return tuple({"kernel": w if place is None else jax.device_put(w, place)} for w, place in pair)
+
+
+@pytest.mark.parametrize("name", FINE)
+def test_pairs_that_lie_in_two_ways_give_the_same_codes(name):
+    got = daq.quantize(*placed(FINE[name]), ABSMAX)
+    assert_same_bits(got, {"kernel": daq.quantize(BASE, TUNED, ABSMAX)})
+
+
+@pytest.mark.parametrize("name", APART)
+def test_pairs_that_no_program_can_take_are_named_with_what_to_do(name):
+    base, tuned = placed(APART[name])
+    with pytest.raises(ValueError, match=r"'kernel': base lies on .* but tuned on .*jax\.device_put"):
+        daq.quantize(base, tuned, ABSMAX)
+    moved = {"kernel": jax.device_put(base["kernel"], tuned["kernel"].sharding)}
+    daq.quantize(moved, tuned, ABSMAX)
+
+
+def test_each_leaf_may_have_devices_of_its_own():
+    base, tuned = ([jax.device_put(w, d) for d in DEVICES[:2]] for w in (BASE, TUNED))
+    q = daq.quantize(base, tuned, ABSMAX)
+    assert [x.codes.devices() for x in q] == [{DEVICES[0]}, {DEVICES[1]}]

@@ -37,7 +37,7 @@ RECIPES: Mapping[str, daq.Recipe] = {
     "paper_sign": daq.recipes.paper_sign,
     "paper_cosine": daq.recipes.paper_cosine,
     "unbiased gain": daq.Recipe(rounding=daq.UnbiasedGain()),
-    "unbiased subspace": daq.Recipe(rounding=daq.UnbiasedSubspace(rank=64)),
+    "default": daq.recipes.default,
 }
 
 

@@ -35,7 +35,7 @@ def record_of(leaf: Any) -> tuple[Record, dict[str, Any]]:
         arrays = {name: x for name, x in arrays.items() if x is not None}
         if any(isinstance(x, Tracer) or not hasattr(x, "dtype") for x in arrays.values()):
             raise ValueError("it is a QTensor without arrays; call this outside jit")
-        return _static_fields(leaf), arrays
+        return static_record(leaf), arrays
     if isinstance(leaf, Tracer):
         raise ValueError("it is traced; call this outside jit")
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -51,7 +51,12 @@ def record_of(leaf: Any) -> tuple[Record, dict[str, Any]]:
     )
 
 
-def _static_fields(q: QTensor) -> Record:
+def static_record(q: QTensor) -> Record:
+    """The static fields of a QTensor.
+
+    Raises:
+        ValueError: if its format or tiling has no name.
+    """
     if FORMATS.get(q.format.name) != q.format:
         raise ValueError(f"its format {q.format!r} is none of daq_jax's own, which alone have names in files")
     if type(q.tiling) not in TILINGS.values():
@@ -73,7 +78,7 @@ def leaf_of(record: Record, arrays: Mapping[str, Any]) -> Any:
     """
     kind = record["kind"]
     if kind == "qtensor":
-        return _qtensor(record, arrays)
+        return qtensor_of(record, arrays)
     if kind == "array":
         return arrays[WHOLE]
     if kind == "key":
@@ -85,7 +90,8 @@ def leaf_of(record: Record, arrays: Mapping[str, Any]) -> Any:
     raise ValueError(f"it is a {kind!r}, of which this version of daq_jax knows nothing; upgrade daq_jax")
 
 
-def _qtensor(record: Record, arrays: Mapping[str, Any]) -> QTensor:
+def qtensor_of(record: Record, arrays: Mapping[str, Any]) -> QTensor:
+    """The QTensor of these static fields and arrays; see `leaf_of`."""
     tiling = dict(record["tiling"])
     name = tiling.pop("name")
     if record["format"] not in FORMATS or name not in TILINGS:

@@ -1,0 +1,80 @@
+"""A kernel of ours where a program is compiled for the GPU at hand, and plain JAX everywhere else.
+
+Which of the two runs is decided when a program is lowered, as in `jax.lax.platform_dependent`. An exported
+program never holds the kernel: it may run on another GPU, and JAX promises nothing about kernels of
+another version.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.core import ShapedArray
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+from jaxtyping import Array
+
+Arrays = Sequence[Array]
+
+
+@functools.cache
+def has_fp8_gpu() -> bool:
+    """Whether there is a local NVIDIA GPU with instructions for FP8, and Pallas can compile for it."""
+    try:
+        gpus = jax.local_devices(backend="cuda")
+    except RuntimeError:  # no such backend
+        return False
+    found = all(float(gpu.compute_capability) >= 8.9 for gpu in gpus)
+    return found and importlib.util.find_spec("jax.experimental.pallas.triton") is not None
+
+
+def kernel_or_plain(kernel: Callable[..., Arrays], plain: Callable[..., Arrays], *args: Array) -> list[Array]:
+    """`kernel(*args)` where this is compiled for an NVIDIA GPU, and `plain(*args)` elsewhere.
+
+    Args:
+        kernel: works on arrays of one device.
+        plain: has results of the same shapes and dtypes.
+        args: arrays.
+    """
+    return _choice.bind(*args, kernel=kernel, plain=plain)
+
+
+_choice = Primitive("kernel_or_plain")
+_choice.multiple_results = True
+
+
+@_choice.def_impl
+def _run(*args: Any, kernel: Callable[..., Arrays], plain: Callable[..., Arrays]) -> list[Any]:
+    return list(plain(*args))  # only where `jit` is switched off
+
+
+@_choice.def_abstract_eval
+def _shapes(*args: Any, kernel: Callable[..., Arrays], plain: Callable[..., Arrays]) -> list[ShapedArray]:
+    like = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in args]
+    return [ShapedArray(x.shape, x.dtype) for x in jax.eval_shape(plain, *like)]
+
+
+def _lower_plain(ctx: Any, *args: Any, kernel: Callable[..., Arrays], plain: Callable[..., Arrays]) -> Any:
+    return mlir.lower_fun(lambda *xs: list(plain(*xs)), multiple_results=True)(ctx, *args)
+
+
+def _lower_cuda(ctx: Any, *args: Any, kernel: Callable[..., Arrays], plain: Callable[..., Arrays]) -> Any:
+    exported = ctx.module_context.lowering_parameters.for_export
+    return _lower_plain(ctx, *args, kernel=kernel, plain=plain if exported else kernel)
+
+
+mlir.register_lowering(_choice, _lower_plain)
+mlir.register_lowering(_choice, _lower_cuda, platform="cuda")
+
+
+def _batched(
+    args: Arrays, axes: Sequence[int | None], *, kernel: Callable[..., Arrays], plain: Callable[..., Arrays]
+) -> tuple[list[Array], list[int]]:
+    kernel, plain = (jax.vmap(f, tuple(axes)) for f in (kernel, plain))
+    results = kernel_or_plain(kernel, plain, *args)
+    return results, [0] * len(results)
+
+
+batching.primitive_batchers[_choice] = _batched

@@ -1,0 +1,210 @@
+"""Kernels against the plain functions that define them: here in interpret mode, which runs anywhere.
+
+What only a GPU can show, `benchmarks/exactness.py` checks there.
+"""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import daq_jax as daq
+from daq_jax import gpu_gains, gpu_search, platforms, quantizer, unbiased
+from daq_jax.tiles import Tiles
+from daq_jax.tilings import TileView
+
+PAPER = daq.CoarseToFine(0.8, 1.5, 5, 10)
+COSINE = daq.Recipe(search=PAPER)
+
+
+def pair(shape, seed=0, native=False):
+    """A pair of bfloat16 weights; one tile without change, one that is all zero."""
+    rng = np.random.default_rng(seed)
+    base = jnp.asarray(rng.normal(size=shape) * 0.02, jnp.bfloat16)
+    if native:
+        base = daq.dequantize(daq.quantize(base, base, daq.recipes.absmax, rules=()))
+    tuned = (base.astype(jnp.float32) + jnp.asarray(rng.normal(size=shape) * 4e-4, jnp.float32)).astype(
+        jnp.bfloat16
+    )
+    base = base.at[..., :128, 128:256].set(0)
+    tuned = tuned.at[..., :128, 128:256].set(0).at[..., :128, :128].set(base[..., :128, :128])
+    return base, tuned
+
+
+def cut(base, tuned, recipe, matrix=((-2,), (-1,))):
+    view = TileView(base.shape, matrix, recipe.tiling)
+    tiles = Tiles(view.cut(base), view.cut(tuned), None, view.tile_axes, view.grid_axes, recipe.format, True)
+    return view, tiles
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """`quantize` takes the kernels, interpreted, wherever it would on a GPU."""
+
+    def kernel(kernel, plain, *args):
+        taken.append(kernel)
+        return kernel(*args)
+
+    taken = []
+    for module in (quantizer, unbiased):
+        monkeypatch.setattr(module, "has_fp8_gpu", lambda: True)
+        monkeypatch.setattr(module, "kernel_or_plain", kernel)
+    for module, name in ((gpu_search, "search"), (gpu_gains, "per_set")):
+        monkeypatch.setattr(module, name, functools.partial(getattr(module, name), interpret=True))
+    jax.clear_caches()  # programs compiled without
+    yield taken
+    jax.clear_caches()
+
+
+def assert_same(q, expected, most_codes=0):
+    np.testing.assert_array_equal(q.scale, expected.scale)
+    codes, wanted = (np.asarray(x.codes).view(np.uint8) for x in (q, expected))
+    assert np.sum(codes != wanted) <= most_codes
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        daq.recipes.absmax,
+        COSINE,
+        pytest.param(daq.recipes.paper_sign, marks=pytest.mark.slow),
+        pytest.param(daq.recipes.mse, marks=pytest.mark.slow),
+        pytest.param(dataclasses.replace(COSINE, search=daq.Grid(0.7, 2.0, 21)), marks=pytest.mark.slow),
+        pytest.param(dataclasses.replace(COSINE, format=daq.fp8_e5m2), marks=pytest.mark.slow),
+    ],
+)
+def test_search_kernel_picks_the_scales_and_codes_of_the_plain_search(recipe):
+    base, tuned = pair((2, 128, 384))
+    view, tiles = cut(base, tuned, recipe)
+    assert gpu_search.applies(recipe, tiles)
+    codes, scale = gpu_search.search(recipe, tiles, interpret=True)
+    expected = daq.quantize(base, tuned, recipe, rules=())
+    np.testing.assert_array_equal(view.gather(scale), expected.scale)
+    np.testing.assert_array_equal(
+        np.asarray(view.join(codes)).view(np.uint8), np.asarray(expected.codes).view(np.uint8)
+    )
+
+
+def test_search_kernel_gives_a_tile_that_is_not_finite_the_scale_nan():
+    base, tuned = pair((128, 384))
+    base, tuned = base.at[5, 200].set(jnp.inf), tuned.at[7, 300].set(jnp.nan)
+    _, tiles = cut(base, tuned, daq.recipes.absmax)
+    _, scale = gpu_search.search(daq.recipes.absmax, tiles, interpret=True)
+    np.testing.assert_array_equal(np.isnan(np.ravel(scale)), [False, True, True])
+
+
+@pytest.mark.parametrize("per", ["row", "column"])
+@pytest.mark.parametrize("matrix", [((-2,), (-1,)), pytest.param(((-1,), (-2,)), marks=pytest.mark.slow)])
+def test_gains_kernel_ends_with_the_brackets_of_the_plain_bisection(per, matrix):
+    base, tuned = pair((128, 256), native=True)
+    _, tiles = cut(base, tuned, daq.Recipe(), matrix)
+    sets = unbiased.Sets.of(per, tiles)
+    assert gpu_gains.applies(tiles, sets.axes, sets.run)
+    scale = jnp.full([1 if i in tiles.axes else n for i, n in enumerate(tiles.shape)], 2e-4, jnp.float32)
+
+    def kept(gain):
+        return tiles.kept(unbiased._round_towards(tiles, scale, jnp.asarray(gain, jnp.float32)), scale)
+
+    expected = unbiased.bracket(tiles.change, kept, sets.total)
+    arrays = (tiles.stored_base, tiles.stored_tuned, scale)
+    found = gpu_gains.per_set(unbiased.bracket, tiles.format, sets.axes, *arrays, interpret=True)
+    for name, x, y in zip(expected._fields, found, expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-5, atol=1e-12, err_msg=name)  # sums in another order
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        dataclasses.replace(COSINE, tiling=daq.Block(64, 64)),
+        dataclasses.replace(COSINE, tiling=daq.Channel()),
+        dataclasses.replace(COSINE, format=daq.int8),
+        dataclasses.replace(COSINE, metric=lambda d, q: jnp.sum(d * q, -1)),
+        dataclasses.replace(COSINE, scales=daq.PowerOfTwo()),
+        dataclasses.replace(COSINE, rounding=daq.Stochastic()),
+        dataclasses.replace(COSINE, search=daq.WithBaseScale(PAPER)),
+    ],
+)
+def test_search_kernel_leaves_other_recipes_to_the_plain_search(recipe):
+    assert not gpu_search.applies(recipe, cut(*pair((128, 256)), recipe)[1])
+
+
+@pytest.mark.parametrize("per", ["column", pytest.param("row", marks=pytest.mark.slow)])
+def test_unbiased_rounding_by_the_kernel_is_that_without(per, request):
+    recipe, arrays = daq.Recipe(rounding=daq.UnbiasedGain(per)), pair((128, 256), native=True)
+    expected = daq.quantize(*arrays, recipe, rules=())
+    taken = request.getfixturevalue("kernels")
+    assert_same(daq.quantize(*arrays, recipe, rules=()), expected, most_codes=3)  # a gain's last bit
+    assert taken
+
+
+@pytest.mark.slow
+def test_kernel_runs_under_jit_and_vmap(request):
+    arrays = pair((3, 128, 256))
+    expected = daq.quantize(*arrays, COSINE, rules=())
+    taken = request.getfixturevalue("kernels")
+    run = functools.partial(daq.quantize, recipe=COSINE, rules=())
+    with jax.disable_jit(False):
+        # Under a trace arrays may lie on several devices: only where there is one may a kernel run.
+        q = jax.vmap(run)(*arrays)
+    assert not taken
+    assert_same(q, expected)
+    assert_same(jax.vmap(functools.partial(_alone, COSINE))(*arrays), expected)
+
+
+def _alone(recipe, base, tuned):
+    view, tiles = cut(base, tuned, recipe)
+    codes, scale = gpu_search.search(recipe, tiles)
+    return daq.QTensor(
+        view.join(codes), view.gather(scale), recipe.format, recipe.tiling, np.dtype(tuned.dtype)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_kernel_runs_on_the_shards_of_each_device(kind, request):
+    arrays = pair((512, 256))
+    expected = daq.quantize(*arrays, COSINE, rules=())
+    taken = request.getfixturevalue("kernels")
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(kind,), devices=jax.devices()[:4])
+    shards = [jax.device_put(x, NamedSharding(mesh, PartitionSpec("x", None))) for x in arrays]
+    q = daq.quantize(*shards, COSINE, rules=())
+    assert taken
+    assert q.codes.sharding.spec[0] == "x"
+    assert_same(q, expected)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        daq.recipes.absmax,
+        pytest.param(COSINE, marks=pytest.mark.slow),
+        daq.Recipe(rounding=daq.UnbiasedGain()),
+    ],
+)
+def test_devices_do_not_wait_for_one_another(recipe, kind):
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(kind,) * 2)
+    where = NamedSharding(mesh, PartitionSpec("x", "y"))
+    base, tuned = (jax.device_put(x, where) for x in pair((256, 512)))
+    how = quantizer._How(recipe, ((-2,), (-1,)), where, False)
+    program = quantizer._quantize_pair.lower(base, tuned, None, how=how).compile().as_text()
+    assert not re.search("all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter", program)
+
+
+def test_kernel_is_for_the_gpu_at_hand_and_not_for_exported_programs():
+    def both(x):
+        return platforms.kernel_or_plain(lambda x: [jnp.sin(x)], lambda x: [jnp.cos(x)], x)[0]
+
+    x = jnp.ones((3, 4))
+    np.testing.assert_allclose(jax.jit(both)(x), np.cos(1), rtol=1e-6)
+    np.testing.assert_allclose(jax.vmap(jax.jit(both), in_axes=1)(x), np.full((4, 3), np.cos(1)), rtol=1e-6)
+    traced = jax.jit(both).trace(x)
+    assert "sine" in traced.lower(lowering_platforms=("cuda",)).as_text().replace("cosine", "")
+    assert "cosine" in traced.lower(lowering_platforms=("tpu",)).as_text()
+    exported = jax.export.export(jax.jit(both), platforms=["cuda", "cpu"])(x)
+    assert "sine" not in exported.mlir_module().replace("cosine", "")
