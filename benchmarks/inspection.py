@@ -39,7 +39,7 @@ from daq_jax.io.tensor_files import TensorSpec, TensorWriter
 
 HF = daq.use("", matrix=((1,), (0,)))
 FIGURES = ("projection", "cosine", "sign_rate")
-RECIPES = {"default": daq.recipes.default, "paper_cosine": daq.recipes.paper_cosine}
+RECIPES = {"default": daq.recipes.default}
 Tree = dict[str, NDArray]
 
 
@@ -193,8 +193,8 @@ HEAD = """# Samples against the whole
 
 `python benchmarks/inspection.py pairs`: each estimate ± its bound, the figure of the whole in brackets, and
 the largest error of a row's estimates in units of its bound (above 1 it lies outside). A recipe that works on
-whole matrices is tried by the sample on patches of 128 x 128, which is another thing: its projection is held
-to its bound, and its cosine and sign rate have none (± nan).
+whole matrices is tried by the sample on patches of 128 x 128, where it does more to each weight: the bound of
+its projection makes room for that, and its cosine and sign rate have none (± nan).
 """
 
 

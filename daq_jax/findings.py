@@ -99,8 +99,8 @@ def findings_of(sums: Sequence[Sums], sizes: Sequence[int], of: int, *, patchwis
         sizes: number of elements of each leaf: its patches stand for these.
         of: number of elements the findings speak of, more than the sum of `sizes` if leaves were left out.
         patchwise: whether the recipe works on whole matrices and was tried on patches. Its cosine and sign
-            rate there are not those of the matrix; its projection, which it sets set by set, is, within the
-            bound of a sample from many more patches.
+            rate there are not those of the matrix. Its projection there goes further from that of its part
+            that works tile by tile than in the matrix, so the difference of the two is added to the bound.
     """
     sampled = sum(s["elements"].sum() for s in sums)
     weight = [
@@ -115,13 +115,11 @@ def findings_of(sums: Sequence[Sums], sizes: Sequence[int], of: int, *, patchwis
     values, others = _figures(whole), _figures(without_one)
 
     def estimate(name: str) -> Estimate:
-        value, of_patches = (
-            float(values[name][0]),
-            patchwise and name in ("projection", "cosine", "sign_rate"),
-        )
-        if np.isnan(value) or (of_patches and name != "projection"):
+        value = float(values[name][0])
+        if np.isnan(value) or (patchwise and name in ("cosine", "sign_rate")):
             return Estimate(value, np.nan)
-        return Estimate(value, _bound(others[name], 1.0 if of_patches else unseen))
+        beyond = abs(value - float(values["separable"][0])) if name == "projection" else 0.0
+        return Estimate(value, _bound(others[name], unseen) + beyond)
 
     found = {name: estimate(name) for name in ESTIMATES}
     return Findings(elements=int(of), sampled=int(sampled), patches=n, **found)
@@ -140,7 +138,9 @@ def _bound(others: NDArray, unseen: float) -> float:
 
 def _figures(sums: Sums) -> dict[str, NDArray]:
     """Every estimated figure from sums, element by element."""
-    plain, kept = (Figures(elements=sums["elements"], **sums[how]) for how in ("absmax", "recipe"))
+    plain, kept, separable = (
+        Figures(elements=sums["elements"], **sums[how]) for how in ("absmax", "recipe", "separable")
+    )
 
     def share(part: str, whole: str) -> NDArray:
         return ratio(sums[part], sums[whole])
@@ -154,4 +154,5 @@ def _figures(sums: Sums) -> dict[str, NDArray]:
         "on_stored_grid": share("stored", "with_stored"),
         **{f"absmax_{name}": getattr(plain, name) for name in ("projection", "sign_rate", "cosine")},
         **{name: getattr(kept, name) for name in ("projection", "sign_rate", "cosine")},
+        "separable": separable.projection,
     }

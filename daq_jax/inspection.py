@@ -2,8 +2,9 @@
 
 Answered from a fixed, bounded sample of patches, each quantized on its own. Sums over patches stand for the
 whole by their share of it, and how the patches differ says how far a figure may be off.
-A recipe that works on whole matrices, as `UnbiasedSubspace` does, is tried on the patches alone: its
-projection there stands for that of the whole, and its cosine and sign rate are given without a bound.
+A recipe that works on whole matrices, as `UnbiasedFeedback` does, is tried on the patches alone, where it
+does more to each weight than in a large matrix. So the bound of its projection takes in what it does beyond
+the part of it that goes tile by tile, and its cosine and sign rate are given without a bound.
 """
 
 import collections
@@ -199,7 +200,10 @@ def _sums_of(places: Sequence[_Place], together: int, recipe: Recipe) -> list[Su
     missing = [(0, together - len(places)), (0, 0), (0, 0)]
     base, tuned, stored = (np.pad(x, missing, mode="edge") for x in arrays)
     plain = dataclasses.replace(recipes.absmax, format=recipe.format, tiling=recipe.tiling)
-    kept = [quantize_pair(base, tuned, recipe=how, matrix=DEFAULT_MATRIX) for how in (plain, recipe)]
+    separable = dataclasses.replace(recipe, rounding=getattr(recipe.rounding, "scored_as", recipe.rounding))
+    kept = [
+        quantize_pair(base, tuned, recipe=how, matrix=DEFAULT_MATRIX) for how in (plain, recipe, separable)
+    ]
     sums = jax.tree.map(np.asarray, _sums_of_patches(base, tuned, stored, *kept))
     return [jax.tree.map(lambda x, i=i: x[i].astype(np.float64), sums) for i in range(len(places))]
 
@@ -221,8 +225,9 @@ def _sums_of_patches(
     stored: Float[Array, "r c"],
     plain: QTensor,
     q: QTensor,
+    separable: QTensor,
 ) -> Sums:
-    """Sums of each patch: those of `Figures` for AbsMax and for the recipe, and those of the change."""
+    """Sums of each patch: of the change, and those of `Figures` for three ways to quantize it."""
     view, fmt, dtype = q.view, q.format, base.dtype
     before, after = (x.astype(jnp.float32) for x in (base, tuned))
     tiles, d = view.cut(before), after - before
@@ -233,6 +238,7 @@ def _sums_of_patches(
     return {
         "absmax": sums_of_leaf(base, tuned, plain),
         "recipe": sums_of_leaf(base, tuned, q),
+        "separable": sums_of_leaf(base, tuned, separable),
         "elements": jnp.float32(d.size),
         "bb": jnp.sum(before * before),
         "unmoved": jnp.sum(d == 0),

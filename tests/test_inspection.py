@@ -279,12 +279,11 @@ def test_bounds_shrink_with_the_sample_and_are_endless_for_one_patch():
 
 def test_a_recipe_for_whole_matrices_has_no_bound_where_patches_say_nothing_of_the_whole():
     sums = one_sums(np.array([1.0, 1.2, 0.9, 1.1]))
+    sums["separable"] = sums["separable"] | {"dq": np.ones(4)}
     found = findings_of([sums], [64], 64, patchwise=True)
     assert (found.absmax_cosine.bound, found.absmax_projection.bound) == (0, 0)
     assert np.isnan([found.cosine.bound, found.sign_rate.bound]).all()
-    np.testing.assert_allclose(
-        found.projection.bound, 9.219 * 0.1291 / 2, rtol=1e-3
-    )  # not 0: see `patchwise`
+    np.testing.assert_allclose(found.projection.bound, 0.05, rtol=1e-6)  # of 1.05, 1 goes tile by tile
     said = str(Inspection("Said.", found, {}, "the default"))
     assert "of the patches alone" in said
     assert "of the patches alone" not in str(Inspection("Said.", findings_of([sums], [64], 64), {}, "absmax"))
@@ -296,7 +295,13 @@ def one_sums(dq):
     parts = dict.fromkeys([f.name for f in dataclasses.fields(daq.Figures) if f.name != "elements"], ones)
     parts |= {"dq": dq, "counts": np.ones((len(dq), 4))}
     names = ("bb", "unmoved", "moved", "short", "fitted", "with_stored", "stored")
-    return {"absmax": parts, "recipe": parts, "elements": 16 * ones, **dict.fromkeys(names, ones)}
+    return {
+        "absmax": parts,
+        "recipe": parts,
+        "separable": parts,
+        "elements": 16 * ones,
+        **dict.fromkeys(names, ones),
+    }
 
 
 def test_an_inspection_prints_its_verdict_first_and_escapes_names_in_a_notebook():
