@@ -28,14 +28,21 @@ from daq_jax.trees import dequantize, quantize
 from daq_jax.unbiased import UnbiasedGain, UnbiasedSubspace
 
 if typing.TYPE_CHECKING:
+    from daq_jax.inspection import Inspection, inspect
+    from daq_jax.io.folder_comparison import compare_folders
+    from daq_jax.io.folder_inspection import inspect_folder
     from daq_jax.io.folder_quantizer import quantize_folder
 
 __version__ = "0.1.0"
 
 # Names at the edges, by the module that holds them; loaded when first used: the core imports none of it.
 _EDGES: dict[str, str] = {
+    "Inspection": "daq_jax.inspection",
+    "compare_folders": "daq_jax.io.folder_comparison",
     "dot": "daq_jax.products",
     "from_qwix": "daq_jax.qwix_arrays",
+    "inspect": "daq_jax.inspection",
+    "inspect_folder": "daq_jax.io.folder_inspection",
     "linen_apply": "daq_jax.flax_models",
     "linen_variables": "daq_jax.flax_models",
     "load": "daq_jax.io.orbax_checkpoints",
@@ -63,6 +70,7 @@ __all__ = [
     "Grams",
     "Grid",
     "Group",
+    "Inspection",
     "LeastSquares",
     "Nearest",
     "OffGrid",
@@ -82,6 +90,7 @@ __all__ = [
     "calibrate",
     "calibrate_from",
     "compare",
+    "compare_folders",
     "cosine",
     "dequantize",
     "dot",
@@ -90,6 +99,8 @@ __all__ = [
     "fp8_e4m3fn",
     "fp8_e5m2",
     "from_qwix",
+    "inspect",
+    "inspect_folder",
     "int4",
     "int8",
     "keep",

@@ -6,11 +6,13 @@ a command needs is imported when it runs, so that `daq-jax --help` answers at on
 Exit status: 0 done, 1 failed, 2 wrong usage.
 """
 
+import contextlib
+import importlib
 import json as json_format
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import tyro
 
@@ -103,6 +105,98 @@ def quantize(
         print(json_format.dumps(found, allow_nan=False))
 
 
+def inspect(
+    base: Annotated[Path, tyro.conf.arg(metavar="BASE")],
+    tuned: Annotated[Path, tyro.conf.arg(metavar="TUNED")],
+    /,
+    *,
+    recipe: Literal[*RECIPES] = "default",
+    format: Literal["fp8-block", "fp8-channel", "int8-channel"] = "fp8-block",
+    json: bool = False,
+) -> None:
+    """Say from a sample what a fine-tune would lose, before anything is quantized. Takes seconds.
+
+    Is the base on the grid of the format, how large is the change, what would AbsMax keep of it, and what
+    the recipe; each figure with how far it may be off.
+
+    Args:
+        base: folder of the model before tuning.
+        tuned: folder of the model after tuning.
+        recipe: what to hold against AbsMax.
+        format: how weights would be stored.
+        json: print one JSON object and nothing else.
+    """
+    from daq_jax import tables, terminal
+    from daq_jax.io.folder_inspection import inspect_folder
+
+    found = inspect_folder(base, tuned, RECIPES[recipe], format=format)
+    if json:
+        print(json_format.dumps(found.to_dict(), allow_nan=False))
+    else:
+        terminal.show(tables.inspected(found), terminal.console())
+
+
+def compare(
+    base: Annotated[Path, tyro.conf.arg(metavar="BASE")],
+    tuned: Annotated[Path, tyro.conf.arg(metavar="TUNED")],
+    out: Annotated[Path, tyro.conf.arg(metavar="OUT")],
+    /,
+    *,
+    html: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
+    fail_under: str = "",
+    json: bool = False,
+    csv: bool = False,
+) -> None:
+    """Say what a quantized folder kept of a fine-tune, from its stored codes, whoever wrote it.
+
+    Args:
+        base: folder of the model before tuning.
+        tuned: folder of the model after tuning.
+        out: folder of the quantized model: FP8 or int8 with scales, as we, transformers, compressed-tensors
+            and others write it.
+        html: also write a page with pictures and a table that sorts to this file.
+        fail_under: exit with status 1 if a total is lower, such as projection=0.95,cosine=0.3.
+        json: print one JSON object and nothing else.
+        csv: print comma-separated values and nothing else, a line a weight.
+    """
+    from rich.console import Console
+
+    from daq_jax import tables, terminal
+    from daq_jax.gates import floors_of, refuse_low
+    from daq_jax.io.folder_comparison import compare_folders
+    from daq_jax.io.report import progress_on
+
+    if json and csv:
+        _wrong("`--json` and `--csv` exclude each other.")
+    try:
+        floors = floors_of(fail_under)
+    except ValueError as error:
+        _wrong(f"`--fail-under`: {error}")
+    page = (
+        importlib.import_module("daq_jax.page").page if html else None
+    )  # before the work: it may be missing
+    with contextlib.ExitStack() as stack:
+
+        def tell(total: int) -> Callable[..., None]:
+            return stack.enter_context(progress_on(Console(stderr=True), total)).tell
+
+        found = compare_folders(base, tuned, out, details=html is not None, tell=tell)
+    if html and page:
+        html.write_text(page(found, title=f"What {out.name} kept"), encoding="utf-8")
+    if json:
+        print(json_format.dumps(found.to_dict(), allow_nan=False))
+    elif csv:
+        print(terminal.comma_separated(found), end="")
+    else:
+        terminal.show(tables.compared(found), terminal.console())
+    refuse_low(found.total, floors)
+
+
+def _wrong(message: str) -> NoReturn:
+    print(f"daq-jax: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
 def _share(words: str) -> tuple[int, int]:
     first, slash, last = words.partition("/")
     if not (slash and first.isdecimal() and last.isdecimal()):
@@ -110,7 +204,12 @@ def _share(words: str) -> tuple[int, int]:
     return int(first), int(last)
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"demo": demo, "quantize": quantize}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "demo": demo,
+    "quantize": quantize,
+    "inspect": inspect,
+    "compare": compare,
+}
 
 
 def main(args: Sequence[str] | None = None) -> int:

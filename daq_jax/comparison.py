@@ -7,6 +7,7 @@ sums of several leaves gives the figures of all of them together.
 
 import dataclasses
 import itertools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -14,9 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
 from jaxtyping import Array
 
-from daq_jax.arithmetic import divide, multiply, total
+from daq_jax import tables
+from daq_jax.arithmetic import total
+from daq_jax.details import Details, details_of
+from daq_jax.figures import Figures
+from daq_jax.grids import lies_on_grid
 from daq_jax.qtensor import QTensor
 from daq_jax.scales import absmax_scale
 from daq_jax.sharding import run_sharded, sharding_of
@@ -27,152 +33,52 @@ BIN_EDGES = (1e-5, 1e-4, 1e-3)  # of |d|, weight units
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Figures:
-    """Figures of one leaf or of many: sums over elements, and the ratios that follow from them.
-
-    Ratios are NaN where their denominator is zero: all those of `d` where nothing changed.
-
-    Attributes:
-        elements: number of elements.
-        counted: of them, those with `|d| > 1e-5`.
-        same_sign: of the counted, those whose q has the sign of d.
-        opposite_sign: of the counted, those whose q has the other sign.
-        erased: of the counted, those with `q = 0`.
-        zero: elements with `q = 0`.
-        dd, qq, dq, ee: sums of `d^2`, `q^2`, `d q` and `(q - d)^2`.
-        counts: `[4]` elements with |d| below 1e-5, 1e-4, 1e-3, and above.
-        base_on_grid: base elements that lie on the grid of the base's scale.
-    """
-
-    elements: Any
-    counted: Any
-    same_sign: Any
-    opposite_sign: Any
-    erased: Any
-    zero: Any
-    dd: Any
-    qq: Any
-    dq: Any
-    ee: Any
-    counts: Any
-    base_on_grid: Any
-
-    @property
-    def sign_rate(self) -> Any:
-        """Share of the counted elements whose q has the sign of d. With `flipped` and `lost` it makes 1."""
-        return _ratio(self.same_sign, self.counted)
-
-    @property
-    def flipped(self) -> Any:
-        """Share of the counted elements whose q has the opposite sign."""
-        return _ratio(self.opposite_sign, self.counted)
-
-    @property
-    def lost(self) -> Any:
-        """Share of the counted elements with `q = 0`."""
-        return _ratio(self.erased, self.counted)
-
-    @property
-    def unchanged(self) -> Any:
-        """Share of all elements with `q = 0`."""
-        return _ratio(self.zero, self.elements)
-
-    @property
-    def cosine(self) -> Any:
-        """`<d, q> / (|d| |q|)`; it does not see the size of q. NaN where q = 0, too."""
-        return _ratio(self.dq, _sqrt(self.dd) * _sqrt(self.qq))
-
-    @property
-    def projection(self) -> Any:
-        """`<d, q> / <d, d>`: 1 keeps the change at its size, 0 erases it, 4 is a four-fold overshoot."""
-        return _ratio(self.dq, self.dd)
-
-    @property
-    def norm_ratio(self) -> Any:
-        """`|q| / |d|`."""
-        return _ratio(_sqrt(self.qq), _sqrt(self.dd))
-
-    @property
-    def mse(self) -> Any:
-        """Mean squared error of the weights, in weight units squared."""
-        return _ratio(self.ee, self.elements)
-
-    @property
-    def snr_db(self) -> Any:
-        """Change over error, `10 log10(<d, d> / <q - d, q - d>)`, in decibels; infinite without error."""
-        xp = _numpy_of(self.dd)
-        clean = (self.ee == 0) & (self.dd > 0)
-        return xp.where(clean, xp.inf, 10 * _log10(_ratio(self.dd, self.ee)))[()]
-
-    @property
-    def on_grid(self) -> Any:
-        """Share of base elements within half a unit in the last place of a code times the base's scale."""
-        return _ratio(self.base_on_grid, self.elements)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers by name, None where a figure is not a finite number: ready for JSON."""
-        figures = {name: _plain(getattr(self, name)) for name in FIGURES}
-        return figures | {"counts": [int(n) for n in np.asarray(self.counts)]}
-
-
-FIGURES = (
-    "elements",
-    "sign_rate",
-    "flipped",
-    "lost",
-    "unchanged",
-    "cosine",
-    "projection",
-    "norm_ratio",
-    "mse",
-    "snr_db",
-    "on_grid",
-)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Comparison:
-    """What `compare` found.
+    """What `compare` found. Prints as a table, and shows itself as one in a notebook.
 
     Attributes:
         leaves: figures of each quantized leaf, by path.
         total: figures of all of them together, from pooled sums.
+        details: what the pictures of `daq_jax.plots` need, by path; empty unless asked for. A comparison of
+            folders has them of all leaves together, under the path "".
     """
 
     leaves: dict[str, Figures]
     total: Figures
+    details: dict[str, Details] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, ready for JSON."""
         return {"total": self.total.to_dict(), "leaves": {p: f.to_dict() for p, f in self.leaves.items()}}
 
+    def worst(self, n: int = 10, *, by: str = "projection") -> dict[str, Figures]:
+        """The `n` leaves that one figure speaks worst of, the worst first; leaves without it come last.
 
-def _numpy_of(x: Any) -> Any:
-    return jnp if isinstance(x, jax.Array) else np
+        Args:
+            n: how many.
+            by: the name of a figure: of `projection` and `norm_ratio` the farthest from 1 is the worst, of
+                `flipped`, `lost`, `unchanged`, `mse` and `on_grid` the highest, of all others the lowest.
+
+        Raises:
+            ValueError: if there is no such figure.
+        """
+        ranked = sorted(self.leaves.items(), key=lambda item: item[1].badness(by), reverse=True)
+        return dict(ranked[:n])
+
+    def _shown(self, how: Callable[[tables.Sheet], str]) -> str:
+        if not all(figures.is_concrete for figures in (self.total, *self.leaves.values())):
+            return f"Comparison of {len(self.leaves)} leaves, traced"
+        return how(tables.compared(self))
+
+    def __repr__(self) -> str:
+        return self._shown(tables.text)
+
+    def _repr_html_(self) -> str:
+        return self._shown(tables.html)
 
 
-def _sqrt(x: Any) -> Any:
-    return _numpy_of(x).sqrt(x)
-
-
-def _log10(x: Any) -> Any:
-    xp = _numpy_of(x)
-    return xp.log10(xp.where(x > 0, x, xp.nan))
-
-
-def _ratio(a: Any, b: Any) -> Any:
-    xp = _numpy_of(b)
-    return xp.where(b > 0, a / xp.where(b > 0, b, 1), xp.nan)[()]
-
-
-def _plain(x: Any) -> int | float | None:
-    value = np.asarray(x).item()
-    return value if np.isfinite(value) else None
-
-
-def compare(base: Any, tuned: Any, quantized: Any) -> Comparison:
+def compare(base: Any, tuned: Any, quantized: Any, *, details: bool = False) -> Comparison:
     """Compares a quantized tree with the change that tuning made.
 
     Sums are taken in short runs and hold to 1e-5 relative on leaves of 64M elements and more. Eagerly the
@@ -182,6 +88,7 @@ def compare(base: Any, tuned: Any, quantized: Any) -> Comparison:
         base: tree of weights before tuning.
         tuned: tree of weights after tuning.
         quantized: what `quantize` returned; other leaves than QTensors are passed over.
+        details: also collect what the pictures of `daq_jax.plots` need; not under a trace.
 
     Raises:
         ValueError: naming every quantized leaf that has no partner of its shape in `base` or `tuned`.
@@ -195,9 +102,20 @@ def compare(base: Any, tuned: Any, quantized: Any) -> Comparison:
     before, after = named_leaves(base), named_leaves(tuned)
     found = {path: q for path, q in named_leaves(quantized).items() if is_qtensor(q)}
     _refuse_strangers(before, after, found)
-    leaves = {path: _figures(_sums(before[path], after[path], q), q) for path, q in found.items()}
-    pooled = jax.tree.map(lambda *x: sum(x), *leaves.values()) if leaves else _none()
-    return Comparison(leaves, pooled)
+    leaves = {path: compare_leaf(before[path], after[path], q) for path, q in found.items()}
+    closer = {path: details_of(before[path], after[path], q) for path, q in found.items()} if details else {}
+    return Comparison(leaves, pool(leaves.values()), closer)
+
+
+def compare_leaf(base: ArrayLike | QTensor, tuned: ArrayLike | QTensor, quantized: QTensor) -> Figures:
+    """Figures of one leaf; all three have one shape. See `compare`."""
+    return _figures(_sums(base, tuned, quantized), quantized)
+
+
+def pool(figures: Iterable[Figures]) -> Figures:
+    """Figures of several leaves together."""
+    figures = list(figures)
+    return jax.tree.map(lambda *x: sum(x), *figures) if figures else _none()
 
 
 def _refuse_strangers(before: dict[str, Any], after: dict[str, Any], found: dict[str, QTensor]) -> None:
@@ -237,10 +155,11 @@ def _figures(sums: dict[str, Array], q: QTensor) -> Figures:
 def _sums(base: Any, tuned: Any, q: QTensor) -> dict[str, Array]:
     sharding = sharding_of(q.codes)
     everywhere = None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec())
-    return run_sharded(_sums_of_leaf, everywhere)(base, tuned, q)
+    return run_sharded(sums_of_leaf, everywhere)(base, tuned, q)
 
 
-def _sums_of_leaf(base: Any, tuned: Any, q: QTensor) -> dict[str, Array]:
+def sums_of_leaf(base: Any, tuned: Any, q: QTensor) -> dict[str, Array]:
+    """The sums that `Figures` holds, all but `elements`; whole numbers are int32 where they fit."""
     on_grid = _on_grid(base, q)
     base, tuned = (
         jnp.asarray(x.dequantize() if is_qtensor(x) else x).astype(jnp.float32) for x in (base, tuned)
@@ -287,7 +206,4 @@ def _on_grid(base: Any, q: QTensor) -> Array:
     else:
         scale = absmax_scale(tiles, view.tile_axes, largest=fmt.largest)
     zero = view.spread(base.zero) if is_qtensor(base) and base.zero is not None else 0.0
-    nearest = multiply(fmt.round(divide(tiles, scale) + zero) - zero, scale)
-    _, exponent = jnp.frexp(tiles)  # |tiles| in [2^(exponent - 1), 2^exponent)
-    half_unit = jnp.ldexp(jnp.float32(1), exponent - 2 - jnp.finfo(weight.dtype).nmant)
-    return view.join(jnp.abs(tiles - nearest) <= half_unit)
+    return view.join(lies_on_grid(tiles, scale, fmt, weight.dtype, zero))

@@ -141,3 +141,69 @@ def test_trees_that_do_not_fit_are_refused():
         daq.compare({"w": base}, {"w": tuned}, q)
     with pytest.raises(ValueError, match="other"):
         daq.compare({"w": base, "other": base[:4]}, {"w": tuned, "other": tuned}, q)
+
+
+# --- as people see it ---
+
+
+@pytest.mark.parametrize("by", ["projection", "mse", "cosine"])
+def test_the_worst_leaves_come_first_by_any_figure(compared, by):
+    base, tuned, q, wanted = compared
+    table = daq.compare(base, tuned, q)
+    figures = {name: wanted[name] for name in NAMES}
+    assert np.isnan(figures["odd"]["cosine"])  # erased altogether: nothing is worse
+    bad = {
+        "projection": lambda name: abs(figures[name]["projection"] - 1),
+        "mse": lambda name: figures[name]["mse"],
+        "cosine": lambda name: -np.nan_to_num(figures[name]["cosine"], nan=-np.inf),
+    }
+    ranked = sorted(NAMES, key=bad[by], reverse=True)
+    assert list(table.worst(by=by)) == ranked
+    assert list(table.worst(2, by=by)) == ranked[:2]
+    with pytest.raises(ValueError, match="there is no figure 'cosinus'"):
+        table.worst(by="cosinus")
+
+
+def test_leaves_without_the_figure_come_last():
+    base, tuned = native("last", (64, 48))
+    trees = [{"a": base, "b": base}, {"a": base, "b": tuned}]
+    table = daq.compare(*trees, daq.quantize(*trees, daq.Recipe(tiling=daq.PerTensor())))
+    assert list(table.worst()) == ["b", "a"]
+
+
+def test_a_comparison_prints_figures_not_sums_and_escapes_names_in_a_notebook(compared):
+    base, tuned, q, _ = compared
+    table = daq.compare(base, tuned, q)
+    lines = str(table).splitlines()
+    assert lines[0].split()[:3] == ["leaf", "projection", "cosine"]
+    assert lines[2].startswith("total")
+    assert f"{table.total.projection:.3f}" in lines[2]
+    assert f"cosine={table.total.cosine:.4g}" in str(table.total)
+    html = daq.Comparison({"<b>": table.total}, table.total)._repr_html_()
+    assert "&lt;b&gt;" in html
+    assert "<b>" not in html
+    many = daq.Comparison({str(i): table.total for i in range(12)}, table.total)
+    assert "2 more leaves" in str(many)
+
+
+def test_a_traced_comparison_can_be_printed_too(compared):
+    said = []
+
+    def look(*trees):
+        table = daq.compare(*trees)
+        said.extend([str(table), str(table.total), table._repr_html_()])
+        return table
+
+    assert "projection" in str(jax.jit(look)(*compared[:3]))
+    assert said == ["Comparison of 4 leaves, traced", "Figures(traced)", "Comparison of 4 leaves, traced"]
+
+
+def test_the_sign_rate_comes_with_a_warning_where_the_base_is_on_the_grid():
+    base, tuned = native("warned", (64, 48))
+    trees = {"w": base}, {"w": tuned}
+    recipe = daq.Recipe(tiling=daq.PerTensor())
+    assert "sign rate misleads" in str(daq.compare(*trees, daq.quantize(*trees, recipe)))
+    off = {"w": tuned * np.float32(1.001)}
+    assert "sign rate misleads" not in str(
+        daq.compare({"w": tuned}, off, daq.quantize({"w": tuned}, off, recipe))
+    )

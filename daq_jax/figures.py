@@ -1,0 +1,172 @@
+"""Figures of what was kept: sums over elements, and the ratios that follow from them.
+
+Sums may be numbers, or arrays of one shape whose figures are then taken element by element.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
+class Figures:
+    """Figures of one leaf or of many: sums over elements, and the ratios that follow from them.
+
+    Ratios are NaN where their denominator is zero: all those of `d` where nothing changed.
+
+    Attributes:
+        elements: number of elements.
+        counted: of them, those with `|d| > 1e-5`.
+        same_sign: of the counted, those whose q has the sign of d.
+        opposite_sign: of the counted, those whose q has the other sign.
+        erased: of the counted, those with `q = 0`.
+        zero: elements with `q = 0`.
+        dd, qq, dq, ee: sums of `d^2`, `q^2`, `d q` and `(q - d)^2`.
+        counts: `[4]` elements with |d| below 1e-5, 1e-4, 1e-3, and above.
+        base_on_grid: base elements that lie on the grid of the base's scale.
+    """
+
+    elements: Any
+    counted: Any
+    same_sign: Any
+    opposite_sign: Any
+    erased: Any
+    zero: Any
+    dd: Any
+    qq: Any
+    dq: Any
+    ee: Any
+    counts: Any
+    base_on_grid: Any
+
+    @property
+    def sign_rate(self) -> Any:
+        """Share of the counted elements whose q has the sign of d. With `flipped` and `lost` it makes 1."""
+        return ratio(self.same_sign, self.counted)
+
+    @property
+    def flipped(self) -> Any:
+        """Share of the counted elements whose q has the opposite sign."""
+        return ratio(self.opposite_sign, self.counted)
+
+    @property
+    def lost(self) -> Any:
+        """Share of the counted elements with `q = 0`."""
+        return ratio(self.erased, self.counted)
+
+    @property
+    def unchanged(self) -> Any:
+        """Share of all elements with `q = 0`."""
+        return ratio(self.zero, self.elements)
+
+    @property
+    def cosine(self) -> Any:
+        """`<d, q> / (|d| |q|)`; it does not see the size of q. NaN where q = 0, too."""
+        return ratio(self.dq, _sqrt(self.dd) * _sqrt(self.qq))
+
+    @property
+    def projection(self) -> Any:
+        """`<d, q> / <d, d>`: 1 keeps the change at its size, 0 erases it, 4 is a four-fold overshoot."""
+        return ratio(self.dq, self.dd)
+
+    @property
+    def norm_ratio(self) -> Any:
+        """`|q| / |d|`."""
+        return ratio(_sqrt(self.qq), _sqrt(self.dd))
+
+    @property
+    def mse(self) -> Any:
+        """Mean squared error of the weights, in weight units squared."""
+        return ratio(self.ee, self.elements)
+
+    @property
+    def snr_db(self) -> Any:
+        """Change over error, `10 log10(<d, d> / <q - d, q - d>)`, in decibels; infinite without error."""
+        xp = _numpy_of(self.dd)
+        clean = (self.ee == 0) & (self.dd > 0)
+        return xp.where(clean, xp.inf, 10 * _log10(ratio(self.dd, self.ee)))[()]
+
+    @property
+    def on_grid(self) -> Any:
+        """Share of base elements within half a unit in the last place of a code times the base's scale."""
+        return ratio(self.base_on_grid, self.elements)
+
+    @property
+    def is_concrete(self) -> bool:
+        """Whether each figure is one number by now, not traced, mapped or abstract."""
+        known = (int, float, np.generic, np.ndarray, jax.Array)
+        return all(isinstance(x, known) and not isinstance(x, Tracer) for x in jax.tree.leaves(self)) and (
+            np.ndim(self.dd) == 0
+        )
+
+    def badness(self, figure: str) -> float:
+        """How badly one figure speaks of the leaf, to sort by: higher is worse.
+
+        Minus infinity where the figure has no meaning; infinity where it has none because nothing was kept.
+
+        Raises:
+            ValueError: if there is no such figure.
+        """
+        if figure not in FIGURES:
+            raise ValueError(f"there is no figure {figure!r}; there are {', '.join(FIGURES)}.")
+        value = float(np.asarray(getattr(self, figure)))
+        if np.isnan(value):
+            return np.inf if figure == "cosine" and self.dd > 0 else -np.inf
+        if figure in ("projection", "norm_ratio"):
+            return abs(value - 1)
+        return value if figure in ("flipped", "lost", "unchanged", "mse", "on_grid") else -value
+
+    def __repr__(self) -> str:
+        if not self.is_concrete:
+            return "Figures(traced)"
+        shown = {name: _plain(getattr(self, name)) for name in FIGURES}
+        return f"Figures({', '.join(f'{k}={v:.4g}' for k, v in shown.items() if v is not None)})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers by name, None where a figure is not a finite number: ready for JSON."""
+        figures = {name: _plain(getattr(self, name)) for name in FIGURES}
+        return figures | {"counts": [int(n) for n in np.asarray(self.counts)]}
+
+
+FIGURES = (
+    "elements",
+    "sign_rate",
+    "flipped",
+    "lost",
+    "unchanged",
+    "cosine",
+    "projection",
+    "norm_ratio",
+    "mse",
+    "snr_db",
+    "on_grid",
+)
+
+
+def _numpy_of(x: Any) -> Any:
+    return jnp if isinstance(x, jax.Array) else np
+
+
+def _sqrt(x: Any) -> Any:
+    return _numpy_of(x).sqrt(x)
+
+
+def _log10(x: Any) -> Any:
+    xp = _numpy_of(x)
+    return xp.log10(xp.where(x > 0, x, xp.nan))
+
+
+def ratio(a: Any, b: Any) -> Any:
+    """`a / b`, NaN where `b` is not above zero."""
+    xp = _numpy_of(b)
+    return xp.where(b > 0, a / xp.where(b > 0, b, 1), xp.nan)[()]
+
+
+def _plain(x: Any) -> int | float | None:
+    value = np.asarray(x).item()
+    return value if np.isfinite(value) else None
