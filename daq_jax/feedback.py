@@ -8,7 +8,6 @@ errors, so the left singular directions of the change are those of the inputs, a
 """
 
 import dataclasses
-import functools
 import math
 
 import jax
@@ -151,8 +150,8 @@ def _responses(
     With `U` the directions, `U_i` the rows of block `i` and `G_i` the sum of `U_j' U_j` over `j >= i`, the
     best that the rows left can do for a given `s` gives `K_i = U_i (m (U' d d' U)^-1 + G_i)^-1`.
     """
+    seen = directions.mT @ change
     with jax.default_matmul_precision("highest"):  # small matrices, whose inverses are taken
-        seen = directions.mT @ change
         gram, total = seen @ seen.mT, jnp.sum(change * change, (1, 2))
         captured = jnp.trace(gram, axis1=1, axis2=2)
         k, unit = gram.shape[-1], jnp.maximum(captured, jnp.finfo(jnp.float32).tiny)
@@ -163,5 +162,6 @@ def _responses(
         parts = directions.reshape(len(directions), blocks.number, blocks.size, k)
         left = jnp.cumsum((parts.mT @ parts)[:, ::-1], 1)[:, ::-1] + _LEAST_WEIGHT * identity
         factor = jnp.linalg.cholesky(mean * identity + root.mT @ left @ root)
-        solve = functools.partial(lax.linalg.triangular_solve, factor, left_side=True, lower=True)
-        return solve((parts @ root).mT).mT @ solve(jnp.broadcast_to(root.mT, factor.shape))
+        half = jnp.broadcast_to(root.mT, factor.shape)
+        half = lax.linalg.triangular_solve(factor, half, left_side=True, lower=True)
+        return parts @ (half.mT @ half)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -31,6 +33,8 @@ from daq_jax.tiles import Tiles
 from daq_jax.tilings import Matrix, TileView
 from daq_jax.trials import find_scales
 
+_MOST_TOGETHER = 150_000_000  # elements of a batch of weights
+
 
 def quantize_pair(
     base: ArrayLike | QTensor,
@@ -56,14 +60,45 @@ def quantize_and_look(
     base: ArrayLike | QTensor, tuned: ArrayLike | QTensor, *, recipe: Recipe, matrix: Matrix, stream: int
 ) -> tuple[QTensor, Array]:
     """As `quantize_pair`, with whether both weights are finite: if not, a scale is NaN."""
-    like = tuned.codes if isinstance(tuned, QTensor) else tuned
-    sharding = sharding_of(like)
-    # Under a trace an array may lie on several devices, where there are several, without our knowing.
-    split = sharding is None and (not isinstance(like, Tracer) or jax.device_count() == 1)
-    how = _How(recipe, matrix, sharding, split)
+    how = _How.of(tuned, recipe, matrix)
     draws = hasattr(recipe.rounding, "draw")  # a number that nobody asks for need not go to the device
     q, finite = _quantize_pair(base, tuned, np.uint32(stream) if draws else None, how=how)
     return q, is_finite(q.scale) if finite is None else finite
+
+
+def better_together(tuned: ArrayLike | QTensor, recipe: Recipe) -> int:
+    """How many weights like this are best quantized by one `quantize_alike`.
+
+    Roundings of whole matrices take many small steps, in which one matrix leaves most of a GPU idle.
+    """
+    array = tuned.codes if isinstance(tuned, QTensor) else tuned
+    if isinstance(array, Tracer) or sharding_of(array) or not hasattr(recipe.rounding, "scored_as"):
+        return 1
+    devices = array.devices() if isinstance(array, jax.Array) else jax.devices()[:1]
+    if any(device.platform == "cpu" for device in devices):
+        return 1
+    return max(1, _MOST_TOGETHER // max(1, math.prod(np.shape(array))))
+
+
+def quantize_alike(
+    bases: Sequence[ArrayLike | QTensor],
+    tuneds: Sequence[ArrayLike | QTensor],
+    *,
+    recipe: Recipe,
+    matrix: Matrix,
+) -> tuple[list[QTensor], Array]:
+    """Quantizes weights of one shape, dtype and device at once; also returns whether all are finite."""
+    how = _How.of(tuneds[0], recipe, matrix)
+    return _quantize_batch(tuple(bases), tuple(tuneds), how=how)
+
+
+@functools.partial(jax.jit, static_argnames="how")
+def _quantize_batch(
+    bases: tuple[Array | QTensor, ...], tuneds: tuple[Array | QTensor, ...], *, how: "_How"
+) -> tuple[list[QTensor], Array]:
+    stacked = (jax.tree.map(lambda *x: jnp.stack(x), *many) for many in (bases, tuneds))
+    q, finite = jax.vmap(lambda base, tuned: _quantize_pair(base, tuned, None, how=how))(*stacked)
+    return [jax.tree.map(lambda x, i=i: x[i], q) for i in range(len(tuneds))], finite.all()
 
 
 @jax.jit
@@ -80,6 +115,14 @@ class _How:
     matrix: Matrix
     sharding: NamedSharding | None
     split: bool
+
+    @classmethod
+    def of(cls, tuned: ArrayLike | QTensor, recipe: Recipe, matrix: Matrix) -> "_How":
+        like = tuned.codes if isinstance(tuned, QTensor) else tuned
+        sharding = sharding_of(like)
+        # Under a trace an array may lie on several devices, where there are several, without our knowing.
+        split = sharding is None and (not isinstance(like, Tracer) or jax.device_count() == 1)
+        return cls(recipe, matrix, sharding, split)
 
 
 @functools.partial(jax.jit, static_argnames="how")
@@ -126,30 +169,34 @@ def _goes_tile_by_tile(recipe: Recipe, view: TileView) -> bool:
 
 
 def _codes_and_scale(tiles: Tiles, stored: Array | None, recipe: Recipe) -> tuple[Array, Array]:
-    def plain(base: Array, tuned: Array) -> tuple[Array, Array]:
+    if not (tiles.local and has_fp8_gpu() and gpu_search.applies(recipe, tiles)):
+        scale = find_scales(recipe, tiles, stored)
+        return _codes(tiles, scale, recipe), scale
+    nearest = isinstance(recipe.rounding, Nearest)  # codes come with the scale
+
+    def plain(base: Array, tuned: Array) -> list[Array]:
         pair = dataclasses.replace(tiles, stored_base=base, stored_tuned=tuned)
-        return _plain_codes_and_scale(pair, None, recipe)
+        scale = find_scales(recipe, pair, None)
+        return [scale, _codes(pair, scale, recipe)] if nearest else [scale]
 
-    def kernel(base: Array, tuned: Array) -> tuple[Array, Array]:
+    def kernel(base: Array, tuned: Array) -> list[Array]:
         pair = dataclasses.replace(tiles, stored_base=base, stored_tuned=tuned)
-        return gpu_search.search(recipe, pair)
+        codes, scale = gpu_search.search(recipe, pair)
+        return [scale, codes] if nearest else [scale]
 
-    if tiles.local and has_fp8_gpu() and gpu_search.applies(recipe, tiles):
-        codes, scale = kernel_or_plain(kernel, plain, tiles.stored_base, tiles.stored_tuned)
-        return codes, scale
-    return _plain_codes_and_scale(tiles, stored, recipe)
+    scale, *codes = kernel_or_plain(kernel, plain, tiles.stored_base, tiles.stored_tuned)
+    return codes[0] if nearest else _codes(tiles, scale, recipe), scale
 
 
-def _plain_codes_and_scale(tiles: Tiles, stored: Array | None, recipe: Recipe) -> tuple[Array, Array]:
+def _codes(tiles: Tiles, scale: Array, recipe: Recipe) -> Array:
     def encode(tiles: Tiles, scale: Array) -> Array:
         values = recipe.rounding(tiles, scale)
         # A zero keeps its sign, as in a cast: arithmetic rounding makes every zero positive.
         values = jnp.where(values == 0, jnp.copysign(values, tiles.tuned), values)
         return recipe.format.encode(values)
 
-    scale = find_scales(recipe, tiles, stored)
     alignment = getattr(recipe.rounding, "alignment", None)
     if tiles.local and alignment:
         on_cpu = functools.partial(in_parts, encode, step=alignment(tiles))
-        return lax.platform_dependent(tiles, scale, cpu=on_cpu, default=encode), scale
-    return encode(tiles, scale), scale
+        return lax.platform_dependent(tiles, scale, cpu=on_cpu, default=encode)
+    return encode(tiles, scale)

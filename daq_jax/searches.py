@@ -152,9 +152,17 @@ class OffGrid:
         """One scale per tile."""
         plain = trials.judged_by(neg_bias, Nearest())
         on_grid = _one(plain)
-        ratios = np.linspace(self.low, self.high, self.n).astype(np.float32)
-        best = plain.best(jnp.asarray(ratios), on_grid)
-        return jnp.where(on_grid.score < self.least - 1, on_grid.scale, best.scale)
+        best = plain.best(jnp.asarray(self.ratios, jnp.float32), on_grid)
+        return jnp.where(self.is_small(on_grid), on_grid.scale, best.scale)
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """What is tried beside AbsMax."""
+        return tuple(float(r) for r in np.linspace(self.low, self.high, self.n).astype(np.float32))
+
+    def is_small(self, on_grid: Trial) -> Array:
+        """Whether a change is small, by the trial of AbsMax."""
+        return on_grid.score < self.least - 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from jax.core import Tracer
 
 from daq_jax import recipes
 from daq_jax.qtensor import QTensor
-from daq_jax.quantizer import is_finite, quantize_and_look
+from daq_jax.quantizer import better_together, is_finite, quantize_alike, quantize_and_look
 from daq_jax.recipes import Recipe
 from daq_jax.rules import DEFAULT_RULES, NAMED_RULES, Decision, Rule, UnusedRuleWarning, decide
 from daq_jax.sharding import committed_sharding, lie_apart, place_of
@@ -282,23 +282,55 @@ def quantize(
     later = not donate and is_concrete((base, tuned))
     refuse_unquantizable(pairs, check_finite, later=later)
     uses = collections.Counter(id(x) for x in jax.tree.leaves((base, tuned)))
-    results, finite = [], []
-    for pair in pairs:
-        if not pair.decision.quantize:
-            results.append(pair.tuned)
-            continue
-        for found, x in zip((results, finite), _quantize_leaf(pair), strict=True):
-            found.append(x)
-        if donate:
-            _delete(pair, uses)
+    results, finite = [pair.tuned for pair in pairs], []
+    for group in _groups(pairs):
+        found, flag = _quantize_group([pairs[i] for i in group])
+        finite.append(flag)
+        for i, q in zip(group, found, strict=True):
+            results[i] = q
+            if donate:
+                _delete(pairs[i], uses)
     if check_finite and later and not _are_true(finite):
         refuse_unquantizable(pairs, check_finite)
     return with_leaves(tuned, results)
 
 
-def _quantize_leaf(pair: Pair) -> tuple[QTensor, jax.Array]:
-    how, stream = pair.decision, zlib.crc32(pair.path.encode())
-    return quantize_and_look(pair.base, pair.tuned, recipe=how.recipe, matrix=how.matrix, stream=stream)
+def _groups(pairs: Sequence[Pair]) -> list[list[int]]:
+    """Positions in `pairs` of those that are quantized at once, as a batch.
+
+    All batches of a kind have one size, so that one program does for them: the last repeats its last pair.
+    """
+    alike = collections.defaultdict[tuple[Any, ...], list[int]](list)
+    for i, pair in enumerate(pairs):
+        if pair.decision.quantize:
+            most = better_together(pair.tuned, pair.decision.recipe)
+            alike[(1, i) if most == 1 else (most, *_batch_kind(pair))].append(i)
+    groups = []
+    for (most, *_), some in alike.items():
+        count = -(-len(some) // most)
+        size = -(-len(some) // count)
+        some += some[-1:] * (count * size - len(some))
+        groups += [some[i : i + size] for i in range(0, len(some), size)]
+    return sorted(groups)
+
+
+def _batch_kind(pair: Pair) -> tuple[Any, ...]:
+    """The same for pairs that one program takes as a batch."""
+    leaves, structure = jax.tree.flatten((pair.base, pair.tuned))
+    places = (frozenset(x.devices()) if isinstance(x, jax.Array) else None for x in leaves)
+    shapes = ((x.shape, x.dtype) for x in leaves)
+    return pair.decision.recipe, pair.decision.matrix, structure, *shapes, *places
+
+
+def _quantize_group(pairs: Sequence[Pair]) -> tuple[list[QTensor], jax.Array]:
+    """The results, and whether all was finite."""
+    how = pairs[0].decision
+    if len(pairs) > 1:
+        bases, tuneds = [pair.base for pair in pairs], [pair.tuned for pair in pairs]
+        return quantize_alike(bases, tuneds, recipe=how.recipe, matrix=how.matrix)
+    (pair,), stream = pairs, zlib.crc32(pairs[0].path.encode())
+    q, finite = quantize_and_look(pair.base, pair.tuned, recipe=how.recipe, matrix=how.matrix, stream=stream)
+    return [q], finite
 
 
 def _delete(pair: Pair, uses: collections.Counter[int]) -> None:

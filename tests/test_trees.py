@@ -17,6 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import daq_jax as daq
+from daq_jax import trees
 
 ABSMAX = daq.Recipe(search=daq.AbsMax())
 BASE, TUNED = (jnp.asarray(x) for x in pair("trees", (24, 16)))
@@ -383,3 +384,32 @@ def test_each_leaf_may_have_devices_of_its_own():
     base, tuned = ([jax.device_put(w, d) for d in DEVICES[:2]] for w in (BASE, TUNED))
     q = daq.quantize(base, tuned, ABSMAX)
     assert [x.codes.devices() for x in q] == [{DEVICES[0]}, {DEVICES[1]}]
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_leaves_of_one_shape_quantized_as_a_batch_are_those_quantized_alone(donate, monkeypatch):
+    rng = np.random.default_rng(0)
+
+    def leaf(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    shapes = {"a": (96, 64), "b": (96, 64), "c": (64, 96), "d": (96, 64), "norm": (64,), "e": (2, 96, 64)}
+    base = {name: leaf(*shape) for name, shape in shapes.items()}
+    tuned = {name: x + 1e-2 * leaf(*x.shape) for name, x in base.items()}
+    tuned["d"] = tuned["b"]
+    expected = daq.quantize(base, tuned)
+    sizes = []
+    alike = trees.quantize_alike
+    monkeypatch.setattr(trees, "better_together", lambda tuned, recipe: 2)
+    monkeypatch.setattr(
+        trees, "quantize_alike", lambda b, t, **how: sizes.append(len(b)) or alike(b, t, **how)
+    )
+    copies = jax.tree.map(jnp.copy, (base, tuned))
+    q = daq.quantize(*copies, donate=donate)
+    assert sizes == [2, 2]  # a and b, then d twice
+    for name in "abcde":
+        assert jnp.array_equal(q[name].scale, expected[name].scale)
+        kept, wanted = (np.asarray(x.dequantize()) for x in (q[name], expected[name]))
+        assert np.mean(kept != wanted) < 1e-3  # products of a batch may differ in their last bit
+    assert q["norm"] is copies[1]["norm"]
+    assert copies[0]["a"].is_deleted() == copies[1]["d"].is_deleted() == donate
