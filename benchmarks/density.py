@@ -186,17 +186,19 @@ class Study:
         self.add_density(daq.nf4, 128, STANDARD, [BEST])
         if name == "tiny":
             return
-        left_out = (BEST,) if gpu else (BEST, "no stage", "density_released", "density_paper")
-        self.add_density(daq.nf4, 128, STANDARD, [s for s in STAGES if s not in left_out])
-        for fmt in (daq.fp4_e2m1, daq.fp4_bnb, daq.int4) if gpu else (daq.fp4_e2m1,):
-            self.add_baselines(fmt, 128, STANDARD)
-            self.add_density(fmt, 128, STANDARD, [BEST])
         for tokens in (2, 64, 1):
             self.add_density(daq.nf4, 128, tokens, [BEST])
             self.add_baselines(daq.nf4, 128, tokens, ["gptq"])
+        self.add_baselines(daq.fp4_e2m1, 128, STANDARD)
+        self.add_density(daq.fp4_e2m1, 128, STANDARD, [BEST])
         for group in (None, 64):
-            self.add_density(daq.nf4, group, STANDARD, ["stages 1, 2, rounding", BEST] if gpu else [BEST])
+            self.add_density(daq.nf4, group, STANDARD, [BEST])
             self.add_baselines(daq.nf4, group, STANDARD)
+        left_out = (BEST,) if gpu else (BEST, "no stage", "density_released", "density_paper")
+        self.add_density(daq.nf4, 128, STANDARD, [s for s in STAGES if s not in left_out])
+        for fmt in (daq.fp4_bnb, daq.int4) if gpu else ():
+            self.add_baselines(fmt, 128, STANDARD)
+            self.add_density(fmt, 128, STANDARD, [BEST])
 
 
 def stage_two(study: Study, outputs: int) -> list[dict[str, Any]]:

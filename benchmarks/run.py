@@ -5,7 +5,8 @@
 
 For each workload and recipe: sampled tiles are compared with the NumPy oracles of the tests, and a wrong one
 ends the run with exit status 1. Then the eager call `daq_jax.quantize(base, tuned, recipe)` is timed, its
-look for NaN included and compilation apart, next to two others: the released search (`reference.py`), and the
+look for NaN included and compilation apart ("queued": several calls without a look or a wait in between, as in
+a pipeline), next to two others: the released search (`reference.py`), and the
 floor, a program that does no more than read both weights and write a byte for each. `--gpu` runs all that the
 README says of a GPU, some of it without our kernels as well ("plain"), in about three minutes. Writes
 `speed_DEVICE.json` and `speed_DEVICE.md`.
@@ -178,6 +179,15 @@ def seconds(call: Callable[[], Any], repeats: int) -> list[float]:
     return times
 
 
+def queued_seconds(call: Callable[[], Any], repeats: int) -> float:
+    """Seconds a call where a program goes on giving the device work, and nothing is waited for in between."""
+    start, last = time.perf_counter(), None
+    for _ in range(repeats):
+        last = call()
+    jax.block_until_ready(last)
+    return (time.perf_counter() - start) / repeats
+
+
 def compiled_by(call: Callable[[], Any]) -> list[tuple[float, Any]]:
     """The programs that a call of `quantize` runs on its leaves: seconds to compile each, and the program."""
     run, found = quantizer._quantize_pair, []
@@ -244,6 +254,7 @@ def measure(job: Job, repeats: int) -> dict[str, Any]:
     moved = sum(x.nbytes for x in jax.tree.leaves((base, tuned, q)))
     del q
     times = seconds(call, repeats)
+    queued = queued_seconds(functools.partial(call, check_finite=False), repeats)
     floor = seconds(lambda: jax.tree.map(_touch, base, tuned), repeats)
     median, floor_median = statistics.median(times), statistics.median(floor)
     return row | {
@@ -251,6 +262,7 @@ def measure(job: Job, repeats: int) -> dict[str, Any]:
         "seconds_fastest": min(times),
         "seconds_slowest": max(times),
         "elements_per_second": elements / median,
+        "elements_per_second_queued": elements / queued,
         "bytes_per_second": moved / median,
         "floor_seconds": floor_median,
         "floor_elements_per_second": elements / floor_median,
@@ -290,6 +302,7 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "G elements": lambda r: f"{r['elements'] / 1e9:.4g}",
     "seconds": lambda r: f"{r['seconds']:.3g}",
     "G elements/s": lambda r: f"{r['elements_per_second'] / 1e9:.3g}",
+    "queued": lambda r: f"{r['elements_per_second_queued'] / 1e9:.3g}",
     "GB/s": lambda r: f"{r['bytes_per_second'] / 1e9:.3g}",
     "floor, G elements/s": lambda r: f"{r['floor_elements_per_second'] / 1e9:.3g}",
     "times the reference": lambda r: f"{r['times_faster']:.3g}" if "times_faster" in r else "-",

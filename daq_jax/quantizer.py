@@ -33,7 +33,7 @@ from daq_jax.tiles import Tiles
 from daq_jax.tilings import Matrix, TileView
 from daq_jax.trials import find_scales
 
-_MOST_TOGETHER = 150_000_000  # elements of a batch of weights
+_MOST_TOGETHER = 300_000_000  # elements of a batch of weights
 
 
 def quantize_pair(
