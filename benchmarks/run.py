@@ -5,11 +5,11 @@
 
 For each workload and recipe: sampled tiles are compared with the NumPy oracles of the tests, and a wrong one
 ends the run with exit status 1. Then the eager call `daq_jax.quantize(base, tuned, recipe)` is timed, its
-look for NaN included and compilation apart ("queued": several calls without a look or a wait in between, as in
-a pipeline), next to two others: the released search (`reference.py`), and the
-floor, a program that does no more than read both weights and write a byte for each. `--gpu` runs all that the
-README says of a GPU, some of it without our kernels as well ("plain"), in about three minutes. Writes
-`speed_DEVICE.json` and `speed_DEVICE.md`.
+look for NaN included and compilation apart, and several calls without a look or a wait in between, as in a
+pipeline ("queued"). Beside them stand the released search (`reference.py`) and the floor, a program that does
+no more than read both weights and write a byte for each. `--gpu` runs all that the README says of a GPU, some
+of it without our kernels as well ("plain"), in about three minutes. Writes `speed_DEVICE.json` and
+`speed_DEVICE.md`.
 """
 
 import argparse
