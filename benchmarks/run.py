@@ -78,6 +78,7 @@ GPU = [
     Job("llama_7b", "unbiased_gain"),
     *(Job(f"deepseek_v3_{name}", "paper_cosine") for name in ("up", "down", "expert")),
     *(Job(name, "paper_cosine") for name in ("moe_experts", "llama_7b_up", "square_8192", "square_32768")),
+    *(Job("llama_8b_up", recipe) for recipe in ("paper_cosine", "unbiased_gain", "default")),
     Job("square_16384", "default"),
     Job("llama_7b", "default"),
 ]

@@ -56,6 +56,7 @@ WORKLOADS: dict[str, Workload] = {
     "llama_7b_attention": _one(*_ATTENTION),
     "llama_7b_up": _one(*_UP),
     "llama_7b_down": _one(*_DOWN),
+    "llama_8b_up": _one(4096, 14336),
     "deepseek_v3_up": _one(7168, 18432),
     "deepseek_v3_down": _one(18432, 7168),
     "deepseek_v3_expert": _one(7168, 2048),

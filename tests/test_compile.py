@@ -56,13 +56,13 @@ def test_eval_shape_tells_the_result_without_any_work():
     assert shapes["odd"].ndim == 2
 
 
-@pytest.mark.parametrize("name", ["absmax", "sign_rate"])
+@pytest.mark.parametrize("name", ["absmax", "sign_rate", pytest.param("default", marks=pytest.mark.slow)])
 def test_export_for_cpu_cuda_and_tpu(name):
     pytest.importorskip("flatbuffers")
     base, tuned, rules = tree("maxtext scanned query")
 
     def run(b, t):
-        q = daq.quantize(b, t, EXACT[name], rules=rules)
+        q = daq.quantize(b, t, {"default": daq.recipes.default, **EXACT}[name], rules=rules)
         table = daq.compare(b, t, q)
         return jax.tree.leaves(q), jax.tree.leaves(daq.dequantize(q)), table.total.cosine
 
