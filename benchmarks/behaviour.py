@@ -34,9 +34,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from behaviour_baselines import watch_inputs
+from behaviour_baselines import Inputs, watch_inputs
 from behaviour_corpora import Text, load_corpora, windows
-from behaviour_recipes import LAYOUTS, METHODS, Method, in_layout
+from behaviour_recipes import LAYOUTS, METHODS, Method, in_layout, methods_for
 from behaviour_report import write_report
 from behaviour_training import SIZES, Pair, Size, make_pairs
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -44,6 +44,7 @@ from jax import Array
 
 import daq_jax as daq
 from daq_jax.demo.model import ModelSize, Params, divergences, losses, next_byte_log_probs
+from daq_jax.grams import KernelInputs
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "daq_jax", "wheels")
 RESULTS = Path(__file__).parent / "results" / "behaviour"
@@ -93,13 +94,16 @@ class Judged(NamedTuple):
 
 def apply_method(method: Method, pair: Pair, layout: str, inputs: Any, absmax: Any) -> Judged:
     """Quantizes a pair. `absmax` is what AbsMax makes of it, for the share of codes that are the same."""
-    if not isinstance(method.means, daq.Recipe):
+    if callable(method.means):
         recipe = in_layout(daq.recipes.absmax, layout)
         leaves, paths = flatten_dict(pair.tuned, sep="/"), quantized_paths(absmax)
         changed = {path: method.means(leaves[path], inputs[path], recipe) for path in paths}
         params = unflatten_dict(leaves | changed, sep="/")
         return Judged(params, change_figures(pair, params, paths) | {"same_codes": None})
-    quantized = daq.quantize(*pair, in_layout(method.means, layout))
+    if isinstance(method.means, daq.DensityRecipe):
+        quantized = quantize_by_density(method.means, pair, inputs)
+    else:
+        quantized = daq.quantize(*pair, in_layout(method.means, layout))
     total = daq.compare(*pair, quantized).total.to_dict()
     figures = {name: total[name] for name in ("sign_rate", "cosine", "projection", "mse")}
     codes = [
@@ -108,6 +112,15 @@ def apply_method(method: Method, pair: Pair, layout: str, inputs: Any, absmax: A
     ]
     same = float(np.mean(codes[0] == codes[1]))
     return Judged(daq.dequantize(quantized), figures | {"same_codes": same})
+
+
+def quantize_by_density(recipe: daq.DensityRecipe, pair: Pair, inputs: Mapping[str, Inputs]) -> Any:
+    """By the outputs on the calibration text, or, if the recipe has a metric of the change, by the change."""
+    if recipe.metric is not None:
+        return daq.quantize_density(pair.tuned, None, recipe, base=pair.base)
+    kernels = tuple(KernelInputs(path, (0,), len(x.gram)) for path, x in inputs.items())
+    grams = daq.Grams({path: x.gram for path, x in inputs.items()}, kernels, joint=True)
+    return daq.quantize_density(pair.tuned, grams, recipe)
 
 
 def measure_pair(
@@ -199,7 +212,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--layout", choices=LAYOUTS, default="fp8-block", help="format and tiling of all")
     parser.add_argument("--bases", choices=BASES, nargs="+", default=BASES)
-    parser.add_argument("--recipes", choices=METHODS, nargs="+", default=list(METHODS), metavar="NAME")
+    parser.add_argument("--recipes", choices=METHODS, nargs="+", metavar="NAME")
     parser.add_argument("--merge", type=Path, nargs="+", help="only report on these JSON files")
     parser.add_argument("--real-pair", action="store_true", help="the study on real weights instead")
     given = parser.parse_args()
@@ -207,7 +220,7 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     if given.merge:
         return write_report(given.merge, given.out)
-    methods = {name: METHODS[name] for name in given.recipes}
+    methods = {name: METHODS[name] for name in given.recipes or methods_for(given.layout)}
     if given.real_pair:
         from behaviour_real_pair import run_real_pair  # needs `tokenizers`
 

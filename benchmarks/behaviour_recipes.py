@@ -7,6 +7,7 @@ from behaviour_baselines import Baseline, awq, smoothquant
 
 import daq_jax as daq
 from daq_jax.formats import Format
+from daq_jax.metrics import Metric, neg_bias
 from daq_jax.roundings import Rounding
 from daq_jax.tilings import Tiling
 
@@ -14,7 +15,7 @@ from daq_jax.tilings import Tiling
 class Method(NamedTuple):
     """A row of the table, and how the plots draw it."""
 
-    means: daq.Recipe | Baseline
+    means: daq.Recipe | daq.DensityRecipe | Baseline
     colour: str
     marker: str
 
@@ -27,6 +28,11 @@ BLACK, GREY, ORANGE, SKY, GREEN, BLUE, RED, PINK = (
 
 def _with(rounding: Rounding, **parts: Any) -> daq.Recipe:
     return dataclasses.replace(daq.recipes.absmax, rounding=rounding, **parts)
+
+
+def _of_the_change(metric: Metric) -> daq.DensityRecipe:
+    """Both stages with a metric of the change in place of the output's loss; needs no text."""
+    return daq.DensityRecipe(metric=metric, adjust=daq.SignSteps(epochs=2, turns=50), sweeps=0)
 
 
 METHODS: dict[str, Method] = {
@@ -47,6 +53,9 @@ METHODS: dict[str, Method] = {
     "feedback": Method(_with(daq.UnbiasedFeedback()), BLUE, "P"),
     "feedback_power_of_two": Method(_with(daq.UnbiasedFeedback(), scales=daq.PowerOfTwo()), BLUE, "v"),
     "default": Method(daq.recipes.default, BLUE, "*"),
+    "density": Method(daq.DensityRecipe(loss="row"), ORANGE, "P"),
+    "density_cosine": Method(_of_the_change(daq.cosine), ORANGE, "D"),
+    "density_bias": Method(_of_the_change(neg_bias), ORANGE, "o"),
 }
 
 # Format and tiling of every method in a run; the FP8-native base of the study lies on the same grid.
@@ -54,7 +63,14 @@ LAYOUTS: dict[str, tuple[Format, Tiling]] = {
     "fp8-block": (daq.fp8_e4m3fn, daq.Block(128, 128)),
     "fp8-channel": (daq.fp8_e4m3fn, daq.Channel()),
     "int8-channel": (daq.int8, daq.Channel()),
+    "nf4-group": (daq.nf4, daq.Group(128)),
 }
+
+
+def methods_for(layout: str) -> list[str]:
+    """Names of the methods that can be had in a layout: density-aware ones are for 4 bits."""
+    four_bits = layout == "nf4-group"
+    return [name for name, m in METHODS.items() if four_bits or not isinstance(m.means, daq.DensityRecipe)]
 
 
 def in_layout(recipe: daq.Recipe, layout: str) -> daq.Recipe:
