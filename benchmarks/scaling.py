@@ -30,22 +30,24 @@ COLLECTIVES = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatte
 
 
 def measure(recipe: str, shape: tuple[int, int], devices: list[jax.Device], repeats: int) -> dict[str, Any]:
-    """Seconds on these devices, the collectives in the program, and the result for comparison."""
+    """Seconds on these devices, alone and of many calls in a row, the collectives in the program, and the result for comparison."""
     where = NamedSharding(Mesh(np.array(devices), ("x",)), PartitionSpec("x", None))
     base, tuned = (jax.device_put(x, where) for x in workloads.pair(shape))
     call = functools.partial(daq.quantize, base, tuned, run.RECIPES[recipe], rules=())
     ((_, program),) = run.compiled_by(call)
     times = run.seconds(call, repeats)
+    queued = run.queued_seconds(functools.partial(call, check_finite=False), repeats)
     codes, scale = (
         np.asarray(x) for x in (jax.lax.bitcast_convert_type(call().codes, jnp.uint8), call().scale)
     )
     found = sorted(set(re.findall(COLLECTIVES, program.as_text())))
-    return {"seconds": statistics.median(times), "collectives": found, "codes": codes, "scale": scale}
+    seconds = {"seconds": statistics.median(times), "queued_seconds": queued}
+    return seconds | {"collectives": found, "codes": codes, "scale": scale}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--rows", type=int, default=32768)
+    parser.add_argument("--rows", type=int, default=65536)
     parser.add_argument("--columns", type=int, default=16384)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--out", type=pathlib.Path, default=run.HERE / "results")
@@ -57,9 +59,8 @@ def main() -> None:
         one, many = (measure(recipe, shape, some, args.repeats) for some in (devices[:1], devices))
         if not all(np.array_equal(one.pop(part), many.pop(part)) for part in ("codes", "scale")):
             sys.exit(f"{recipe}: WRONG: {len(devices)} devices give other codes or scales than one")
-        rows.append(
-            {"recipe": recipe, "one": one, "all": many, "times_faster": one["seconds"] / many["seconds"]}
-        )
+        faster = {f"times_faster_{name}": one[name] / many[name] for name in ("seconds", "queued_seconds")}
+        rows.append({"recipe": recipe, "one": one, "all": many, **faster})
         print(json.dumps(rows[-1]), flush=True)
     report = run.environment() | {"devices": len(devices), "shape": shape, "rows": rows}
     report["command"] = " ".join(["python", "benchmarks/scaling.py", *sys.argv[1:]])
