@@ -22,8 +22,8 @@ from daq_jax.io.planning import MissingBase, Plan, make_plan
 from daq_jax.io.report import progress_on, result_of, table_of, warning_of
 from daq_jax.io.streaming import carry_out
 from daq_jax.io.tensor_files import read_json
-from daq_jax.recipes import Recipe
-from daq_jax.scales import PowerOfTwo
+from daq_jax.recipes import DensityRecipe, Recipe
+from daq_jax.scales import AnyScale, InDtype, PowerOfTwo
 from daq_jax.searches import CoarseToFine, Grid, WithBaseScale
 
 _DTYPES = ("bfloat16", "float16", "float32")
@@ -35,7 +35,7 @@ def quantize_folder(
     base: str | Path,
     tuned: str | Path,
     out: str | Path,
-    recipe: Recipe = recipes.default,
+    recipe: Recipe | DensityRecipe = recipes.default,
     *,
     format: str | None = None,
     target: str = "hopper",
@@ -59,8 +59,8 @@ def quantize_folder(
             Or an Orbax checkpoint, if `tuned` is one too: then so is `out`, for `daq_jax.load`.
         tuned: folder after tuning; may be sharded in another way.
         out: folder to write; new, empty, or left by the same call.
-        recipe: how to quantize; its format and tiling are those of `format`.
-        format: "fp8-block", "fp8-channel" or "int8-channel"; None for what suits the target.
+        recipe: how to quantize; its format and tiling are those of `format`. A `DensityRecipe` is refused.
+        format: "fp8-block", "fp8-channel", "int8-channel" or "int4-group"; None for what suits the target.
         target: "hopper", "blackwell" or "tpu": who serves the result.
         memory_gb: GB that the process may take; None for a quarter of the machine's.
         missing_base: "error", or "absmax" to quantize weights that base lacks without it.
@@ -82,6 +82,7 @@ def quantize_folder(
         OSError: where the disk fails.
     """
     console = console or Console(quiet=True)
+    recipe = _without_zeros(recipe)
     layout, power_of_two = _layout(format, target)
     _check(shard, tp, base_dtype, overwrite)
     base, tuned, out = Path(base), Path(tuned), Path(out)
@@ -104,7 +105,7 @@ def quantize_folder(
     try:
         if not after.config:
             raise ValueError(f"{tuned}: has no {CONFIG}, without which no server loads the result.")
-        recipe = _with_base_scales(recipe, before, layout)
+        recipe = _for_folders(recipe, before, after, layout)
         plan = make_plan(
             before,
             after,
@@ -191,6 +192,20 @@ def _layout(format: str | None, target: str) -> tuple[Layout, bool]:
     return LAYOUTS[name], name in TARGETS[target].power_of_two
 
 
+def _without_zeros(recipe: Recipe | DensityRecipe) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return recipe
+    why = "is fitted to the inputs of layers, which folders do not have"
+    if recipe.shift:
+        why = (
+            "gives each group a zero that is a real number, and the files of servers hold whole zeros or none"
+        )
+    raise ValueError(
+        f"a DensityRecipe {why}: pass a Recipe, such as `mse` with --format int4-group, or call "
+        "`daq_jax.quantize_density` on the weights in memory."
+    )
+
+
 def _check(shard: tuple[int, int], tp: int, base_dtype: str | None, overwrite: bool) -> None:
     if not 1 <= shard[0] <= shard[1]:
         raise ValueError(f"`shard` must be (I, N) with I from 1 to N; got {shard}.")
@@ -229,8 +244,13 @@ def _for_server(recipe: Recipe, layout: Layout, power_of_two: bool) -> Recipe:
     return dataclasses.replace(recipe, scales=PowerOfTwo()) if power_of_two else recipe
 
 
-def _with_base_scales(recipe: Recipe, base: Folder, layout: Layout) -> Recipe:
-    """The recipe, its search by score with the scales that the base was stored with, if it was."""
+def _for_folders(recipe: Recipe, base: Folder, tuned: Folder, layout: Layout) -> Recipe:
+    """The recipe, with what these folders say of scales.
+
+    Those that a server will hold; and for a search by score those that the base was stored with, if it was.
+    """
+    if layout.narrow_scales and recipe.scales == AnyScale() and tuned.dtype != np.float32:
+        recipe = dataclasses.replace(recipe, scales=InDtype(str(tuned.dtype)))
     stored = any(t.coding and t.coding.tiling == layout.tiling for t in base.tensors.values())
     if stored and isinstance(recipe.search, (Grid, CoarseToFine)):
         recipe = dataclasses.replace(recipe, search=WithBaseScale(recipe.search))
