@@ -1,7 +1,6 @@
 """Two checkpoint folders to a third: the one call behind `daq-jax quantize`."""
 
 import dataclasses
-import os
 import resource
 import shutil
 import sys
@@ -15,19 +14,24 @@ from rich.console import Console
 import daq_jax
 from daq_jax import recipes
 from daq_jax.io.completion import CONFIG, complete
+from daq_jax.io.folder_options import (
+    check_options,
+    for_folders,
+    for_server,
+    layout_for,
+    memory_of,
+    refuse_for_orbax,
+    without_zeros,
+)
 from daq_jax.io.folders import INDEX, Folder, is_orbax, open_folder
-from daq_jax.io.hf_layouts import LAYOUTS, TARGETS, Layout
+from daq_jax.io.hf_layouts import TARGETS
 from daq_jax.io.journal import REPORT, Journal, describe, fingerprint
 from daq_jax.io.planning import MissingBase, Plan, make_plan
 from daq_jax.io.report import progress_on, result_of, table_of, warning_of
 from daq_jax.io.streaming import carry_out
 from daq_jax.io.tensor_files import read_json
 from daq_jax.recipes import DensityRecipe, Recipe
-from daq_jax.scales import AnyScale, InDtype, PowerOfTwo
-from daq_jax.searches import CoarseToFine, Grid, WithBaseScale
 
-_DTYPES = ("bfloat16", "float16", "float32")
-_QUARTER = 0.25  # of the machine's memory, unless told otherwise
 _SPARE_DISK = 10**8  # bytes left free for report and side files
 
 
@@ -56,7 +60,8 @@ def quantize_folder(
 
     Args:
         base: folder before tuning; Hugging Face safetensors, bfloat16, float16, float32, or FP8 with scales.
-            Or an Orbax checkpoint, if `tuned` is one too: then so is `out`, for `daq_jax.load`.
+            Or an Orbax checkpoint, if `tuned` is one too: then so is `out`, for `daq_jax.load`, and `shard`,
+            `tp`, `base_dtype` and `custom_code` are refused.
         tuned: folder after tuning; may be sharded in another way.
         out: folder to write; new, empty, or left by the same call.
         recipe: how to quantize; its format and tiling are those of `format`. A `DensityRecipe` is refused.
@@ -82,20 +87,21 @@ def quantize_folder(
         OSError: where the disk fails.
     """
     console = console or Console(quiet=True)
-    recipe = _without_zeros(recipe)
-    layout, power_of_two = _layout(format, target)
-    _check(shard, tp, base_dtype, overwrite)
+    recipe = without_zeros(recipe)
+    layout, power_of_two = layout_for(format, target)
+    check_options(shard, tp, base_dtype, overwrite)
     base, tuned, out = Path(base), Path(tuned), Path(out)
     _refuse_same(out, base, tuned)
-    recipe = _for_server(recipe, layout, power_of_two)
+    recipe = for_server(recipe, layout, power_of_two)
     if is_orbax(base) or is_orbax(tuned):
+        refuse_for_orbax(shard=shard != (1, 1), tp=tp != 1, base_dtype=base_dtype, custom_code=custom_code)
         return _quantize_orbax(
             base,
             tuned,
             out,
             recipe,
             about={"version": daq_jax.__version__, "format": layout.name, "target": target},
-            memory=_memory(memory_gb),
+            memory=memory_of(memory_gb),
             missing_base=missing_base,
             overwrite=overwrite,
             plan_only=plan_only,
@@ -105,13 +111,13 @@ def quantize_folder(
     try:
         if not after.config:
             raise ValueError(f"{tuned}: has no {CONFIG}, without which no server loads the result.")
-        recipe = _for_folders(recipe, before, after, layout)
+        recipe = for_folders(recipe, before, after, layout)
         plan = make_plan(
             before,
             after,
             recipe,
             layout,
-            memory=_memory(memory_gb),
+            memory=memory_of(memory_gb),
             missing_base=missing_base,
             tp=tp,
             dtype=np.dtype(base_dtype) if base_dtype else None,
@@ -182,43 +188,6 @@ class _Work:
         return report
 
 
-def _layout(format: str | None, target: str) -> tuple[Layout, bool]:
-    """The layout to write, and whether its scales must be powers of two."""
-    if target not in TARGETS:
-        raise ValueError(f"`target` must be one of {', '.join(TARGETS)}; got {target!r}.")
-    name = format or TARGETS[target].layout
-    if name not in LAYOUTS:
-        raise ValueError(f"`format` must be one of {', '.join(LAYOUTS)}; got {name!r}.")
-    return LAYOUTS[name], name in TARGETS[target].power_of_two
-
-
-def _without_zeros(recipe: Recipe | DensityRecipe) -> Recipe:
-    if isinstance(recipe, Recipe):
-        return recipe
-    why = "is fitted to the inputs of layers, which folders do not have"
-    if recipe.shift:
-        why = (
-            "gives each group a zero that is a real number, and the files of servers hold whole zeros or none"
-        )
-    raise ValueError(
-        f"a DensityRecipe {why}: pass a Recipe, such as `mse` with --format int4-group, or call "
-        "`daq_jax.quantize_density` on the weights in memory."
-    )
-
-
-def _check(shard: tuple[int, int], tp: int, base_dtype: str | None, overwrite: bool) -> None:
-    if not 1 <= shard[0] <= shard[1]:
-        raise ValueError(f"`shard` must be (I, N) with I from 1 to N; got {shard}.")
-    if overwrite and shard[1] > 1:
-        raise ValueError(
-            "`overwrite` with several shares would undo the work of the others; empty `out` first."
-        )
-    if tp < 1:
-        raise ValueError(f"`tp` must be a number of devices; got {tp}.")
-    if base_dtype not in (None, *_DTYPES):
-        raise ValueError(f"`base_dtype` must be one of {', '.join(_DTYPES)}; got {base_dtype!r}.")
-
-
 def _quantize_orbax(base: Path, tuned: Path, out: Path, recipe: Recipe, **options: Any) -> dict[str, Any]:
     from daq_jax.io.orbax_folders import quantize_orbax  # which loads Orbax
 
@@ -236,33 +205,6 @@ def _refuse_same(out: Path, base: Path, tuned: Path) -> None:
             raise ValueError(f"{out}: must neither be an input, nor lie in one, nor hold one: {folder}.")
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is a file; needed a folder to write to.")
-
-
-def _for_server(recipe: Recipe, layout: Layout, power_of_two: bool) -> Recipe:
-    """The recipe, with the format, the tiling and the scales that a server reads."""
-    recipe = dataclasses.replace(recipe, format=layout.format, tiling=layout.tiling)
-    return dataclasses.replace(recipe, scales=PowerOfTwo()) if power_of_two else recipe
-
-
-def _for_folders(recipe: Recipe, base: Folder, tuned: Folder, layout: Layout) -> Recipe:
-    """The recipe, with what these folders say of scales.
-
-    Those that a server will hold; and for a search by score those that the base was stored with, if it was.
-    """
-    if layout.narrow_scales and recipe.scales == AnyScale() and tuned.dtype != np.float32:
-        recipe = dataclasses.replace(recipe, scales=InDtype(str(tuned.dtype)))
-    stored = any(t.coding and t.coding.tiling == layout.tiling for t in base.tensors.values())
-    if stored and isinstance(recipe.search, (Grid, CoarseToFine)):
-        recipe = dataclasses.replace(recipe, search=WithBaseScale(recipe.search))
-    return recipe
-
-
-def _memory(memory_gb: float | int | None) -> int:
-    if memory_gb is None:
-        return int(_QUARTER * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    if not 0 < memory_gb < float("inf"):
-        raise ValueError(f"`memory_gb` must be above 0; got {memory_gb}.")
-    return int(memory_gb * 10**9)
 
 
 def _peak() -> int:
