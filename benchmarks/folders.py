@@ -3,6 +3,8 @@
     python benchmarks/folders.py memory --disk DIR     # 6 GB and 12 GB of tuned weights under --memory 2
     python benchmarks/folders.py plan --disk DIR       # headers of 671B parameters over sparse files
     python benchmarks/folders.py speed --disk DIR      # beside the same tensors in memory, and beside a copy
+    python benchmarks/folders.py speed --disk DIR --recipe default --layers 8 --out FILE     # on a GPU
+    python benchmarks/folders.py speed --disk DIR --width 384 --layers 2 --out FILE          # tiny
 
 Each prints its figures and writes them to `benchmarks/results/folders_<name>.json`. Folders are made below
 DIR and removed. Peak memory is that of a process of its own, as the system counts it (`ru_maxrss`).
@@ -28,6 +30,7 @@ import tyro
 
 import daq_jax as daq
 from daq_jax.io.folders import open_folder
+from daq_jax.io.hf_layouts import LAYOUTS
 from daq_jax.io.tensor_files import TensorSpec, TensorWriter, plan_file
 
 RESULTS = Path(__file__).parent / "results"
@@ -55,21 +58,22 @@ class Model:
         yield shard
 
 
-def llama(layers: int, vocabulary: int = VOCABULARY) -> Model:
-    """Llama 3.2 3B with another number of layers, in bfloat16."""
-    shapes = {"model.embed_tokens.weight": (vocabulary, WIDTH), "model.norm.weight": (WIDTH,)}
+def llama(layers: int, vocabulary: int = VOCABULARY, width: int = WIDTH) -> Model:
+    """Llama 3.2 3B with another number of layers, or another width in all its parts, in bfloat16."""
+    inner, heads = (n * width // WIDTH for n in (INNER, HEADS))
+    shapes = {"model.embed_tokens.weight": (vocabulary, width), "model.norm.weight": (width,)}
     for i in range(layers):
         block = f"model.layers.{i}"
         for word, shape in {
-            "self_attn.q_proj": (WIDTH, WIDTH),
-            "self_attn.k_proj": (HEADS, WIDTH),
-            "self_attn.v_proj": (HEADS, WIDTH),
-            "self_attn.o_proj": (WIDTH, WIDTH),
-            "mlp.gate_proj": (INNER, WIDTH),
-            "mlp.up_proj": (INNER, WIDTH),
-            "mlp.down_proj": (WIDTH, INNER),
-            "input_layernorm": (WIDTH,),
-            "post_attention_layernorm": (WIDTH,),
+            "self_attn.q_proj": (width, width),
+            "self_attn.k_proj": (heads, width),
+            "self_attn.v_proj": (heads, width),
+            "self_attn.o_proj": (width, width),
+            "mlp.gate_proj": (inner, width),
+            "mlp.up_proj": (inner, width),
+            "mlp.down_proj": (width, inner),
+            "input_layernorm": (width,),
+            "post_attention_layernorm": (width,),
         }.items():
             shapes[f"{block}.{word}.weight"] = shape
     config = {"model_type": "llama", "torch_dtype": "bfloat16", "tie_word_embeddings": True}
@@ -176,55 +180,101 @@ def plan(disk: Path) -> None:
     note("plan", {"parameters": parameters, "tensors": len(model.tensors), **found})
 
 
-def speed(disk: Path, layers: int = 4, recipe: str = "default", repeats: int = 3) -> None:
-    """Folders beside the same tensors in memory, and beside a copy of the same files."""
-    here, model = disk / "folders_speed", llama(layers, vocabulary=1024)  # what is quantized, and little else
-    base, tuned = make(here / "base", model, 0), make(here / "tuned", model, 1)
-    before, after = open_folder(base), open_folder(tuned)
-    names = [name for name in after.tensors if "_proj" in name]
-    how, rules = daq.recipes.RECIPES[recipe], [daq.use("", matrix=((-1,), (-2,)))]
-    pairs = [({n: f.read(n) for n in names}) for f in (before, after)]
-    rows = []
-    for _ in range(repeats + 1):  # the first compiles, for both
-        shutil.rmtree(here / "out", ignore_errors=True)
-        row, start = {}, time.monotonic()
-        q = jax.block_until_ready(daq.quantize(*pairs, how, rules=rules))
-        row["in_memory"] = time.monotonic() - start
-        daq.compare(*pairs, q)
-        row["in_memory_and_compared"] = time.monotonic() - start
-        del q
-        start = time.monotonic()
-        daq.quantize_folder(base, tuned, here / "out", how, memory_gb=4)
-        row["folder"] = time.monotonic() - start
-        start = time.monotonic()
-        for word in ("base", "tuned"):
-            shutil.copytree(here / word, here / "copy" / word)
-        os.sync()
-        row["copy_of_both"] = time.monotonic() - start
-        shutil.rmtree(here / "copy")
-        rows.append(row)
-    best = {key: min(row[key] for row in rows[1:]) for key in rows[0]}
+def speed(
+    disk: Path,
+    layers: int = 4,
+    recipe: str = "default",
+    repeats: int = 3,
+    width: int = WIDTH,
+    seconds: float = 75,
+    format: str | None = None,
+    out: Path | None = None,
+) -> None:
+    """Folders beside the same tensors in memory, and beside a copy of the same files.
+
+    Args:
+        disk: where to make the folders.
+        layers: of the model, each 0.2 GB at the full width, in each of two folders.
+        recipe: by name.
+        repeats: how often at most; the best of each counts. One more comes first, in which all is compiled.
+        width: of the model, a multiple of 384.
+        seconds: no repeat begins after so many, but the first.
+        format: as of `daq-jax quantize`.
+        out: file for the figures; None for the usual one.
+    """
+    start = time.monotonic()
+    here = disk / "folders_speed"
+    model = llama(layers, vocabulary=1024, width=width)  # what is quantized, and little else
+    for seed, word in enumerate(("base", "tuned")):
+        make(here / word, model, seed)
+    timed(here, recipe, format)  # compiles
+    compiled = time.monotonic() - start
+    rows = [timed(here, recipe, format)]
+    while len(rows) < repeats and time.monotonic() - start < seconds:
+        rows.append(timed(here, recipe, format))
+    shutil.rmtree(here)
+    best = {key: min(row[key] for row in rows) for key in rows[0]}
+    size = sum(spec.nbytes for spec in model.tensors.values()) / 1e9
     ratios = {
         "folder / in_memory": best["folder"] / best["in_memory"],
         "folder / in_memory_and_compared": best["folder"] / best["in_memory_and_compared"],
         "copy_of_both / folder": best["copy_of_both"] / best["folder"],
     }
-    size = sum(spec.nbytes for spec in model.tensors.values()) / 1e9
-    shutil.rmtree(here)
-    note(
-        "speed",
-        {"recipe": recipe, "tuned_gb": size, "best_seconds": best, "ratios": ratios, "runs": rows[1:]},
-    )
+    figures = {"recipe": recipe, "format": format, "layers": layers, "width": width, "tuned_gb": size}
+    rates = {f"{key}_gb_per_s": 2 * size / value for key, value in best.items()}  # of base and tuned
+    figures |= {"made_and_compiled_seconds": compiled, "all_seconds": time.monotonic() - start}
+    note("speed", figures | {"best_seconds": best, "rates": rates, "ratios": ratios, "runs": rows}, out)
 
 
-def note(name: str, figures: dict[str, Any]) -> None:
+def timed(here: Path, recipe: str, format: str | None) -> dict[str, float]:
+    """Seconds that one run of each takes, of the folders `base` and `tuned`."""
+    how, rules = daq.recipes.RECIPES[recipe], [daq.use("", matrix=((-1,), (-2,)))]
+    layout = LAYOUTS[format or "fp8-block"]
+    how = dataclasses.replace(how, format=layout.format, tiling=layout.tiling)
+    pairs = [in_memory(here / word) for word in ("base", "tuned")]
+    row, start = {}, time.monotonic()
+    q = jax.block_until_ready(daq.quantize(*pairs, how, rules=rules))
+    row["in_memory"] = time.monotonic() - start
+    daq.compare(*pairs, q)
+    row["in_memory_and_compared"] = time.monotonic() - start
+    del q
+    if jax.default_backend() != "cpu":
+        placed = jax.block_until_ready([jax.device_put(pair) for pair in pairs])
+        start = time.monotonic()
+        jax.block_until_ready(daq.quantize(*placed, how, rules=rules))
+        row["on_device"] = time.monotonic() - start
+        del placed
+    del pairs
+    start = time.monotonic()
+    daq.quantize_folder(here / "base", here / "tuned", here / "out", how, format=format, memory_gb=4)
+    row["folder"] = time.monotonic() - start
+    start = time.monotonic()
+    for word in ("base", "tuned"):
+        shutil.copytree(here / word, here / "copy" / word)
+    os.sync()
+    row["copy_of_both"] = time.monotonic() - start
+    for word in ("copy", "out"):
+        shutil.rmtree(here / word)
+    return row
+
+
+def in_memory(path: Path) -> dict[str, Any]:
+    """The weights of a folder that are quantized."""
+    folder = open_folder(path)
+    found = {name: folder.read(name) for name in folder.tensors if "_proj" in name}
+    folder.close()
+    return found
+
+
+def note(name: str, figures: dict[str, Any], out: Path | None = None) -> None:
     """Prints figures and keeps them."""
     machine = {"cpus": os.cpu_count(), "python": platform.python_version(), "jax": jax.__version__}
     machine |= {"devices": str(jnp.zeros(()).devices()), "date": time.strftime("%Y-%m-%d")}
     text = json.dumps({"machine": machine, **figures}, indent=1)
     print(text)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"folders_{name}.json").write_text(text + "\n")
+    out = out or RESULTS / f"folders_{name}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text + "\n")
 
 
 if __name__ == "__main__":

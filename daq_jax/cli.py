@@ -17,7 +17,7 @@ from typing import Annotated, Literal, NoReturn
 import tyro
 
 from daq_jax import __version__
-from daq_jax.recipes import RECIPES
+from daq_jax.recipes import DENSITY_RECIPES, RECIPES
 
 
 def demo(*, seed: int = 0, json: bool = False) -> None:
@@ -45,8 +45,8 @@ def quantize(
     out: Annotated[Path, tyro.conf.arg(metavar="OUT")],
     /,
     *,
-    recipe: Literal[*RECIPES] = "default",
-    format: Literal["fp8-block", "fp8-channel", "int8-channel"] | None = None,
+    recipe: Literal[*RECIPES, *DENSITY_RECIPES] = "default",
+    format: Literal["fp8-block", "fp8-channel", "int8-channel", "int4-group"] | None = None,
     target: Literal["hopper", "blackwell", "tpu"] = "hopper",
     memory: float | None = None,
     plan: bool = False,
@@ -67,7 +67,8 @@ def quantize(
         base: folder of the model before tuning.
         tuned: folder of the model after tuning.
         out: folder to write.
-        recipe: what is searched and how codes are rounded.
+        recipe: what is searched and how codes are rounded. Files have no place for the zeros of the density
+            recipes, which are refused.
         format: how weights are stored; None for what suits the target.
         target: who serves the result.
         memory: GB that the process may take; None for a quarter of the machine's.
@@ -88,7 +89,7 @@ def quantize(
         base,
         tuned,
         out,
-        RECIPES[recipe],
+        (RECIPES | DENSITY_RECIPES)[recipe],
         format=format,
         target=target,
         memory_gb=memory,
@@ -111,7 +112,7 @@ def inspect(
     /,
     *,
     recipe: Literal[*RECIPES] = "default",
-    format: Literal["fp8-block", "fp8-channel", "int8-channel"] = "fp8-block",
+    format: Literal["fp8-block", "fp8-channel", "int8-channel", "int4-group"] = "fp8-block",
     json: bool = False,
 ) -> None:
     """Say from a sample what a fine-tune would lose, before anything is quantized. Takes seconds.
@@ -152,8 +153,8 @@ def compare(
     Args:
         base: folder of the model before tuning.
         tuned: folder of the model after tuning.
-        out: folder of the quantized model: FP8 or int8 with scales, as we, transformers, compressed-tensors
-            and others write it.
+        out: folder of the quantized model: FP8, int8 or packed int4 with scales, as we, transformers,
+            compressed-tensors and others write it.
         html: also write a page with pictures and a table that sorts to this file.
         fail_under: exit with status 1 if a total is lower, such as projection=0.95,cosine=0.3.
         json: print one JSON object and nothing else.

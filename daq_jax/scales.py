@@ -6,10 +6,12 @@ A scale is float32, weight units per code unit, and always positive.
 import dataclasses
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
 from daq_jax.arithmetic import SMALLEST_NORMAL, divide
+from daq_jax.formats import round_to_dtype
 
 
 def usable(scale: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -61,3 +63,17 @@ class PowerOfTwo:
         power = lax.bitcast_convert_type(bits & 0x7F800000, jnp.float32)
         power = jnp.where(bits & 0x007FFFFF, power * 2, power)
         return jnp.where(jnp.isfinite(scale), power, jnp.nan)
+
+
+@dataclasses.dataclass(frozen=True)
+class InDtype:
+    """Numbers of a narrower float dtype only, for servers that hold scales in it: the nearest one.
+
+    The nearest, not the next: a base whose scales were rounded so is found on its own grid again.
+    """
+
+    dtype: str = "bfloat16"
+
+    def __call__(self, scale: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The scale to store in place of `scale`."""
+        return usable(round_to_dtype(scale, np.dtype(self.dtype)).astype(jnp.float32))

@@ -1,27 +1,30 @@
-"""Quantized weights as checkpoints name them: codes under the weight's name, a scale beside it.
+"""Quantized weights as checkpoints name them: codes under the weight's name or packed, a scale beside them.
 
 A weight in a Hugging Face folder is `[..., out, in]`, and its scale `[..., out tiles, in tiles]`; here the
 scale is turned to the library's order, inputs first. The files of transformers and DeepSeek call the scale
-`weight_scale_inv`, those of compressed-tensors `weight_scale`; both are multiplied with the codes.
+`weight_scale_inv`, those of compressed-tensors `weight_scale`; both are multiplied with the codes. Four bits
+come eight to a word, see `packed_int4`, with `weight_shape` to say how many of them there are.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from daq_jax.formats import Format, fp8_e4m3fn, fp8_e5m2, int8
+from daq_jax.formats import Format, fp8_e4m3fn, fp8_e5m2, int4, int8
+from daq_jax.io.packed_int4 import WORD
 from daq_jax.io.tensor_files import TensorSpec
-from daq_jax.tilings import Block, Channel, PerTensor, Tiling
+from daq_jax.tilings import Block, Channel, Group, PerTensor, Tiling
 
 Matrix = tuple[tuple[int, ...], tuple[int, ...]]
 HF_MATRIX: Matrix = ((-1,), (-2,))  # [..., out, in]
 _FORMATS = {"F8_E4M3": fp8_e4m3fn, "F8_E5M2": fp8_e5m2, "I8": int8}
 _SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
 _SUFFIXES = ("_scale_inv", "_scale")
+_ASYMMETRIC = ("_zero_point", "_g_idx")  # of packed weights: with zeros, or with inputs in another order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +35,15 @@ class Coding:
         scale: name of the tensor that holds the scale.
         format: number format of the codes.
         tiling: which elements share a scale.
+        words: name of the tensor that holds the codes packed; "" if the weight's own tensor holds them.
+        shape: name of the tensor that holds the weight's shape, of one that is packed.
     """
 
     scale: str
     format: Format
     tiling: Tiling
+    words: str = ""
+    shape: str = ""
 
     def scale_part(self, shape: Sequence[int], part: slice) -> slice:
         """Which part of the scale's first axis belongs to a part of the weight's.
@@ -77,11 +84,59 @@ def find_codings(specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> 
             )
         else:
             found[name] = Coding(scale, _FORMATS[spec.dtype], tiling)
+    _raise(problems)
+    return found
+
+
+def find_packed(
+    specs: Mapping[str, TensorSpec], read: Callable[[str], np.ndarray]
+) -> dict[str, tuple[Coding, tuple[int, int]]]:
+    """The weights of packed int4 among the tensors of a folder, by name, with their shapes.
+
+    Args:
+        specs: every tensor of the folder.
+        read: gives a tensor by name; called for `weight_shape` alone.
+
+    Raises:
+        ValueError: naming every weight that is packed in another way.
+    """
+    found, problems = {}, []
+    for words, spec in specs.items():
+        name = words.removesuffix("_packed")
+        scale, shape = f"{name}_scale", f"{name}_shape"
+        if name == words or spec.dtype != "I32" or not {scale, shape} <= specs.keys():
+            continue
+        more = [name + s for s in _ASYMMETRIC if name + s in specs]
+        is_shape = specs[shape] == TensorSpec("I64", (2,))
+        outputs, inputs = map(int, read(shape)) if is_shape else (0, 0)
+        group = _group(outputs, inputs, spec, specs[scale])
+        if more or group is None or name in specs:
+            problems.append(
+                f"{words!r} is {spec.dtype} {spec.shape}, {scale!r} {specs[scale].dtype} "
+                f"{specs[scale].shape} and {shape!r} says {outputs} x {inputs}"
+                + (f", with {more[0]!r}" if more else "")
+                + "; needed 4 bits, symmetric, in whole groups along the inputs"
+            )
+        else:
+            found[name] = Coding(scale, int4, Group(group), words, shape), (outputs, inputs)
+    _raise(problems)
+    return found
+
+
+def _group(outputs: int, inputs: int, words: TensorSpec, scale: TensorSpec) -> int | None:
+    """Inputs that share a scale; None if shape, words and scale do not fit."""
+    if min(outputs, inputs) < 1 or len(scale.shape) != 2 or scale.dtype not in _SCALE_DTYPES:
+        return None
+    fits = words.shape == (outputs, -(-inputs // WORD)) and scale.shape[0] == outputs
+    groups = scale.shape[1]
+    return inputs // groups if fits and groups and inputs % groups == 0 else None
+
+
+def _raise(problems: Sequence[str]) -> None:
     if problems:
         raise ValueError(
             "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if problems[5:] else "")
         )
-    return found
 
 
 def _block_of(config: Mapping[str, Any]) -> tuple[int, int]:

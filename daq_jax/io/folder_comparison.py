@@ -27,7 +27,8 @@ def compare_folders(
     """Compares a quantized checkpoint folder with the change that tuning made.
 
     All figures come from the stored codes. Reads what `quantize_folder` writes, and what others do in the
-    formats of transformers (`fp8`) and of compressed-tensors (8 bits, by channel, block or tensor).
+    formats of transformers (`fp8`) and of compressed-tensors: 8 bits by channel, block or tensor, and packed
+    int4.
 
     Args:
         base: folder before tuning.
@@ -62,9 +63,9 @@ def _names(base: Folder, tuned: Folder, quantized: Folder) -> list[str]:
     names = [name for name, tensor in quantized.tensors.items() if tensor.coding]
     if not names:
         packed = any(name.endswith("weight_packed") for name in quantized.tensors)
-        why = "its weights are packed, which is not read yet" if packed else "no weight has a scale beside it"
+        why = "its weights are packed in another way" if packed else "no weight has a scale beside it"
         raise ValueError(
-            f"{quantized.path}: holds no quantized weight: {why}; needed FP8 or int8 with scales."
+            f"{quantized.path}: holds no quantized weight: {why}; needed FP8, int8 or packed int4."
         )
     problems = [
         f"{name!r} {why}"

@@ -1,7 +1,6 @@
 """Two checkpoint folders to a third: the one call behind `daq-jax quantize`."""
 
 import dataclasses
-import os
 import resource
 import shutil
 import sys
@@ -15,19 +14,24 @@ from rich.console import Console
 import daq_jax
 from daq_jax import recipes
 from daq_jax.io.completion import CONFIG, complete
+from daq_jax.io.folder_options import (
+    check_options,
+    for_folders,
+    for_server,
+    layout_for,
+    memory_of,
+    refuse_for_orbax,
+    without_zeros,
+)
 from daq_jax.io.folders import INDEX, Folder, is_orbax, open_folder
-from daq_jax.io.hf_layouts import LAYOUTS, TARGETS, Layout
+from daq_jax.io.hf_layouts import TARGETS
 from daq_jax.io.journal import REPORT, Journal, describe, fingerprint
 from daq_jax.io.planning import MissingBase, Plan, make_plan
 from daq_jax.io.report import progress_on, result_of, table_of, warning_of
 from daq_jax.io.streaming import carry_out
 from daq_jax.io.tensor_files import read_json
-from daq_jax.recipes import Recipe
-from daq_jax.scales import PowerOfTwo
-from daq_jax.searches import CoarseToFine, Grid, WithBaseScale
+from daq_jax.recipes import DensityRecipe, Recipe
 
-_DTYPES = ("bfloat16", "float16", "float32")
-_QUARTER = 0.25  # of the machine's memory, unless told otherwise
 _SPARE_DISK = 10**8  # bytes left free for report and side files
 
 
@@ -35,7 +39,7 @@ def quantize_folder(
     base: str | Path,
     tuned: str | Path,
     out: str | Path,
-    recipe: Recipe = recipes.default,
+    recipe: Recipe | DensityRecipe = recipes.default,
     *,
     format: str | None = None,
     target: str = "hopper",
@@ -56,11 +60,12 @@ def quantize_folder(
 
     Args:
         base: folder before tuning; Hugging Face safetensors, bfloat16, float16, float32, or FP8 with scales.
-            Or an Orbax checkpoint, if `tuned` is one too: then so is `out`, for `daq_jax.load`.
+            Or an Orbax checkpoint, if `tuned` is one too: then so is `out`, for `daq_jax.load`, and `shard`,
+            `tp`, `base_dtype` and `custom_code` are refused.
         tuned: folder after tuning; may be sharded in another way.
         out: folder to write; new, empty, or left by the same call.
-        recipe: how to quantize; its format and tiling are those of `format`.
-        format: "fp8-block", "fp8-channel" or "int8-channel"; None for what suits the target.
+        recipe: how to quantize; its format and tiling are those of `format`. A `DensityRecipe` is refused.
+        format: "fp8-block", "fp8-channel", "int8-channel" or "int4-group"; None for what suits the target.
         target: "hopper", "blackwell" or "tpu": who serves the result.
         memory_gb: GB that the process may take; None for a quarter of the machine's.
         missing_base: "error", or "absmax" to quantize weights that base lacks without it.
@@ -82,19 +87,21 @@ def quantize_folder(
         OSError: where the disk fails.
     """
     console = console or Console(quiet=True)
-    layout, power_of_two = _layout(format, target)
-    _check(shard, tp, base_dtype, overwrite)
+    recipe = without_zeros(recipe)
+    layout, power_of_two = layout_for(format, target)
+    check_options(shard, tp, base_dtype, overwrite)
     base, tuned, out = Path(base), Path(tuned), Path(out)
     _refuse_same(out, base, tuned)
-    recipe = _for_server(recipe, layout, power_of_two)
+    recipe = for_server(recipe, layout, power_of_two)
     if is_orbax(base) or is_orbax(tuned):
+        refuse_for_orbax(shard=shard != (1, 1), tp=tp != 1, base_dtype=base_dtype, custom_code=custom_code)
         return _quantize_orbax(
             base,
             tuned,
             out,
             recipe,
             about={"version": daq_jax.__version__, "format": layout.name, "target": target},
-            memory=_memory(memory_gb),
+            memory=memory_of(memory_gb),
             missing_base=missing_base,
             overwrite=overwrite,
             plan_only=plan_only,
@@ -104,13 +111,13 @@ def quantize_folder(
     try:
         if not after.config:
             raise ValueError(f"{tuned}: has no {CONFIG}, without which no server loads the result.")
-        recipe = _with_base_scales(recipe, before, layout)
+        recipe = for_folders(recipe, before, after, layout)
         plan = make_plan(
             before,
             after,
             recipe,
             layout,
-            memory=_memory(memory_gb),
+            memory=memory_of(memory_gb),
             missing_base=missing_base,
             tp=tp,
             dtype=np.dtype(base_dtype) if base_dtype else None,
@@ -181,29 +188,6 @@ class _Work:
         return report
 
 
-def _layout(format: str | None, target: str) -> tuple[Layout, bool]:
-    """The layout to write, and whether its scales must be powers of two."""
-    if target not in TARGETS:
-        raise ValueError(f"`target` must be one of {', '.join(TARGETS)}; got {target!r}.")
-    name = format or TARGETS[target].layout
-    if name not in LAYOUTS:
-        raise ValueError(f"`format` must be one of {', '.join(LAYOUTS)}; got {name!r}.")
-    return LAYOUTS[name], name in TARGETS[target].power_of_two
-
-
-def _check(shard: tuple[int, int], tp: int, base_dtype: str | None, overwrite: bool) -> None:
-    if not 1 <= shard[0] <= shard[1]:
-        raise ValueError(f"`shard` must be (I, N) with I from 1 to N; got {shard}.")
-    if overwrite and shard[1] > 1:
-        raise ValueError(
-            "`overwrite` with several shares would undo the work of the others; empty `out` first."
-        )
-    if tp < 1:
-        raise ValueError(f"`tp` must be a number of devices; got {tp}.")
-    if base_dtype not in (None, *_DTYPES):
-        raise ValueError(f"`base_dtype` must be one of {', '.join(_DTYPES)}; got {base_dtype!r}.")
-
-
 def _quantize_orbax(base: Path, tuned: Path, out: Path, recipe: Recipe, **options: Any) -> dict[str, Any]:
     from daq_jax.io.orbax_folders import quantize_orbax  # which loads Orbax
 
@@ -221,28 +205,6 @@ def _refuse_same(out: Path, base: Path, tuned: Path) -> None:
             raise ValueError(f"{out}: must neither be an input, nor lie in one, nor hold one: {folder}.")
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is a file; needed a folder to write to.")
-
-
-def _for_server(recipe: Recipe, layout: Layout, power_of_two: bool) -> Recipe:
-    """The recipe, with the format, the tiling and the scales that a server reads."""
-    recipe = dataclasses.replace(recipe, format=layout.format, tiling=layout.tiling)
-    return dataclasses.replace(recipe, scales=PowerOfTwo()) if power_of_two else recipe
-
-
-def _with_base_scales(recipe: Recipe, base: Folder, layout: Layout) -> Recipe:
-    """The recipe, its search by score with the scales that the base was stored with, if it was."""
-    stored = any(t.coding and t.coding.tiling == layout.tiling for t in base.tensors.values())
-    if stored and isinstance(recipe.search, (Grid, CoarseToFine)):
-        recipe = dataclasses.replace(recipe, search=WithBaseScale(recipe.search))
-    return recipe
-
-
-def _memory(memory_gb: float | int | None) -> int:
-    if memory_gb is None:
-        return int(_QUARTER * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    if not 0 < memory_gb < float("inf"):
-        raise ValueError(f"`memory_gb` must be above 0; got {memory_gb}.")
-    return int(memory_gb * 10**9)
 
 
 def _peak() -> int:

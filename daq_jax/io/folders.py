@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from daq_jax.io.codings import HF_MATRIX, Coding, Matrix, find_codings, stored_scale
+from daq_jax.io.codings import HF_MATRIX, Coding, Matrix, find_codings, find_packed, stored_scale
+from daq_jax.io.packed_int4 import unpack
 from daq_jax.io.tensor_files import TensorReader, TensorSpec, read_json
 from daq_jax.qtensor import QTensor
 
@@ -37,7 +38,7 @@ class Tensor:
 
     Attributes:
         name: as the folder has it; for Orbax the path, joined by "/".
-        spec: dtype and shape as stored: for a quantized weight those of its codes.
+        spec: dtype and shape as stored: for a quantized weight those of its codes, unpacked.
         file: name of the file it is in, relative to the folder.
         coding: how codes and scale make a weight; None for a tensor that is not quantized. The scale itself
             is not listed as a tensor of its own.
@@ -155,14 +156,23 @@ class HuggingFaceFolder(Folder):
         specs = {name: self._entry(name).spec for name in placed}
         try:
             codings = find_codings(specs, self.config)
+            packed = find_packed(specs, self._stored)
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}.") from error
-        scales = {coding.scale for coding in codings.values()}
-        return {
-            name: Tensor(name, spec, self._file_of[name], codings.get(name), HF_MATRIX)
-            for name, spec in specs.items()
-            if name not in scales
-        }
+        parts = {coding.scale for coding in codings.values()}
+        parts |= {part for coding, _ in packed.values() for part in (coding.scale, coding.shape)}
+        weight_of = {coding.words: name for name, (coding, _) in packed.items()}
+        found: dict[str, Tensor] = {}
+        for stored in (name for name in specs if name not in parts):
+            name, spec, coding = weight_of.get(stored, stored), specs[stored], codings.get(stored)
+            if stored in weight_of:
+                coding, shape = packed[name]
+                spec = TensorSpec("I8", shape)  # as it is read
+            found[name] = Tensor(name, spec, self._file_of[stored], coding, HF_MATRIX)
+        return found
+
+    def _stored(self, name: str, part: slice = slice(None)) -> np.ndarray:
+        return self._readers[self._file_of[name]].read(name, part)
 
     def _entry(self, name: str) -> Any:
         return self._readers[self._file_of[name]].entries[name]
@@ -172,13 +182,13 @@ class HuggingFaceFolder(Folder):
     ) -> np.ndarray | QTensor:
         """See `Folder.read`."""
         tensor = self.tensors[name]
-        values = self._readers[tensor.file].read(name, part)
-        if tensor.coding is None:
-            return values
         coding = tensor.coding
+        if coding is None:
+            return self._stored(name, part)
+        values = self._stored(coding.words or name, part)
+        values = unpack(values, tensor.shape[1]).astype(coding.format.dtype) if coding.words else values
         try:
-            rows = coding.scale_part(tensor.shape, part)
-            stored = self._readers[self._file_of[coding.scale]].read(coding.scale, rows)
+            stored = self._stored(coding.scale, coding.scale_part(tensor.shape, part))
             scale = stored_scale(stored, values.shape, coding.tiling)
         except ValueError as error:
             raise ValueError(f"{self.path / tensor.file}: tensor {name!r}: {error}.") from error

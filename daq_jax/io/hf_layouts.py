@@ -5,24 +5,29 @@
 | `fp8-block`: transformers, DeepSeek | F8_E4M3 `[out, in]` | `weight_scale_inv`, `[out / 128, in / 128]` |
 | `fp8-channel`: compressed-tensors | F8_E4M3 `[out, in]` | `weight_scale`, `[out, 1]` |
 | `int8-channel`: compressed-tensors | I8 `[out, in]` | `weight_scale`, `[out, 1]` |
+| `int4-group`: compressed-tensors | see `packed_int4` | `weight_scale`, `[out, in / 128]` |
 
-A weight is `code * scale` in all of them; vLLM and SGLang read all three. Experts may be one matrix each, or
+A weight is `code * scale` in all of them; vLLM and SGLang read all four. Experts may be one matrix each, or
 fused, `[experts, out, in]` under `experts.gate_up_proj` and `experts.down_proj`; their scale bears that name,
-and the suffix of the scales.
+and the suffix of the scales. Only packed int4 has no form for fused experts.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from daq_jax.formats import Format, fp8_e4m3fn, int8
+from daq_jax.formats import Format, fp8_e4m3fn, int4, int8
+from daq_jax.io.packed_int4 import packed_config, packed_specs, packed_tensors
 from daq_jax.io.tensor_files import TensorSpec
-from daq_jax.tilings import Block, Channel, TileView, Tiling
+from daq_jax.qtensor import QTensor
+from daq_jax.tilings import Block, Channel, Group, TileView, Tiling
 
 BLOCK = 128
+GROUP = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +40,7 @@ class Layout:
         tiling: which elements share a scale.
         suffix: of the scale's name, after the weight's.
         config: names of modules that are not quantized -> `quantization_config`.
+        narrow_scales: whether servers hold scales in the model's own dtype, not in float32.
     """
 
     name: str
@@ -42,12 +48,47 @@ class Layout:
     tiling: Tiling
     suffix: str
     config: Callable[[Sequence[str]], dict[str, Any]]
+    narrow_scales: bool = False
 
     def specs(self, name: str, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
         """The tensors that hold one quantized weight `[..., out, in]`: the codes, then the scale."""
         *batch, inputs, outputs = TileView(shape, ((-1,), (-2,)), self.tiling).grid
         codes = TensorSpec.of(np.dtype(self.format.dtype), shape)
         return {name: codes, name + self.suffix: TensorSpec("F32", (*batch, outputs, inputs))}
+
+    def arrays(self, name: str, q: QTensor) -> dict[str, np.ndarray]:
+        """What is stored of a weight `[..., out, in]`, or of the next of its outputs."""
+        return {name: np.asarray(q.codes), name + self.suffix: np.swapaxes(np.asarray(q.scale), -1, -2)}
+
+    def constants(self, name: str, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+        """What is stored of a weight beside codes and scales, whatever its values."""
+        return {}
+
+    def why_not(self, name: str, shape: Sequence[int], tp: int, kv_heads: int | None) -> str:
+        """Why a weight cannot be stored so for a server of `tp` devices; "" if it can."""
+        return why_not_blocks(name, shape, tp, kv_heads) if isinstance(self.tiling, Block) else ""
+
+
+class PackedLayout(Layout):
+    """int4 in groups, several codes to a word; see `packed_int4`."""
+
+    def specs(self, name: str, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
+        """See `Layout.specs`."""
+        found = packed_specs(shape, GROUP)
+        return {module_of(name) + f".{word}": spec for word, spec in found.items()}
+
+    def arrays(self, name: str, q: QTensor) -> dict[str, np.ndarray]:
+        """See `Layout.arrays`."""
+        found = packed_tensors(q)
+        return {module_of(name) + f".{word}": found[word] for word in ("weight_packed", "weight_scale")}
+
+    def constants(self, name: str, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+        """See `Layout.constants`."""
+        return {f"{module_of(name)}.weight_shape": np.asarray(shape, np.int64)}
+
+    def why_not(self, name: str, shape: Sequence[int], tp: int, kv_heads: int | None) -> str:
+        """See `Layout.why_not`."""
+        return why_not_groups(name, shape, tp)
 
 
 def _fine_grained(skipped: Sequence[str]) -> dict[str, Any]:
@@ -91,6 +132,9 @@ LAYOUTS: dict[str, Layout] = {
         Layout("fp8-block", fp8_e4m3fn, Block(BLOCK, BLOCK), "_scale_inv", _fine_grained),
         Layout("fp8-channel", fp8_e4m3fn, Channel(), "_scale", _compressed("float", "float-quantized")),
         Layout("int8-channel", int8, Channel(), "_scale", _compressed("int", "int-quantized")),
+        PackedLayout(
+            "int4-group", int4, Group(GROUP), "_scale", functools.partial(packed_config, GROUP), True
+        ),
     )
 }
 
@@ -129,7 +173,8 @@ TARGETS: dict[str, Target] = {
         | {
             "fp8-block": "tpu-inference re-quantizes blocks to one AbsMax scale for each output, which "
             "undoes the choice made here, unless DISABLE_WEIGHT_REQUANTIZATION=1 is set; it uses fp8-channel "
-            "as it is"
+            "as it is",
+            "int4-group": "tpu-inference uses the scales of groups as they are stored",
         },
     ),
 }
@@ -178,7 +223,7 @@ def why_not_blocks(name: str, shape: Sequence[int], tp: int, kv_heads: int | Non
     *_, outputs, inputs = shape
     if outputs % BLOCK or inputs % BLOCK:
         return f"not a multiple of {BLOCK} x {BLOCK}: {outputs} x {inputs}"
-    last = module_of(name).rpartition(".")[2] if not name.endswith("_proj") else name.rpartition(".")[2]
+    last = _last_word(name)
     if tp == 1 or last in _NOT_SPLIT:
         return ""
     by_input = last in _SPLIT_BY_INPUT
@@ -189,6 +234,23 @@ def why_not_blocks(name: str, shape: Sequence[int], tp: int, kv_heads: int | Non
     if whole % (parts * BLOCK):
         return f"not a multiple of {BLOCK} on each device: {whole} {word} over {parts} devices"
     return ""
+
+
+def why_not_groups(name: str, shape: Sequence[int], tp: int) -> str:
+    """Why a weight `[out, in]` cannot be cut into whole groups on each of `tp` devices; "" if it can."""
+    if len(shape) > 2:
+        return "fused experts, which packed int4 has no form for"
+    inputs = shape[-1]
+    if inputs % GROUP:
+        return f"no whole number of groups of {GROUP}: {inputs} inputs"
+    if _last_word(name) in _SPLIT_BY_INPUT and inputs % (tp * GROUP):
+        return f"no whole number of groups of {GROUP} on each device: {inputs} inputs over {tp} devices"
+    return ""
+
+
+def _last_word(name: str) -> str:
+    """Of the name of the layer that a weight belongs to."""
+    return module_of(name).rpartition(".")[2] if not name.endswith("_proj") else name.rpartition(".")[2]
 
 
 def skipped_modules(kept: Iterable[str], tied: bool) -> list[str]:

@@ -8,38 +8,54 @@
 
 A code from -8 to 7 is stored as code + 8. Eight neighbours along the inputs make a word, the first in its
 lowest bits; a last word that is not full ends with zero bits. A weight is `code * scale`.
+
+vLLM and tpu-inference hold the scales in the model's own dtype whatever the file has: scales that are no
+numbers of it would be rounded when they are loaded.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, Int32
+from jaxtyping import Int32, Shaped
 from numpy.typing import NDArray
 
+from daq_jax.io.tensor_files import TensorSpec
 from daq_jax.qtensor import QTensor
 from daq_jax.tilings import Group
 
-_WORD = 8  # codes in an int32
+WORD = 8  # codes in an int32
 _OFFSET = 8  # added to a code, so that none is negative
 
 
-def pack(codes: Int[np.ndarray, "out inputs"]) -> Int32[np.ndarray, "out words"]:
-    """Codes from -8 to 7, eight to a word.
+def pack(codes: Shaped[np.ndarray, "out inputs"]) -> Int32[np.ndarray, "out words"]:
+    """Codes from -8 to 7, int8 or int4, eight to a word.
 
-    >>> hex(pack(np.array([[-8, -7, 0, 0, 0, 0, 0, 7]])).view(np.uint32).item())
+    >>> hex(pack(np.array([[-8, -7, 0, 0, 0, 0, 0, 7]], np.int8)).view(np.uint32).item())
     '0xf8888810'
     """
-    missing = -codes.shape[1] % _WORD
-    nibbles = np.pad((codes + _OFFSET).astype(np.uint32), [(0, 0), (0, missing)])
-    nibbles = nibbles.reshape(len(codes), -1, _WORD) << np.arange(0, 4 * _WORD, 4, dtype=np.uint32)
-    return np.bitwise_or.reduce(nibbles, axis=-1).view(np.int32)
+    nibbles = (codes.view(np.uint8) & 15) ^ _OFFSET  # adds it to 4 bits in two's complement
+    missing = -codes.shape[1] % WORD
+    nibbles = np.pad(nibbles, [(0, 0), (0, missing)]) if missing else nibbles
+    return (nibbles[:, ::2] | nibbles[:, 1::2] << np.uint8(4)).view("<i4")
 
 
 def unpack(words: Int32[np.ndarray, "out words"], inputs: int) -> NDArray[np.int8]:
     """The inverse of `pack`: `[out, inputs]` int8."""
-    nibbles = words.view(np.uint32)[..., None] >> np.arange(0, 4 * _WORD, 4, dtype=np.uint32) & 0xF
-    return (nibbles.reshape(len(words), -1)[:, :inputs].astype(np.int8)) - np.int8(_OFFSET)
+    pairs = words.astype("<i4", copy=False).view(np.uint8)
+    codes = np.empty((len(pairs), 2 * pairs.shape[1]), np.int8)
+    codes[:, ::2], codes[:, 1::2] = pairs & 15, pairs >> 4
+    return codes[:, :inputs] - np.int8(_OFFSET)
+
+
+def packed_specs(shape: tuple[int, ...], group: int) -> dict[str, TensorSpec]:
+    """Dtypes and shapes of the tensors of one weight `[out, in]`, by the suffix to its module's name."""
+    outputs, inputs = shape
+    return {
+        "weight_packed": TensorSpec("I32", (outputs, -(-inputs // WORD))),
+        "weight_scale": TensorSpec("F32", (outputs, inputs // group)),
+        "weight_shape": TensorSpec("I64", (2,)),
+    }
 
 
 def packing_problem(q: QTensor) -> str | None:
@@ -72,8 +88,8 @@ def packed_tensors(q: QTensor) -> dict[str, np.ndarray]:
     why = packing_problem(q)
     if why:
         raise ValueError(f"a weight cannot be stored as pack-quantized int4: {why}.")
-    codes = np.asarray(q.codes).astype(np.int8)
-    codes = codes if q.view.axes[2] == (0,) else codes.T
+    codes = np.asarray(q.codes)
+    codes = codes if q.view.axes[2] == (0,) else np.ascontiguousarray(codes.T)
     scale = np.ascontiguousarray(np.asarray(q.scale).T)
     shape = np.asarray(codes.shape, np.int64)
     return {"weight_packed": pack(codes), "weight_scale": scale, "weight_shape": shape}

@@ -18,7 +18,6 @@ from daq_jax.io.hf_layouts import (
     fused_with,
     is_matrix,
     skipped_modules,
-    why_not_blocks,
 )
 from daq_jax.io.tensor_files import TensorSpec, plan_file
 from daq_jax.recipes import Recipe
@@ -48,7 +47,7 @@ class Job:
         base: its partner; None if it is not quantized, or has no partner and takes AbsMax scales.
         quantize: whether it is quantized.
         why: why it is not, or "no base"; "" for the common case.
-        outputs: name -> spec of what is written, the codes or the tensor itself first.
+        outputs: name -> spec of what is written.
         rows: a matrix, or a stack of them, is worked on by that many of its first axis at a time.
     """
 
@@ -61,7 +60,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Of the tensor in the tuned model, and of its codes in the result."""
+        """Of the tensor in the tuned model."""
         return self.tuned.name
 
     @property
@@ -291,15 +290,13 @@ def _why_kept(tuned: Folder, tensor: Tensor, layout: Layout, tp: int) -> str:
     if tensor.coding is None and tensor.spec.dtype not in _FLOATS:
         return f"{tensor.spec.dtype} without a scale"
     if tuned.config.get("model_type") in _CONV1D:
-        return "stored [in, out], which servers do not read as FP8"
+        return "stored [in, out], which servers do not read quantized"
     if 0 in shape:
         return "empty"
     if not decide(name, len(shape), True, RULES, Recipe()).quantize:
         return "embedding, norm, head or router"
-    if isinstance(layout.tiling, Block):
-        heads = tuned.config.get("num_key_value_heads")
-        return why_not_blocks(name, shape, tp, heads if type(heads) is int and heads > 0 else None)
-    return ""
+    heads = tuned.config.get("num_key_value_heads")
+    return layout.why_not(name, shape, tp, heads if type(heads) is int and heads > 0 else None)
 
 
 def _problem(base: Tensor | None, tuned: Tensor) -> str:

@@ -110,13 +110,15 @@ class _Work:
 
     def write(self, file: TensorWriter, job: Job, part: slice, q: QTensor | None) -> None:
         """Writes what one unit gives."""
-        codes, *scale = job.outputs
         if q is None:
             for data in self.kept(job):
-                self.put(file, codes, data)
+                self.put(file, job.name, data)
         else:
-            self.put(file, codes, np.asarray(q.codes))
-            self.put(file, scale[0], np.swapaxes(np.asarray(q.scale), -1, -2))
+            found = self.plan.layout.arrays(job.name, q)
+            if part.start == 0:
+                found |= self.plan.layout.constants(job.name, job.tuned.shape)
+            for name, data in found.items():
+                self.put(file, name, data)
         rows = job.tuned.shape[0] if job.tuned.shape else 1
         share = (part.stop - part.start) / max(rows, 1)
         self.tell(job.name, int(job.tuned.nbytes * share), self.figures.get(job.name))

@@ -14,6 +14,7 @@ import daq_jax as daq
 from daq_jax import cli
 from daq_jax.io.folders import open_folder
 from daq_jax.io.hf_layouts import LAYOUTS
+from daq_jax.scales import InDtype
 
 ABSMAX = daq.recipes.absmax
 SMALL = daq.Recipe(search=daq.Grid(0.9, 1.3, 4))
@@ -51,6 +52,8 @@ def test_folders_get_the_codes_and_scales_that_arrays_get(layout, recipe, pair, 
     how = LAYOUTS[layout]
     report = daq.quantize_folder(*pair, tmp_path / "out", recipe, format=layout, memory_gb=2)
     recipe = dataclasses.replace(recipe, format=how.format, tiling=how.tiling)
+    if how.narrow_scales:
+        recipe = dataclasses.replace(recipe, scales=InDtype("bfloat16"))
     base, tuned, found = read_all(pair[0]), read_all(pair[1]), read_all(tmp_path / "out")
     rules = [daq.use("_proj", matrix=((1,), (0,))), daq.keep("")]
     wanted = daq.quantize(base, tuned, recipe, rules=rules)
@@ -169,6 +172,52 @@ def test_channels_need_no_multiples_of_128(tmp_path):
     assert plan_of(tmp_path, zeros(a_proj__weight=(100, 60)), format="fp8-channel")["quantized"]
 
 
+def test_packed_int4_needs_whole_groups_of_inputs_and_has_no_form_for_fused_experts(tmp_path):
+    tensors = zeros(
+        l__up_proj__weight=(100, 256),
+        l__o_proj__weight=(100, 256),
+        l__down_proj__weight=(128, 320),
+        l__q_proj__weight=(128, 320),
+        l__k_proj__weight=(128, 256),
+        l__mlp__experts__down_proj=(2, 128, 128),
+    )
+    one = plan_of(tmp_path / "1", tensors, format="int4-group")
+    assert set(one["quantized"]) == {"l.up_proj.weight", "l.o_proj.weight"}
+    assert one["kept"] == {
+        "l.down_proj.weight": "no whole number of groups of 128: 320 inputs",
+        "l.q_proj.weight": "no whole number of groups of 128: 320 inputs",
+        "l.k_proj.weight": "servers fuse it with a weight that is kept: l.q_proj.weight",
+        "l.mlp.experts.down_proj": "fused experts, which packed int4 has no form for",
+    }
+    four = plan_of(tmp_path / "4", tensors, format="int4-group", tp=4)
+    assert set(four["quantized"]) == {"l.up_proj.weight"}
+    assert "on each device: 256 inputs over 4 devices" in four["kept"]["l.o_proj.weight"]
+
+
+def test_packed_int4_scales_are_numbers_of_the_dtype_that_servers_hold_them_in(pair, tmp_path):
+    daq.quantize_folder(*pair, tmp_path / "out", ABSMAX, format="int4-group", memory_gb=2)
+    config = config_of(tmp_path / "out")
+    assert config["format"] == "pack-quantized"
+    assert config["ignore"] == ["lm_head", "model.embed_tokens"]
+    for x in read_all(tmp_path / "out").values():
+        if isinstance(x, daq.QTensor):
+            scale = np.asarray(x.scale)
+            np.testing.assert_array_equal(scale, scale.astype(BF16).astype(np.float32))
+
+
+@pytest.mark.parametrize("recipe", sorted(daq.recipes.DENSITY_RECIPES))
+def test_zeros_that_are_real_numbers_are_refused_before_any_folder_is_read(recipe, tmp_path, capsys):
+    missing = [str(tmp_path / word) for word in ("no base", "no tuned", "out")]
+    assert cli.main(["quantize", *missing, "--format", "int4-group", "--recipe", recipe]) == 1
+    err = capsys.readouterr().err
+    assert "gives each group a zero that is a real number, and the files of servers hold whole" in err
+    assert err.count("\n") == 1
+    symmetric = daq.DensityRecipe(format=daq.int4, centre=None, shift=False)
+    with pytest.raises(ValueError, match="fitted to the inputs of layers, which folders do not have"):
+        daq.quantize_folder(*missing, symmetric, format="int4-group")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_routers_norms_embeddings_and_heads_are_kept(tmp_path):
     names = (
         "m.embed_tokens",
@@ -233,11 +282,12 @@ def test_fused_experts_are_quantized_matrix_by_matrix(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_matrix_too_large_for_the_memory_is_quantized_in_bands_or_refused(tmp_path):
+@pytest.mark.parametrize("layout", ["fp8-block", "int4-group"])
+def test_a_matrix_too_large_for_the_memory_is_quantized_in_bands_or_refused(layout, tmp_path):
     base = {"a_proj.weight": (0.02 * normal(0, 1024, 2048)).astype(BF16)}
     folders = write_folder(tmp_path / "b", [base]), write_folder(tmp_path / "t", [tuned_from(base)])
-    daq.quantize_folder(*folders, tmp_path / "whole", SMALL, memory_gb=2)
-    report = daq.quantize_folder(*folders, tmp_path / "bands", SMALL, memory_gb=0.73)
+    daq.quantize_folder(*folders, tmp_path / "whole", SMALL, format=layout, memory_gb=2)
+    report = daq.quantize_folder(*folders, tmp_path / "bands", SMALL, format=layout, memory_gb=0.73)
     assert report["rows"]["a_proj.weight"] < 1024
     files = [tmp_path / word / "model.safetensors" for word in ("whole", "bands")]
     assert files[0].read_bytes() == files[1].read_bytes()

@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import oracles
 import pytest
+import safetensors.numpy
 from cases import pair
 from hf_folders import CONFIG, write_folder
 
@@ -168,8 +169,33 @@ def test_folders_that_do_not_fit_are_refused_in_one_line(trees, folders, tmp_pat
     with pytest.raises(ValueError, match=r"an Orbax checkpoint, .* `daq_jax.load_weights`"):
         daq.compare_folders(*folders, tmp_path / "orbax")
     packed = write(tmp_path / "packed", {"model.a.weight_packed": np.zeros((4, 4), np.int32)})
-    with pytest.raises(ValueError, match="packed"):
+    with pytest.raises(ValueError, match="packed in another way"):
         daq.compare_folders(*folders, packed)
+
+
+def test_packed_int4_is_compared_as_what_it_stands_for(trees, folders, tmp_path):
+    out = tmp_path / "out"
+    report = daq.quantize_folder(*folders, out, daq.recipes.absmax, format="int4-group", memory_gb=2)
+    table = daq.compare_folders(*folders, out)
+    assert_figures(table, wanted_packed(*trees, out))
+    assert report["total"]["projection"] == pytest.approx(table.total.projection, rel=1e-6)
+    assert cli.main(["compare", *map(str, folders), str(out), "--fail-under", "projection=1000"]) == 1
+
+
+def wanted_packed(base, tuned, out):
+    """Figures by name, in float64, from the bits of the words."""
+    stored = safetensors.numpy.load_file(out / "model.safetensors")
+    found, pool = {}, []
+    for name in base:
+        words, scale = stored[f"{name}_packed"].view(np.uint32), stored[f"{name}_scale"]
+        codes = (
+            np.stack([words >> 4 * i & 15 for i in range(8)], -1).reshape(base[name].shape).astype(np.float32)
+        )
+        kept = (codes - 8) * scale.repeat(128, 1)
+        pool.append([x.astype(np.float32).ravel() for x in (base[name], tuned[name], kept)])
+        found[name] = oracles.figures(*pool[-1], np.zeros(1))
+    found["total"] = oracles.figures(*(np.concatenate(x) for x in zip(*pool, strict=True)), np.zeros(1))
+    return found
 
 
 # --- inspection ---

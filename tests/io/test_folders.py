@@ -13,7 +13,7 @@ from hf_folders import BF16, E4M3, E8M0, normal, spread, write_folder
 from daq_jax.io.folders import open_folder
 from daq_jax.io.tensor_files import TensorReader, TensorSpec, TensorWriter
 from daq_jax.qtensor import QTensor
-from daq_jax.tilings import Block, Channel, PerTensor
+from daq_jax.tilings import Block, Channel, Group, PerTensor
 
 RANDOM = np.random.default_rng(0)
 
@@ -115,6 +115,53 @@ def test_channel_and_tensor_scales_are_read(scale_shape, tiling, dtype, tmp_path
     expected = codes.astype(np.float32) * scale.reshape(-1, 1)
     np.testing.assert_array_equal(q.dequantize(), expected)
     np.testing.assert_array_equal(folder.read("a.weight", slice(2, 4)).dequantize(jnp.float32), expected[2:4])
+
+
+def packed(**changes: np.ndarray) -> dict[str, np.ndarray]:
+    """`a.weight`, 6 x 64 in two groups, as compressed-tensors packs it; other tensors in place of some."""
+    codes = RANDOM.integers(-8, 8, (6, 64))
+    words = sum((codes[:, i::8] + 8).astype(np.uint32) << 4 * i for i in range(8)).view(np.int32)
+    tensors = {
+        "weight_packed": words,
+        "weight_scale": (np.abs(normal(0, 6, 2)) + 1).astype(BF16),
+        "weight_shape": np.array([6, 64]),
+        "codes": codes,
+    }
+    return {f"a.{word}": x for word, x in (tensors | changes).items()}
+
+
+def test_packed_int4_is_read_whole_and_in_parts(tmp_path):
+    tensors = packed()
+    codes = tensors.pop("a.codes")
+    write_folder(tmp_path / "f", [{"a.weight_packed": tensors.pop("a.weight_packed")}, tensors])
+    folder = open_folder(tmp_path / "f")
+    assert list(folder.tensors) == ["a.weight"]
+    assert folder.tensors["a.weight"].shape == (6, 64)
+    expected = codes * tensors["a.weight_scale"].astype(np.float32).repeat(32, 1)
+    for part in (slice(None), slice(2, 5)):
+        q = folder.read("a.weight", part, np.dtype(np.float32))
+        assert q.tiling == Group(32)
+        np.testing.assert_array_equal(q.dequantize(), expected[part])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"weight_shape": np.array([6, 100])},
+        {"weight_shape": np.array([6, -1])},
+        {"weight_shape": np.array([6, 2**62])},
+        {"weight_shape": np.array([6.0, 64.0])},
+        {"weight_scale": np.ones((6, 3), np.float32)},
+        {"weight_scale": np.ones((6, 0), np.float32)},
+        {"weight_zero_point": np.zeros((1, 2), np.int32)},
+        {"weight": np.zeros((6, 64), np.float32)},
+    ],
+    ids=str,
+)
+def test_words_packed_in_another_way_are_refused_by_name(changes, tmp_path):
+    write_folder(tmp_path / "f", [packed(**changes)])
+    with pytest.raises(ValueError, match=r"'a\.weight_packed' is I32 .* needed 4 bits, symmetric"):
+        open_folder(tmp_path / "f")
 
 
 def corrupt(change):

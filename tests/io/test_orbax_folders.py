@@ -7,6 +7,7 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 import daq_jax as daq
+from daq_jax import cli
 from daq_jax.io import orbax_folders
 
 ABSMAX = daq.recipes.absmax
@@ -95,6 +96,20 @@ def test_a_quantized_base_and_a_missing_one(pair, trees, tmp_path):
     run((tmp_path / "q", pair[1]), tmp_path, missing_base="absmax")
     q["params"]["attention"] = trees[1]["params"]["attention"]
     assert_same(daq.load(tmp_path / "out"), daq.quantize(q, trees[1], ABSMAX))
+
+
+@pytest.mark.parametrize("plan", [[], ["--plan"]], ids=["", "plan"])
+@pytest.mark.parametrize(
+    "words", [["--shard", "1/2"], ["--tp", "2"], ["--base-dtype", "float32"], ["--custom-code"]], ids=str
+)
+def test_options_without_effect_are_refused_by_name(words, plan, pair, tmp_path, capsys):
+    folders = [*map(str, pair), str(tmp_path / "out")]
+    assert cli.main(["quantize", *folders, *words, *plan]) == 1
+    err = capsys.readouterr().err
+    assert f"with Orbax checkpoints {words[0]} (" in err
+    assert "leave it out, or pass Hugging Face folders" in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_plan_writes_nothing_and_one_kind_takes_the_same(pair, tmp_path):

@@ -50,14 +50,15 @@ def stop_at_third_file(monkeypatch):
     monkeypatch.setattr(streaming, "verify", verify)
 
 
-def test_the_same_call_goes_on_where_it_stopped(pair, tmp_path, stop_at_third_file):
+@pytest.mark.parametrize("layout", ["fp8-block", pytest.param("int4-group", marks=pytest.mark.slow)])
+def test_the_same_call_goes_on_where_it_stopped(layout, pair, tmp_path, stop_at_third_file):
     with pytest.raises(Stopped):
-        run(pair, tmp_path / "out")
+        run(pair, tmp_path / "out", format=layout)
     assert not (tmp_path / "out" / "config.json").exists()
     done = [tmp_path / "out" / f"model-0000{i}-of-00004.safetensors" for i in (1, 2)]
     before = [path.stat().st_mtime_ns for path in done]
-    run(pair, tmp_path / "out")
-    run(pair, tmp_path / "whole")
+    run(pair, tmp_path / "out", format=layout)
+    run(pair, tmp_path / "whole", format=layout)
     assert [path.stat().st_mtime_ns for path in done] == before
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 

@@ -1,5 +1,6 @@
 """Folders that other people's loaders read: transformers for blocks, compressed-tensors for channels."""
 
+import json
 import pathlib
 
 import numpy as np
@@ -100,6 +101,38 @@ def test_compressed_tensors_decompresses_to_codes_times_scale(layout, pair, tmp_
     found = logits(loaded)  # the first forward pass decompresses
     assert_same_weights(loaded, by_our_weights(tmp_path / "out", pair[1], "float32"))
     assert np.isfinite(found).all()
+
+
+def test_compressed_tensors_unpacks_int4_to_codes_times_scale(pair, tmp_path):
+    import compressed_tensors.quantization
+    import safetensors.torch
+    from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+
+    out = tmp_path / "out"
+    report = daq.quantize_folder(*pair, out, daq.recipes.mse, format="int4-group", memory_gb=2)
+    how = json.loads((out / "config.json").read_text())["quantization_config"]
+    config = compressed_tensors.quantization.QuantizationConfig.model_validate(how)
+    stored = {n: x for p in out.glob("*.safetensors") for n, x in safetensors.torch.load_file(p).items()}
+    ours = dequantized(out, "float32")
+    assert len(report["quantized"]) == 14
+    for name in report["quantized"]:
+        state = {f"weight{part}": stored[f"{name}{part}"] for part in ("_packed", "_scale", "_shape")}
+        found = PackedQuantizationCompressor.decompress(state, config.config_groups["group_0"])["weight"]
+        np.testing.assert_array_equal(found, ours[name], err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_transformers_loads_packed_int4_and_computes_what_our_weights_say(dtype, pair, tmp_path):
+    import torch
+    import transformers
+
+    daq.quantize_folder(*pair, tmp_path / "out", daq.recipes.mse, format="int4-group", memory_gb=2)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=getattr(torch, dtype))
+    assert sum(name.endswith("weight_packed") for name in loaded.state_dict()) == 14
+    found = logits(loaded)  # the first forward pass decompresses
+    ours = by_our_weights(tmp_path / "out", pair[1], dtype)
+    assert_same_weights(loaded, ours)
+    np.testing.assert_array_equal(found, logits(ours))
 
 
 def test_transformers_loads_experts_and_fuses_them(tmp_path):
