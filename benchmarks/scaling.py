@@ -30,7 +30,7 @@ COLLECTIVES = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatte
 
 
 def measure(recipe: str, shape: tuple[int, int], devices: list[jax.Device], repeats: int) -> dict[str, Any]:
-    """Seconds on these devices, alone and of many calls in a row, the collectives in the program, and the result for comparison."""
+    """Seconds a call, alone and in a row; the collectives in the program; the result, to compare."""
     where = NamedSharding(Mesh(np.array(devices), ("x",)), PartitionSpec("x", None))
     base, tuned = (jax.device_put(x, where) for x in workloads.pair(shape))
     call = functools.partial(daq.quantize, base, tuned, run.RECIPES[recipe], rules=())

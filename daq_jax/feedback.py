@@ -8,7 +8,9 @@ errors, so the left singular directions of the change are those of the inputs, a
 """
 
 import dataclasses
+import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +18,14 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from daq_jax.arithmetic import divide, multiply
+from daq_jax.parts import in_parts
 from daq_jax.tiles import Tiles
 from daq_jax.unbiased import Per, UnbiasedGain, check_whole_number, leading_directions, target_of
 
 _MOST_BLOCKS = 64  # of rows, each a step of a loop
 _SMALLEST_BLOCK = 8  # rows
+_STRIP = 128  # columns whose change is held to its size together
+_TOLERATED = 1.0  # standard deviation of what a strip keeps of its change
 _LEAST_WEIGHT = 0.03  # of ordinary error beside the error in a direction, however much the direction matters
 
 
@@ -64,26 +69,95 @@ class UnbiasedFeedback:
 
     def __call__(self, tiles: Tiles, scale: Array) -> Array:
         """Code values; see `roundings`."""
-        gain = self.scored_as.gains(tiles, scale)
+        tiles, gain = lax.optimization_barrier((tiles, self._gains(tiles, scale)))
         blocks = _Blocks.of(tiles)
-        target, tuned, change = map(blocks.whole, (target_of(tiles, gain), tiles.stored_tuned, tiles.change))
+        target, base, tuned, change = map(
+            blocks.whole, (target_of(tiles, gain), tiles.stored_base, tiles.stored_tuned, tiles.change)
+        )
         directions, _ = leading_directions(change, min(self.rank, max(1, blocks.rows // 2)))
         responses = _responses(change, directions, blocks, self.damping)
         moved = jnp.any(tiles.change != 0, tiles.axes, keepdims=True)  # a tile without change is left alone
         scales, moves = blocks.by_row_of_tiles(scale), blocks.by_row_of_tiles(moved)
 
-        def step(i: Array, done: tuple[Array, Array]) -> tuple[Array, Array]:
-            values, s = done
-            correction = jnp.where(blocks.spread(moves, i), responses[:, i] @ s, 0)
+        def step(i: Array, done: tuple[Array, Array, _Size]) -> tuple[Array, Array, _Size]:
+            values, s, size = done
+            before, after = (blocks.take(x, i).astype(jnp.float32) for x in (base, tuned))
+            aim, d = blocks.take(target, i), after - before
+            more = size.correction()
+            aim = jnp.where(more == 1, aim, before + more * (aim - before))
+            aim -= jnp.where(blocks.spread(moves, i), responses[:, i] @ s, 0)
             here = blocks.spread(scales, i)
-            rounded = tiles.format.round(divide(blocks.take(target, i) - correction, here))
-            error = multiply(rounded, here) - blocks.take(tuned, i).astype(jnp.float32)
-            return blocks.put(values, rounded, i), s + blocks.take(directions, i).mT @ error
+            rounded = tiles.format.round(divide(aim, here))
+            error = multiply(rounded, here) - after
+            s = s + blocks.take(directions, i).mT @ error
+            return blocks.put(values, rounded, i), s, size.after(d, error, more)
 
         # Zeros of a product, and so inside `shard_map` as device-varying as the loop makes them.
         s = jnp.zeros_like(directions[:, :1].mT @ target[:, :1])
-        values, _ = lax.fori_loop(0, blocks.number, step, (jnp.zeros_like(target), s))
-        return blocks.tiles(values)
+        start = (jnp.zeros_like(target), s, _Size.of(change))
+        return blocks.tiles(lax.fori_loop(0, blocks.number, step, start)[0])
+
+    def _gains(self, tiles: Tiles, scale: Array) -> Array:
+        """On a CPU part by part: at once they take eight more float32 copies of the weight."""
+        whole, step = self.scored_as.gains, self.scored_as.alignment(tiles)
+        if not tiles.local:
+            return whole(tiles, scale)
+        on_cpu = functools.partial(in_parts, whole, step=step)
+        return lax.platform_dependent(tiles, scale, cpu=on_cpu, default=whole)
+
+
+class _Size(NamedTuple):
+    """How far the change kept so far is from its size, over each strip of outputs; sums `[B, 1, C]`.
+
+    A gain is right for rounding alone. What feedback adds moves weights that are near the edge between two
+    codes, mostly outwards, since more are on their way to the next code than beyond it; later rows make up
+    for that as well.
+
+    Attributes:
+        excess: `d e` of the rows done.
+        noise: its square, were errors independent.
+        done: `d^2` of the rows done.
+        aimed: the same, times the correction they had.
+        left: `d^2` of the rows left.
+    """
+
+    excess: Array
+    noise: Array
+    done: Array
+    aimed: Array
+    left: Array
+
+    @classmethod
+    def of(cls, change: Float[Array, "B R C"]) -> "_Size":
+        left = _over_strips(change * change)
+        return cls(*(jnp.zeros_like(left) for _ in range(4)), left)
+
+    def correction(self) -> Array:
+        """A factor on the gains of the rows that come next: 1 while noise explains the excess."""
+        tiny = jnp.finfo(jnp.float32).tiny
+        response = (self.done + self.excess) / jnp.maximum(self.aimed, tiny)
+        wanted = 1 - self.excess / jnp.maximum(self.left, tiny)
+        factor = jnp.clip(wanted / jnp.maximum(response, tiny), 0.75, 1.25)
+        return jnp.where(self.excess**2 > _TOLERATED**2 * self.noise, factor, 1)
+
+    def after(self, d: Array, error: Array, correction: Array) -> "_Size":
+        """The sums with those of another block of rows."""
+        excess, noise, size = map(_over_strips, (d * error, (d * error) ** 2, d * d))
+        return _Size(
+            self.excess + excess,
+            self.noise + noise,
+            self.done + size,
+            self.aimed + correction * size,
+            self.left - size,
+        )
+
+
+def _over_strips(x: Float[Array, "B R C"]) -> Float[Array, "B 1 C"]:
+    """Sums over all rows and 128 columns at a time, spread over these again."""
+    columns = jnp.sum(x, 1, keepdims=True)
+    width = _STRIP if columns.shape[-1] % _STRIP == 0 else columns.shape[-1]
+    strips = columns.reshape(*columns.shape[:-1], -1, width)
+    return jnp.broadcast_to(jnp.sum(strips, -1, keepdims=True), strips.shape).reshape(columns.shape)
 
 
 @dataclasses.dataclass(frozen=True)

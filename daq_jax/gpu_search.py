@@ -19,10 +19,10 @@ from jaxtyping import Array
 
 from daq_jax.arithmetic import divide
 from daq_jax.gpu_arithmetic import INSTRUCTION, kept, multiply_add, reciprocal
-from daq_jax.metrics import Additive, Cosine, NegMse, SignRate, SumOfProducts, neg_bias
+from daq_jax.metrics import Additive, Cosine, NegMse, SignRate, SumOfProducts
 from daq_jax.roundings import Nearest
 from daq_jax.scales import AnyScale, usable
-from daq_jax.searches import AbsMax, CoarseToFine, Grid, OffGrid
+from daq_jax.searches import AbsMax, CoarseToFine, Grid
 from daq_jax.tiles import Tiles
 from daq_jax.trials import Trial, better
 
@@ -37,16 +37,11 @@ _LANES = 8  # candidates that are scored together: their sums must fit into regi
 
 def applies(recipe: "Recipe", tiles: Tiles) -> bool:
     """Whether `search` is for this recipe and these weights."""
-    parts = (recipe.search, recipe.metric, recipe.rounding)
-    known = ((AbsMax, Grid, CoarseToFine), (Cosine, SignRate, NegMse), (Nearest,))
+    parts = (recipe.search, recipe.metric, recipe.rounding, recipe.scales)
+    known = ((AbsMax, Grid, CoarseToFine), (Cosine, SignRate, NegMse), (Nearest,), (AnyScale,))
     n, shape = len(tiles.shape), tiles.shape
     return (
-        # `OffGrid` has a metric and a rounding of its own that it judges by.
-        (
-            type(recipe.search) is OffGrid
-            or all(type(part) in types for part, types in zip(parts, known, strict=True))
-        )
-        and type(recipe.scales) is AnyScale
+        all(type(part) in types for part, types in zip(parts, known, strict=True))
         and tiles.format in INSTRUCTION
         and sorted(tiles.axes) == [n - 3, n - 1]
         and shape[-3] == shape[-1] == _SIDE
@@ -54,7 +49,7 @@ def applies(recipe: "Recipe", tiles: Tiles) -> bool:
 
 
 def search(recipe: "Recipe", tiles: Tiles, *, interpret: bool = False) -> tuple[Array, Array]:
-    """Nearest codes in the shape of the tiles, and the scale of each, as the plain search gives it.
+    """Codes in the shape of the tiles, and the scale of each, as the plain search and `Nearest` give them.
 
     Args:
         recipe: one that `applies` to.
@@ -107,8 +102,7 @@ def _search_tile(
     """The kernel: everything for one tile."""
     from jax.experimental import pallas as pl
 
-    metric = neg_bias if isinstance(recipe.search, OffGrid) else recipe.metric
-    number = recipe.format
+    metric, number = recipe.metric, recipe.format
     assert isinstance(metric, Additive)
     zeros = jnp.zeros((_ROWS, _SIDE), jnp.float32)
 
@@ -168,9 +162,6 @@ def _find(search: Any, best: Callable[..., Trial]) -> Array | None:
     """The ratio that a search picks, or None if it tries none."""
     if isinstance(search, AbsMax):
         return None
-    if isinstance(search, OffGrid):
-        plain = best([1.0])
-        return jnp.where(search.is_small(plain), 1.0, best([*search.ratios], plain).ratio)
     if isinstance(search, Grid):
         return best([1.0, *search.ratios]).ratio
     winner = best([float(r) for r in search.coarse_ratios])

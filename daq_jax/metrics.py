@@ -114,6 +114,21 @@ class NegMse(SumOfProducts):
 
 
 @dataclasses.dataclass(frozen=True)
+class NegError(SumOfProducts):
+    """Minus the squared error of the change beside the change, `-|q - d|^2 / |d|^2`."""
+
+    def fixed_terms(self, d: Array) -> tuple[Array, ...]:
+        return (d * d,)
+
+    def factors(self, d: Array, q: Array) -> tuple[tuple[Array, Array], ...]:
+        return ((q - d, q - d),)
+
+    def score(self, *sums: Array) -> Array:
+        dd, ee = sums
+        return -jnp.where(dd > 0, ee / jnp.where(dd > 0, dd, 1), 0)
+
+
+@dataclasses.dataclass(frozen=True)
 class NegBias(Additive):
     """Minus how far the projection is from 1, beyond what the noise of rounding explains.
 
@@ -135,4 +150,5 @@ class NegBias(Additive):
 
 cosine = Cosine()
 neg_mse = NegMse()
+neg_error = NegError()
 neg_bias = NegBias()

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array
 
 from daq_jax.arithmetic import divide
-from daq_jax.metrics import neg_bias
+from daq_jax.metrics import neg_bias, neg_error
 from daq_jax.roundings import Nearest
 from daq_jax.scales import usable
 from daq_jax.tiles import Tiles
@@ -128,41 +128,35 @@ class OffGrid:
 
     On such a grid plain rounding favours the base. On another it rounds base and change alike, at the price
     of the format's ordinary noise. A tile in which AbsMax keeps the change at its size, within the noise of
-    rounding, stays as it is; so does one in which it keeps less than `least` of it: that change is so small
-    that ordinary noise costs more than an unbiased rounding on the base's own grid.
+    rounding, stays as it is. So does one whose change is small beside that noise, for there an unbiased
+    rounding on the base's own grid costs less: it gets the AbsMax scale or the base's, whichever leaves less
+    error.
 
     Attributes:
         low: smallest ratio to the AbsMax scale that is tried.
         high: largest.
         n: how many, evenly spaced; the least biased is taken.
-        least: the share of a change, below which it is small.
+        noise: how many times the change ordinary noise may be, as mean squares.
     """
 
     low: float = 1.05
     high: float = 1.5
     n: int = 4
-    least: float = 0.25
+    noise: float = 14.0
 
     def __post_init__(self) -> None:
         _check_range(self, self.low, self.high, n=self.n)
-        if not 0 <= self.least < 1:
-            raise ValueError(f"OffGrid: `least` must be a share from 0 to 1; got {self.least!r}.")
+        if not self.noise >= 0:
+            raise ValueError(f"OffGrid: `noise` must be 0 or more; got {self.noise!r}.")
 
     def __call__(self, trials: Trials) -> Array:
         """One scale per tile."""
-        plain = trials.judged_by(neg_bias, Nearest())
-        on_grid = _one(plain)
-        best = plain.best(jnp.asarray(self.ratios, jnp.float32), on_grid)
-        return jnp.where(self.is_small(on_grid), on_grid.scale, best.scale)
-
-    @property
-    def ratios(self) -> tuple[float, ...]:
-        """What is tried beside AbsMax."""
-        return tuple(float(r) for r in np.linspace(self.low, self.high, self.n).astype(np.float32))
-
-    def is_small(self, on_grid: Trial) -> Array:
-        """Whether a change is small, by the trial of AbsMax."""
-        return on_grid.score < self.least - 1
+        biased, wrong = (trials.judged_by(metric, Nearest()) for metric in (neg_bias, neg_error))
+        ratios = np.linspace(self.low, self.high, self.n).astype(np.float32)
+        least_biased = biased.best(jnp.asarray(ratios), _one(biased))
+        on_grid = better(_one(wrong), wrong.at_scale(trials.base))
+        noisy = wrong.at_ratio(least_biased.ratio).score < -self.noise
+        return jnp.where(noisy, on_grid.scale, least_biased.scale)
 
 
 @dataclasses.dataclass(frozen=True)

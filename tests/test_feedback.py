@@ -120,10 +120,37 @@ def test_a_merged_adapter_of_few_directions_costs_little(rank):
 
 @pytest.mark.parametrize("change", [0.001, 0.003, 0.01, 0.03, 0.1])
 @pytest.mark.parametrize("rank", [None, 16])
-def test_the_default_keeps_the_change_at_its_size(change, rank):
-    base, tuned = ro.native(4, (512, 384), change, rank=rank)
+@pytest.mark.parametrize("dtype", [np.float32, BF16])
+def test_the_default_keeps_the_change_at_its_size(change, rank, dtype):
+    pair = (x.astype(dtype) for x in ro.native(4, (512, 384), change, rank=rank))
+    base, tuned = pair  # in bfloat16 a small change is a step of that for a few, and none for others
     q = daq.quantize({"kernel": base}, {"kernel": tuned})["kernel"]
+    base, tuned = (x.astype(np.float32) for x in (base, tuned))
     assert 0.9 < ro.projection(base, tuned, kept(q)) < 1.1
+
+
+@pytest.mark.parametrize("dtype", [np.float32, BF16])
+def test_a_small_change_of_a_base_on_another_grid_than_absmax_stays_on_that(dtype):
+    rng = np.random.default_rng(6)
+    power = np.exp2(rng.integers(-14, -11, (3, 2))).repeat(128, 0).repeat(128, 1)
+    values = np.clip(rng.normal(0, 40, (384, 256)), -200, 200).astype(np.float32)
+    base = (E4M3.round(values) * power).astype(np.float32)  # the AbsMax scale is up to twice as fine
+    tuned = (base + 5e-3 * np.abs(base) * rng.normal(0, 1, base.shape)).astype(dtype)
+    base = base.astype(dtype)
+    whole = daq.QTensor(
+        jnp.asarray(E4M3.round(values), jnp.float8_e4m3fn),
+        jnp.asarray(power[::128, ::128], jnp.float32),
+        daq.fp8_e4m3fn,
+        daq.Block(128, 128),
+        np.dtype(dtype),
+    )
+    q, plain = (daq.quantize(b, jnp.asarray(tuned), rules=()) for b in (whole, jnp.asarray(base)))
+    base, tuned = (x.astype(np.float32) for x in (base, tuned))
+    change = np.mean((tuned - base) ** 2)
+    assert 0.8 < ro.projection(base, tuned, kept(q)) < 1.2  # within its noise: few weights, tiny changes
+    np.testing.assert_array_equal(q.scale, whole.scale)
+    assert np.mean((kept(q) - tuned) ** 2) < np.mean((kept(plain) - tuned) ** 2) / 3
+    assert np.mean((kept(q) - tuned) ** 2) < 30 * change
 
 
 def test_what_did_not_change_keeps_its_codes():

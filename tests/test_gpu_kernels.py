@@ -76,7 +76,6 @@ def assert_same(q, expected, most_codes=0):
         pytest.param(daq.recipes.mse, marks=pytest.mark.slow),
         pytest.param(dataclasses.replace(COSINE, search=daq.Grid(0.7, 2.0, 21)), marks=pytest.mark.slow),
         pytest.param(dataclasses.replace(COSINE, format=daq.fp8_e5m2), marks=pytest.mark.slow),
-        daq.Recipe(search=daq.OffGrid()),
     ],
 )
 def test_search_kernel_picks_the_scales_and_codes_of_the_plain_search(recipe):

@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 
+from daq_jax.feedback import UnbiasedFeedback
 from daq_jax.io.folders import Folder, Tensor
 from daq_jax.io.hf_layouts import (
     Layout,
@@ -29,8 +30,9 @@ MissingBase = Literal["error", "absmax"]
 
 # The heads of classifiers, by the name that transformers gives them.
 RULES = (keep(r"(^|\.)score\."), *DEFAULT_RULES)
-_BY_TILE = 24  # bytes that quantizing takes for each element of a matrix, two inputs of 16 bits included
-_WHOLE = 64  # the same for roundings that look at a whole matrix: 59 of the default, by XLA's own account
+# Bytes that quantizing takes for each element of a matrix, two inputs of 16 bits included: choices within a
+# tile, error feedback (30 by XLA's own account), other roundings of whole matrices (57).
+_BY_TILE, _FEEDBACK, _WHOLE = 24, 36, 64
 _WRITING = 2  # bytes for each element of the matrix before it, which is being written
 RUNTIME = 700 * 10**6  # bytes of the interpreter, JAX, its compiled programs, and the figures of a band
 _SHOWN = 8  # problems listed in full
@@ -225,7 +227,7 @@ def _rows_at_a_time(tensor: Tensor, recipe: Recipe, layout: Layout, memory: int)
         return whole
     step = layout.tiling.c if isinstance(layout.tiling, Block) else 1
     rows = room // inputs // step * step
-    if batch or rows < step or work_of(recipe) == _WHOLE:
+    if batch or rows < step or not isinstance(recipe.rounding, Nearest):
         needed = (RUNTIME + outputs * inputs * each) / 10**9
         raise ValueError(
             f"{tensor.file}: {tensor.name!r} is {outputs} x {inputs}, which takes {needed:.1f} GB at once; "
@@ -241,7 +243,9 @@ def _memory(jobs: Sequence[Job], recipe: Recipe) -> int:
 
 def work_of(recipe: Recipe) -> int:
     """Bytes that quantizing takes for each element, two inputs of 16 bits included."""
-    return _BY_TILE if isinstance(recipe.rounding, Nearest) else _WHOLE
+    if isinstance(recipe.rounding, Nearest):
+        return _BY_TILE
+    return _FEEDBACK if isinstance(recipe.rounding, UnbiasedFeedback) else _WHOLE
 
 
 def _bytes_each(tensor: Tensor, recipe: Recipe) -> int:
