@@ -101,6 +101,27 @@ def test_a_tree_returns_with_and_without_a_template(tmp_path, name):
     assert_same_bits(daq.load(tmp_path / "q", tree), tree)
 
 
+@pytest.mark.parametrize("tiling", [daq.Channel(), daq.Group(16)], ids=["channel", "group"])
+def test_zeros_return_bit_for_bit_with_and_without_a_template_onto_another_mesh(tmp_path, tiling):
+    plain = weight(daq.nf4, tiling)
+    zero = jnp.asarray(rng_for("zeros").normal(0, 1, plain.scale.shape), jnp.float32)
+    tree = {"w": dataclasses.replace(plain, zero=zero), "plain": plain}
+    sharding = NamedSharding(mesh_of((2, 4)), P(None, "y"))
+    daq.save(tmp_path / "q", jax.device_put(tree, sharding))
+    other = NamedSharding(mesh_of((2,)), P(None, "x"))
+    into = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=other), tree)
+    for loaded in (
+        daq.load(tmp_path / "q"),
+        daq.load(tmp_path / "q", tree),
+        daq.load(tmp_path / "q", into),
+        daq.load(tmp_path / "q", sharding=other),
+    ):
+        assert_same_bits(loaded, tree)
+        np.testing.assert_array_equal(loaded["w"].dequantize(), tree["w"].dequantize())
+    for loaded in (daq.load(tmp_path / "q", into), daq.load(tmp_path / "q", sharding=other)):
+        assert {x.sharding for x in jax.tree.leaves(loaded)} == {other}
+
+
 def test_random_keys_return(tmp_path):
     tree = {"dropout": jax.random.key(7), "several": jax.random.split(jax.random.key(1, impl="rbg"), 3)}
     daq.save(tmp_path / "q", tree)
