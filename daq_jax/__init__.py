@@ -27,17 +27,24 @@ from daq_jax.tilings import Block, Channel, Group, PerTensor
 from daq_jax.trees import dequantize, quantize
 from daq_jax.unbiased import UnbiasedGain, UnbiasedSubspace
 
-if typing.TYPE_CHECKING:
+if typing.TYPE_CHECKING:  # the names of `_EDGES`, for editors and type checkers
+    from daq_jax.calibration import calibrate, calibrate_from
+    from daq_jax.flax_models import linen_apply, linen_variables, nnx_with
     from daq_jax.inspection import Inspection, inspect
     from daq_jax.io.folder_comparison import compare_folders
     from daq_jax.io.folder_inspection import inspect_folder
     from daq_jax.io.folder_quantizer import quantize_folder
+    from daq_jax.io.orbax_checkpoints import load, load_weights, save
+    from daq_jax.products import dot
+    from daq_jax.qwix_arrays import from_qwix, to_qwix
 
 __version__ = "0.1.0"
 
 # Names at the edges, by the module that holds them; loaded when first used: the core imports none of it.
 _EDGES: dict[str, str] = {
     "Inspection": "daq_jax.inspection",
+    "calibrate": "daq_jax.calibration",
+    "calibrate_from": "daq_jax.calibration",
     "compare_folders": "daq_jax.io.folder_comparison",
     "dot": "daq_jax.products",
     "from_qwix": "daq_jax.qwix_arrays",
@@ -51,8 +58,6 @@ _EDGES: dict[str, str] = {
     "quantize_folder": "daq_jax.io.folder_quantizer",
     "save": "daq_jax.io.orbax_checkpoints",
     "to_qwix": "daq_jax.qwix_arrays",
-    "calibrate": "daq_jax.calibration",
-    "calibrate_from": "daq_jax.calibration",
 }
 
 __all__ = [

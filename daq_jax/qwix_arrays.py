@@ -1,8 +1,9 @@
 """To and from qwix (google/qwix): the same codes and scales as a `qwix.QArray`, bit for bit.
 
 A QArray's scale has the rank of its weight, and the length of each of its axes divides the weight's: tiles
-are whole and never cut across an axis. What does not fit that is refused. Scales stay float32. qwix is
-imported when one of these functions is called.
+are whole and never cut across an axis. Both mean `(code - zero) * scale`, but a QArray's zero point has the
+dtype of its codes and so is a whole number or a code, where a QTensor's zero is any number. What does not fit
+that is refused. Scales stay float32. qwix is imported when one of these functions is called.
 """
 
 import math
@@ -19,7 +20,7 @@ from daq_jax.qtensor import QTensor
 from daq_jax.recipes import Recipe
 from daq_jax.rules import DEFAULT_RULES, Rule, decide
 from daq_jax.tilings import Block, Channel, Group, Matrix, PerTensor, TileView, Tiling, matrix_problem
-from daq_jax.trees import PyTree, is_qtensor, keyed_leaves
+from daq_jax.trees import PyTree, is_concrete, is_qtensor, keyed_leaves
 
 # Formats by what qwix calls them; of those with a table of levels it has only nf4.
 _FORMATS: dict[str, Format] = {f.dtype: f for f in FORMATS.values() if f.dtype != "uint8"} | {"nf4": nf4}
@@ -34,7 +35,7 @@ def to_qwix(tree: PyTree) -> PyTree:
 
     Raises:
         ValueError: naming every leaf that has no such form: partial tiles at an edge, tiles cut across axes,
-            or a format that qwix lacks.
+            a zero that the dtype of the codes lacks, or a format that qwix lacks.
     """
     import qwix
 
@@ -42,10 +43,8 @@ def to_qwix(tree: PyTree) -> PyTree:
         if q.format.name not in _QTYPES:
             raise ValueError(f"qwix has no {q.format.name}")
         codes = q.codes.astype(jnp.uint4) if q.format == nf4 else q.codes
-        zero = getattr(q, "zero", None)
-        return qwix.QArray(
-            codes, _spread(q, q.scale), None if zero is None else _spread(q, zero), _QTYPES[q.format.name]
-        )
+        zero = None if q.zero is None else _spread(q, _zero_point(q.zero, codes.dtype))
+        return qwix.QArray(codes, _spread(q, q.scale), zero, _QTYPES[q.format.name])
 
     return _converted(tree, is_qtensor, lambda path, q: convert(q))
 
@@ -62,7 +61,8 @@ def from_qwix(
 
     Raises:
         ValueError: naming every leaf that a QTensor cannot hold: tiles that are not runs of inputs by runs of
-            outputs, scales that part of a batch shares, a zero point, or a format that we lack.
+            outputs, scales that part of a batch shares, zero points of other tiles than the scales', or a
+            format that we lack.
     """
     import qwix
 
@@ -113,26 +113,48 @@ def _spread(q: QTensor, scale: Array) -> Array:
     return scale.reshape(lengths).transpose(sorted(range(q.ndim), key=order.__getitem__))
 
 
+def _zero_point(zero: Array, dtype: np.dtype) -> Array:
+    """A zero in the dtype of the codes, as qwix wants it, where that changes no value."""
+    if not is_concrete(zero):
+        raise ValueError("whether qwix can hold its zero is seen from numbers alone: call this outside jit")
+    held = zero.astype(dtype)
+    if not jnp.array_equal(held.astype(zero.dtype), zero):
+        raise ValueError(f"its zero is no {dtype}, which qwix needs for codes of that dtype")
+    return held
+
+
 def _qtensor(array: Any, matrix: Matrix, dtype: np.dtype) -> QTensor:
     """The QTensor of a QArray."""
     qtype = str(array.qtype) if isinstance(array.qtype, str) else np.dtype(array.qtype).name
     if qtype not in _FORMATS:
         raise ValueError(f"daq_jax has no {qtype}")
-    if array.zero_point is not None:
-        raise ValueError("it has a zero point")
     if why := matrix_problem(array.shape, matrix):
         raise ValueError(f"it is {array.shape} and cannot be viewed as matrix={matrix}: {why}")
     whole = TileView(array.shape, matrix, PerTensor())
     batch, rows, columns = whole.axes
-    scale = array.scale.astype(jnp.float32)
+    lengths = list(array.scale.shape)
     for axis in batch:
-        if scale.shape[axis] not in (1, array.shape[axis]):
+        if lengths[axis] not in (1, array.shape[axis]):
             raise ValueError(f"part of its axis {axis} shares a scale, which is a batch axis here")
-        scale = jnp.repeat(scale, array.shape[axis] // scale.shape[axis], axis)
-    tiling, grid = _tiling(array.shape, scale.shape, whole)
-    scale = scale.transpose(*batch, *rows, *columns).reshape(*whole.batch, *grid)
+        lengths[axis] = array.shape[axis]
+    tiling, grid = _tiling(array.shape, lengths, whole)
+
+    def by_tile(x: Array) -> Array:
+        x = _repeated(x.astype(jnp.float32), lengths)
+        return x.transpose(*batch, *rows, *columns).reshape(*whole.batch, *grid)
+
     codes = array.qvalue.astype(jnp.uint8) if qtype == "nf4" else array.qvalue
-    return QTensor(codes, scale, _FORMATS[qtype], tiling, dtype, matrix)
+    zero = None if array.zero_point is None else by_tile(array.zero_point)
+    return QTensor(codes, by_tile(array.scale), _FORMATS[qtype], tiling, dtype, matrix, zero)
+
+
+def _repeated(x: Array, lengths: Sequence[int]) -> Array:
+    """Scales or zero points that several tiles share, one for each tile."""
+    for axis, n in enumerate(lengths):
+        if n % x.shape[axis]:
+            raise ValueError(f"its zero points {x.shape} are not one for each scale, {tuple(lengths)}")
+        x = jnp.repeat(x, n // x.shape[axis], axis)
+    return x
 
 
 def _tiling(shape: Sequence[int], scale: Sequence[int], whole: TileView) -> tuple[Tiling, tuple[int, int]]:

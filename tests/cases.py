@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
+from collections.abc import Iterable
 
 import jax
 import ml_dtypes
 import numpy as np
 import oracles
+import pytest
 from numpy.typing import NDArray
 
 import daq_jax as daq
@@ -146,3 +148,12 @@ def assert_same_bits(got: object, wanted: object) -> None:
         a, b = np.asarray(a), np.asarray(b)
         assert (a.dtype, a.shape) == (b.dtype, b.shape)
         assert a.tobytes() == b.tobytes()
+
+
+def slow_after(n: int, cases: Iterable) -> list:
+    """Cases of a parametrized test, of which the first `n` are plain and the others slow.
+
+    A tuple is a value for each of several parameters.
+    """
+    whole = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*case, marks=pytest.mark.slow if i >= n else ()) for i, case in enumerate(whole)]

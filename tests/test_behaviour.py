@@ -67,6 +67,7 @@ def test_figures_without_a_qtensor_equal_those_of_compare():
     assert found == pytest.approx({name: float(getattr(expected, name)) for name in found}, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_inputs_that_are_watched_are_those_of_the_matrices():
     params = make_params(SMALL.model, jax.random.key(0))
     windows = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 9)), jnp.uint8)
@@ -113,6 +114,7 @@ def test_every_recipe_of_the_table_fits_every_layout(layout):
             assert recipe.rounding == method.means.rounding
 
 
+@pytest.mark.slow
 def test_a_small_study_writes_json_table_and_plots(tmp_path, monkeypatch, capsys):
     texts = tuple(load_text(name, held_out=600) for name in ("lincoln", "macbeth"))
     monkeypatch.setattr(behaviour, "load_corpora", lambda folder: texts_of(texts))

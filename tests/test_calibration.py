@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import rng_for
+from cases import rng_for, slow_after
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -57,6 +57,7 @@ def test_linen_kernels_get_the_gram_matrices_of_their_inputs():
     np.testing.assert_allclose(whole.products["params/up/kernel"], gram(*batches), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_nnx_kernels_get_the_gram_matrices_of_their_inputs():
     batches = [inputs("nnx", 7, 12)]
     model = NnxMlp(nnx.Rngs(0))
@@ -70,7 +71,7 @@ def test_nnx_kernels_get_the_gram_matrices_of_their_inputs():
     assert isinstance(daq.dequantize(q), nnx.State)
 
 
-@pytest.mark.parametrize("model", ["linen", "nnx"])
+@pytest.mark.parametrize("model", slow_after(1, ["nnx", "linen"]))
 def test_attention_kernels_contract_what_their_matrix_view_says(model):
     x = inputs("attention", 2, 3, 12)
     if model == "linen":

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import LAYERS, Stored, assert_same_bits, is_qtensor, native, pair
+from cases import LAYERS, Stored, assert_same_bits, is_qtensor, native, pair, slow_after
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -29,7 +29,7 @@ def tree(*names):
 # --- jit, eval_shape, export --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", slow_after(1, EXACT))
 def test_jit_and_eager_agree_bit_for_bit(name):
     base, tuned, rules = tree("odd", "maxtext scanned query")
     run = lambda b, t: daq.quantize(b, t, EXACT[name], rules=rules)  # noqa: E731
@@ -38,25 +38,23 @@ def test_jit_and_eager_agree_bit_for_bit(name):
 
 def test_jit_and_eager_dequantize_agree_bit_for_bit():
     base, tuned, rules = tree("odd", "maxtext scanned query")
-    q = daq.quantize(base, tuned, COSINE, rules=rules)
+    q = daq.quantize(base, tuned, EXACT["absmax"], rules=rules)
     assert_same_bits(jax.jit(daq.dequantize)(q), daq.dequantize(q))
-    whole = jax.jit(lambda b, t: daq.dequantize(daq.quantize(b, t, EXACT["absmax"], rules=rules)))(
-        base, tuned
-    )
-    assert_same_bits(whole, daq.dequantize(daq.quantize(base, tuned, EXACT["absmax"], rules=rules)))
+    whole = jax.jit(lambda b, t: daq.dequantize(daq.quantize(b, t, EXACT["absmax"], rules=rules)))
+    assert_same_bits(whole(base, tuned), daq.dequantize(q))
 
 
 def test_eval_shape_tells_the_result_without_any_work():
     base, tuned, rules = tree("odd", "qwen3_moe experts", "linen DenseGeneral out")
-    shapes = jax.eval_shape(lambda b, t: daq.quantize(b, t, COSINE, rules=rules), base, tuned)
-    q = daq.quantize(base, tuned, COSINE, rules=rules)
+    shapes = jax.eval_shape(lambda b, t: daq.quantize(b, t, EXACT["absmax"], rules=rules), base, tuned)
+    q = daq.quantize(base, tuned, EXACT["absmax"], rules=rules)
     assert jax.tree.structure(shapes) == jax.tree.structure(q)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(lambda x: (x.shape, x.dtype), q)
     assert shapes["odd"].shape == (33, 70)
     assert shapes["odd"].ndim == 2
 
 
-@pytest.mark.parametrize("name", ["absmax", "sign_rate", pytest.param("default", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", slow_after(1, ["absmax", "sign_rate", "default"]))
 def test_export_for_cpu_cuda_and_tpu(name):
     pytest.importorskip("flatbuffers")
     base, tuned, rules = tree("maxtext scanned query")
@@ -110,11 +108,18 @@ LAYOUTS = {
     "layers": ((4, 24, 40), P("x", None, "y"), None),
     "both on one": ((32, 40), P(("x", "y"), None), None),
 }
-RUNS = [("absmax", list(LAYOUTS)), ("sign_rate", ["tiles across devices"])]
+AXIS_TYPES = pytest.mark.parametrize(
+    "axis_type", slow_after(1, [AxisType.Explicit, AxisType.Auto]), ids=["Explicit", "Auto"]
+)
+RUNS = {
+    "absmax": ("absmax", ["tiles across devices", "layers"]),
+    "absmax, other layouts": ("absmax", ["heads", "head size", "both on one"]),
+    "sign_rate": ("sign_rate", ["tiles across devices"]),
+}
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["Auto", "Explicit"])
-@pytest.mark.parametrize(("recipe", "names"), RUNS, ids=["absmax", "sign_rate"])
+@AXIS_TYPES
+@pytest.mark.parametrize(("recipe", "names"), slow_after(1, RUNS.values()), ids=RUNS)
 def test_sharded_arrays_keep_their_sharding_and_give_the_same_codes(recipe, names, axis_type):
     mesh = mesh_of(axis_type)
     pairs = {name: pair(name, LAYOUTS[name][0]) for name in names}
@@ -136,7 +141,7 @@ def test_sharded_arrays_keep_their_sharding_and_give_the_same_codes(recipe, name
             assert params[name].sharding.is_equivalent_to(sharding, got[name].ndim), name
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["Auto", "Explicit"])
+@AXIS_TYPES
 def test_sharded_comparison_and_cosine_search_agree_with_the_unsharded(axis_type):
     mesh = mesh_of(axis_type)
     base, tuned = (jnp.asarray(x) for x in native("sharded search", (64, 128)))
@@ -182,15 +187,13 @@ def layers(count, dtype=np.float32):
 
 def test_one_program_for_each_distinct_leaf_and_one_for_the_finite_check():
     base, tuned = layers(32)
-    recipe = daq.Recipe(tiling=daq.Block(8, 8), search=SEARCH, metric=daq.SignRate(2e-5))
+    recipe = daq.Recipe(tiling=daq.Block(8, 8), search=daq.Grid(0.9, 1.1, 3), metric=daq.SignRate(2e-5))
     run = lambda: daq.quantize(base, tuned, recipe, rules=[])  # noqa: E731
     assert compilations(run) == 3 + 1
     assert compilations(run) == 0
-    equal = daq.Recipe(
-        tiling=daq.Block(8, 8), search=daq.CoarseToFine(0.8, 1.5, 5, 10), metric=daq.SignRate(2e-5)
-    )
+    equal = daq.Recipe(tiling=daq.Block(8, 8), search=daq.Grid(0.9, 1.1, 3), metric=daq.SignRate(2e-5))
     assert compilations(lambda: daq.quantize(base, tuned, equal, rules=[])) == 0
-    other = daq.Recipe(tiling=daq.Block(8, 4), search=SEARCH, metric=daq.SignRate(2e-5))
+    other = daq.Recipe(tiling=daq.Block(8, 4), search=daq.Grid(0.9, 1.1, 3), metric=daq.SignRate(2e-5))
     assert compilations(lambda: daq.quantize(base, tuned, other, rules=[])) == 3
     shorter = base[:5], tuned[:5]
     assert (

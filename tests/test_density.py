@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import rng_for
+from cases import rng_for, slow_after
 
 import daq_jax as daq
 from daq_jax.alignment import align, mode
@@ -51,8 +51,8 @@ def group_loss(weight, q, gram, n):
     return row_loss(weight, q, np.float64(gram) * blocks)
 
 
-@pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
-@pytest.mark.parametrize("group", [32, None])
+@pytest.mark.parametrize("fmt", slow_after(1, FORMATS), ids=lambda f: f.name)
+@pytest.mark.parametrize("group", slow_after(1, [32, None]))
 def test_without_any_stage_it_is_absmax(fmt, group):
     weight, grams = weight_and_grams("off")
     q = quantized(weight, grams, dataclasses.replace(OFF, format=fmt, group=group))
@@ -109,6 +109,7 @@ def test_each_stage_lowers_the_loss(fmt, group):
     assert row_loss(weight, row, gram) < losses[1]
 
 
+@pytest.mark.slow
 def test_the_centre_is_the_middle_of_the_quantiles_and_becomes_the_zero():
     weight = np.float32(rng_for("centre").gamma(3.0, 0.01, (2, 50, 6)))
     scale, zero = align(jnp.asarray(weight), jnp.ones((2, 50, 1), bool), daq.fp4_e2m1, "quantile", 0.9)

@@ -19,6 +19,9 @@ import daq_jax as daq
 
 ROOT = pathlib.Path(__file__).parents[1]
 MODULES = ["daq_jax", *(m.name for m in pkgutil.walk_packages(daq.__path__, "daq_jax."))]
+SLOW = {
+    f"daq_jax.{name}" for name in ("density", "flax_models", "inspection", "io.orbax_checkpoints", "products")
+}
 
 
 def doctests_of(name: str) -> list[doctest.DocTest]:
@@ -37,7 +40,9 @@ def doctests_of(name: str) -> list[doctest.DocTest]:
     ]
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(m, marks=pytest.mark.slow if m in SLOW else ()) for m in MODULES]
+)
 def test_examples_in_docstrings_run(name):
     said = []
     runner = doctest.DocTestRunner(verbose=False)

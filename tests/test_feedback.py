@@ -1,6 +1,7 @@
 """Error feedback: rows make up for the errors of rows before them where the change says that it matters."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import oracles
 import pytest
 import rounding_oracles as ro
-from cases import BF16
+from cases import BF16, slow_after
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -98,6 +99,7 @@ def test_little_error_is_left_along_the_change_for_little_more_in_all(native):
     assert everywhere < 1.25 * everywhere_before
 
 
+@pytest.mark.slow
 def test_a_change_without_directions_is_left_to_the_gain():
     base, tuned = ro.native(2, (256, 256), 0.02)
     q = daq.quantize(base, tuned, feedback(64))
@@ -106,7 +108,7 @@ def test_a_change_without_directions_is_left_to_the_gain():
     assert np.mean((kept(q) - tuned) ** 2) < 1.05 * np.mean((kept(gain) - tuned) ** 2)
 
 
-@pytest.mark.parametrize("rank", [1, 4])
+@pytest.mark.parametrize("rank", slow_after(1, [1, 4]))
 def test_a_merged_adapter_of_few_directions_costs_little(rank):
     rng = np.random.default_rng(3)
     base = np.asarray(jnp.asarray(rng.normal(0, 0.02, (384, 256)), BF16), np.float32)
@@ -118,9 +120,17 @@ def test_a_merged_adapter_of_few_directions_costs_little(rank):
     assert everywhere < 1.3 * before[1]
 
 
-@pytest.mark.parametrize("change", [0.001, 0.003, 0.01, 0.03, 0.1])
-@pytest.mark.parametrize("rank", [None, 16])
-@pytest.mark.parametrize("dtype", [np.float32, BF16])
+@pytest.mark.parametrize(
+    ("change", "rank", "dtype"),
+    slow_after(
+        2,
+        [
+            (0.001, None, BF16),
+            (0.01, 16, np.float32),
+            *itertools.product((0.001, 0.003, 0.01, 0.03, 0.1), (None, 16), (np.float32, BF16)),
+        ],
+    ),
+)
 def test_the_default_keeps_the_change_at_its_size(change, rank, dtype):
     pair = (x.astype(dtype) for x in ro.native(4, (512, 384), change, rank=rank))
     base, tuned = pair  # in bfloat16 a small change is a step of that for a few, and none for others
@@ -166,12 +176,15 @@ def test_what_did_not_change_keeps_its_codes():
 
 @pytest.mark.parametrize(
     ("tiling", "shape"),
-    [
-        (daq.Channel(), (200, 72)),
-        (daq.Group(32), (200, 72)),
-        (daq.PerTensor(), (131, 64)),
-        (daq.Block(48, 80), (300, 200)),
-    ],
+    slow_after(
+        1,
+        [
+            (daq.Group(32), (200, 72)),
+            (daq.Channel(), (200, 72)),
+            (daq.PerTensor(), (131, 64)),
+            (daq.Block(48, 80), (300, 200)),
+        ],
+    ),
 )
 @pytest.mark.parametrize("scales", [daq.AnyScale(), pytest.param(daq.PowerOfTwo(), marks=pytest.mark.slow)])
 def test_every_tiling_and_scale(tiling, shape, scales):
@@ -183,6 +196,7 @@ def test_every_tiling_and_scale(tiling, shape, scales):
     assert error_seen(base, tuned, q)[0] < error_seen(base, tuned, plain)[0] / 3
 
 
+@pytest.mark.slow
 def test_a_stack_is_rounded_matrix_by_matrix_in_any_layout():
     base, tuned = plain_pair(7, (256, 128), batch=(3,))
     stack = daq.quantize(base, tuned, feedback())
@@ -242,8 +256,8 @@ def test_bad_settings_are_named(settings, words):
         daq.UnbiasedFeedback(**settings)
 
 
-def test_matrices_of_few_rows_are_rounded_too():
-    for shape in ((1, 1), (2, 40), (32, 8)):
-        base = jax.random.normal(jax.random.key(0), shape)
-        q = daq.quantize(base, base * 1.01, daq.Recipe(rounding=daq.UnbiasedFeedback()))
-        assert jnp.isfinite(q.dequantize()).all()
+@pytest.mark.parametrize("shape", slow_after(1, [((2, 40),), ((1, 1),), ((32, 8),)]))
+def test_matrices_of_few_rows_are_rounded_too(shape):
+    base = jax.random.normal(jax.random.key(0), shape)
+    q = daq.quantize(base, base * 1.01, daq.Recipe(rounding=daq.UnbiasedFeedback()))
+    assert jnp.isfinite(q.dequantize()).all()

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import slow_after
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import daq_jax as daq
@@ -71,7 +72,7 @@ def assert_same(q, expected, most_codes=0):
     "recipe",
     [
         daq.recipes.absmax,
-        COSINE,
+        pytest.param(COSINE, marks=pytest.mark.slow),
         pytest.param(daq.recipes.paper_sign, marks=pytest.mark.slow),
         pytest.param(daq.recipes.mse, marks=pytest.mark.slow),
         pytest.param(dataclasses.replace(COSINE, search=daq.Grid(0.7, 2.0, 21)), marks=pytest.mark.slow),
@@ -133,6 +134,7 @@ def test_search_kernel_leaves_other_recipes_to_the_plain_search(recipe):
     assert not gpu_search.applies(recipe, cut(*pair((128, 256)), recipe)[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per", ["column", pytest.param("row", marks=pytest.mark.slow)])
 def test_unbiased_rounding_by_the_kernel_is_that_without(per, request):
     recipe, arrays = daq.Recipe(rounding=daq.UnbiasedGain(per)), pair((128, 256), native=True)
@@ -178,14 +180,9 @@ def test_kernel_runs_on_the_shards_of_each_device(kind, request):
     assert_same(q, expected)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("kind", slow_after(1, [AxisType.Explicit, AxisType.Auto]))
 @pytest.mark.parametrize(
-    "recipe",
-    [
-        daq.recipes.absmax,
-        pytest.param(COSINE, marks=pytest.mark.slow),
-        daq.Recipe(rounding=daq.UnbiasedGain()),
-    ],
+    "recipe", slow_after(2, [daq.recipes.absmax, daq.Recipe(rounding=daq.UnbiasedGain()), COSINE])
 )
 def test_devices_do_not_wait_for_one_another(recipe, kind):
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(kind,) * 2)

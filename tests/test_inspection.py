@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import daq_jax as daq
 from daq_jax.findings import ESTIMATES, Estimate, Findings, findings_of
 from daq_jax.inspection import Inspection
+from daq_jax.tables import ON_GRID
 from daq_jax.verdicts import KEPT, UNRELATED, verdict_of
 
 E4M3 = oracles.FORMATS["fp8_e4m3fn"]
@@ -251,14 +252,29 @@ def test_a_change_in_one_patch_of_many_is_no_ground_for_a_verdict():
     assert said.endswith("too few of the weights looked at to say what is kept of it.")
 
 
-def test_no_gain_is_promised_off_the_grid_and_none_denied_on_it():
-    kept = {"absmax_projection": Estimate(1.0, 0.01)}
-    off = verdict_of(findings(on_fitted_grid=Estimate(0.07, 0.01), **kept), "the default")
-    assert off == (
+@pytest.mark.parametrize(
+    ("on_grid", "high", "only_noise"),
+    [
+        (0.07, 1.01, True),
+        (ON_GRID, 1.01, True),
+        (ON_GRID + 1e-6, 1.01, False),
+        (0.07, 2 - KEPT - 1e-6, True),
+        (0.07, 2 - KEPT + 1e-6, False),
+    ],
+)
+def test_off_the_grid_less_noise_is_all_that_is_promised(on_grid, high, only_noise):
+    found = findings(on_fitted_grid=Estimate(on_grid, 0.01), absmax_projection=Estimate(high - 0.01, 0.01))
+    said = verdict_of(found, "paper_sign")
+    rest = "the default only lowers the ordinary noise of rounding somewhat."
+    assert said.endswith(f" of it; {rest if only_noise else 'paper_sign keeps 99 to 101% of it.'}")
+
+
+def test_the_verdict_off_the_grid():
+    found = findings(on_fitted_grid=Estimate(0.07, 0.01), absmax_projection=Estimate(1.0, 0.01))
+    assert verdict_of(found, "the default") == (
         "This base is not on an FP8 grid. Plain AbsMax keeps the change, 99 to 101% of it; "
-        "expect no visible gain from any other recipe."
+        "the default only lowers the ordinary noise of rounding somewhat."
     )
-    assert "expect no visible gain" not in verdict_of(findings(**kept), "the default")
 
 
 def test_unrelated_begins_where_it_says():

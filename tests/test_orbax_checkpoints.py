@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint
 import pytest
-from cases import BF16, DTYPES, LAYERS, assert_same_bits, is_qtensor, pair, rng_for
+from cases import BF16, DTYPES, LAYERS, assert_same_bits, is_qtensor, pair, rng_for, slow_after
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -101,6 +101,27 @@ def test_a_tree_returns_with_and_without_a_template(tmp_path, name):
     assert_same_bits(daq.load(tmp_path / "q", tree), tree)
 
 
+@pytest.mark.parametrize("tiling", slow_after(1, [daq.Group(16), daq.Channel()]), ids=["group", "channel"])
+def test_zeros_return_bit_for_bit_with_and_without_a_template_onto_another_mesh(tmp_path, tiling):
+    plain = weight(daq.nf4, tiling)
+    zero = jnp.asarray(rng_for("zeros").normal(0, 1, plain.scale.shape), jnp.float32)
+    tree = {"w": dataclasses.replace(plain, zero=zero), "plain": plain}
+    sharding = NamedSharding(mesh_of((2, 4)), P(None, "y"))
+    daq.save(tmp_path / "q", jax.device_put(tree, sharding))
+    other = NamedSharding(mesh_of((2,)), P(None, "x"))
+    into = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=other), tree)
+    for loaded in (
+        daq.load(tmp_path / "q"),
+        daq.load(tmp_path / "q", tree),
+        daq.load(tmp_path / "q", into),
+        daq.load(tmp_path / "q", sharding=other),
+    ):
+        assert_same_bits(loaded, tree)
+        np.testing.assert_array_equal(loaded["w"].dequantize(), tree["w"].dequantize())
+    for loaded in (daq.load(tmp_path / "q", into), daq.load(tmp_path / "q", sharding=other)):
+        assert {x.sharding for x in jax.tree.leaves(loaded)} == {other}
+
+
 def test_random_keys_return(tmp_path):
     tree = {"dropout": jax.random.key(7), "several": jax.random.split(jax.random.key(1, impl="rbg"), 3)}
     daq.save(tmp_path / "q", tree)
@@ -113,7 +134,7 @@ def test_random_keys_return(tmp_path):
 def test_a_template_of_plain_parameters_gives_containers_and_shardings(tmp_path):
     sharding = NamedSharding(mesh_of((2, 4)), P("x", "y"))
     model = nnx.State({"layers": {0: {"kernel": nnx.Param(BASE), "bias": nnx.Param(jnp.ones(64))}}})
-    q = daq.quantize(model, jax.tree.map(lambda x: x * 1.5, model))
+    q = daq.quantize(model, jax.tree.map(lambda x: x * 1.5, model), daq.recipes.absmax)
     daq.save(tmp_path / "q", q)
 
     def abstract(x):
@@ -270,7 +291,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
 def test_an_error_says_what_was_found(tmp_path, fault):
     path = tmp_path / "q"
-    daq.save(path, {"w": daq.quantize(BASE, TUNED), "b": jnp.ones((300, 300))})
+    daq.save(path, {"w": WEIGHT, "b": jnp.ones((300, 300))})
     fault(path)
     with pytest.raises((ValueError, FileNotFoundError), match=FAULTS[fault]) as caught:
         daq.load(path)

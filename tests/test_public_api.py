@@ -1,5 +1,6 @@
 """The public names: one set in `__all__`, in the README and in docstrings; and a light `import daq_jax`."""
 
+import ast
 import inspect
 import pathlib
 import re
@@ -31,6 +32,18 @@ def test_all_lists_every_public_name_and_nothing_else():
     names = set(public) - (modules - {"recipes"})
     assert set(daq.__all__) == names
     assert len(daq.__all__) == len(set(daq.__all__))
+
+
+def test_lazily_loaded_names_are_sorted_and_known_to_type_checkers():
+    assert list(daq._EDGES) == sorted(daq._EDGES)
+    imports = {
+        alias.name: node.module
+        for block in ast.parse(pathlib.Path(daq.__file__).read_text()).body
+        if isinstance(block, ast.If)
+        for node in block.body
+        for alias in node.names
+    }
+    assert imports == daq._EDGES
 
 
 def test_the_readme_lists_the_public_names_and_the_recipes():

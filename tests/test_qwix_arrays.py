@@ -1,5 +1,7 @@
 """qwix holds the same codes and scales, and computes with them."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,6 +34,10 @@ def weight(shape, matrix, number, tiling):
     codes = number.encode(number.round(jnp.asarray(rng.uniform(-1, 1, shape) * number.largest, jnp.float32)))
     scale = jnp.asarray(rng.uniform(0.1, 1, TileView(shape, matrix, tiling).grid), jnp.float32)
     return daq.QTensor(codes, scale, number, tiling, np.dtype(np.float32), matrix)
+
+
+def with_zero(q, zero):
+    return dataclasses.replace(q, zero=jnp.full_like(q.scale, zero))
 
 
 @pytest.mark.parametrize("name", VIEWS)
@@ -70,6 +76,52 @@ def test_an_array_that_qwix_quantized_becomes_a_qtensor():
         np.testing.assert_array_equal(q.dequantize(jnp.float32), qwix.dequantize(array))
 
 
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("tiled", [{}, {0: 16}], ids=["channel", "group"])
+def test_zero_points_of_qwix_stay_what_they_are_there_and_back(dtype, tiled):
+    w = jax.random.uniform(jax.random.key(2), (32, 48), minval=-0.2, maxval=1)
+    with jax.numpy_dtype_promotion("standard"):
+        array = qwix.quantize(w, dtype, channelwise_axes=[1], tiled_axes=tiled, calibration_method="minmax")
+        wanted = qwix.dequantize(array)
+    assert np.asarray(array.zero_point, np.int32).any()
+    q = daq.from_qwix({"w": array})
+    assert q["w"].tiling == (daq.Group(16) if tiled else daq.Channel())
+    np.testing.assert_array_equal(q["w"].dequantize(), wanted)
+    assert_same_bits(daq.to_qwix(q)["w"], array)
+
+
+@pytest.mark.parametrize("name", ["plain", "stored [out, in]", "scanned query"])
+def test_whole_zeros_become_zero_points_in_any_layout(name):
+    shape, matrix = VIEWS[name]
+    for tiling in (daq.Block(16, 8), daq.Group(16)):
+        q = with_zero(weight(shape, matrix, daq.int8, tiling), rng_for(name).integers(-128, 128))
+        there = daq.to_qwix({"w": q})
+        assert there["w"].zero_point.dtype == jnp.int8
+        with jax.numpy_dtype_promotion("standard"):
+            np.testing.assert_array_equal(qwix.dequantize(there["w"]), q.dequantize(), strict=True)
+        assert_same_bits(daq.from_qwix(there, rules=[daq.use("w", matrix=matrix)]), {"w": q})
+
+
+def test_a_zero_point_that_scales_share_is_given_to_each():
+    codes = jnp.asarray(rng_for("shared zero").integers(-128, 128, (32, 48)), jnp.int8)
+    array = qwix.QArray(codes, jnp.full((2, 48), 0.5), jnp.full((1, 48), 3, jnp.int8))
+    q = daq.from_qwix(array)
+    assert q.zero.shape == q.scale.shape == (2, 48)
+    np.testing.assert_array_equal(q.dequantize(), (np.asarray(codes, np.float32) - 3) / 2)
+
+
+def test_a_zero_between_codes_is_refused_and_one_of_another_tiling_too():
+    plain = weight((32, 48), ((-2,), (-1,)), daq.int8, daq.Channel())
+    for zero in (0.5, 200.0):
+        with pytest.raises(ValueError, match="'w': its zero is no int8, which qwix needs"):
+            daq.to_qwix({"w": with_zero(plain, zero)})
+    with pytest.raises(ValueError, match="outside jit"):
+        jax.jit(lambda q: daq.to_qwix(q).scale)(with_zero(plain, 1.0))
+    fine = qwix.QArray(plain.codes, jnp.ones((1, 48)), jnp.ones((2, 48), jnp.int8))
+    with pytest.raises(ValueError, match=r"its zero points \(2, 48\) are not one for each scale"):
+        daq.from_qwix({"w": fine})
+
+
 def test_variables_of_a_model_keep_their_boxes():
     q = nnx.State({"kernel": nnx.Param(weight((32, 48), ((-2,), (-1,)), daq.int8, daq.Channel()))})
     there = daq.to_qwix(q)
@@ -93,11 +145,10 @@ def test_what_has_no_such_form_is_named():
         assert why in str(caught.value)
     codes = jnp.ones((4, 32, 48), jnp.int8)
     bad = {
-        "zero": qwix.QArray(codes, jnp.ones((1, 1, 1)), jnp.ones((1, 1, 1))),
         "shared": qwix.QArray(codes, jnp.ones((2, 1, 48))),
         "type": qwix.QArray(jnp.ones((4, 4), jnp.int2), jnp.ones((1, 1))),
     }
-    with pytest.raises(ValueError, match="3 leaves") as caught:
+    with pytest.raises(ValueError, match="2 leaves") as caught:
         daq.from_qwix(bad)
-    for why in ("'zero': it has a zero point", "'shared': part of its axis 0", "'type': daq_jax has no int2"):
+    for why in ("'shared': part of its axis 0", "'type': daq_jax has no int2"):
         assert why in str(caught.value)

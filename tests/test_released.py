@@ -3,7 +3,7 @@
 import numpy as np
 import oracles
 import pytest
-from cases import BF16, native, pair
+from cases import BF16, native, pair, slow_after
 
 import daq_jax as daq
 
@@ -24,7 +24,9 @@ def bases():
 
 @pytest.mark.parametrize("name", ["sign", "cosine"])
 @pytest.mark.parametrize(
-    ("case", "base", "tuned"), list(bases()), ids=lambda x: x if isinstance(x, str) else ""
+    ("case", "base", "tuned"),
+    slow_after(1, reversed([*bases()])),
+    ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_released_recipes_pick_what_the_released_program_picks(case, base, tuned, name):
     recipe = {"sign": daq.recipes.released_sign, "cosine": daq.recipes.released_cosine}[name]

@@ -6,7 +6,7 @@ import numpy as np
 import oracles
 import pytest
 import rounding_oracles
-from cases import DTYPES, assert_same_bits, native, pair
+from cases import DTYPES, assert_same_bits, native, pair, slow_after
 
 import daq_jax as daq
 
@@ -108,7 +108,7 @@ def code_bytes(q):
     return np.asarray(q.codes).view(np.uint8)
 
 
-@pytest.mark.parametrize("name", ["fp8_e4m3fn", "fp8_e5m2", "int8"])
+@pytest.mark.parametrize("name", slow_after(1, ["fp8_e4m3fn", "fp8_e5m2", "int8"]))
 def test_stochastic_takes_one_of_the_two_neighbours_each_as_often_as_it_is_near(name):
     base, tuned = pair("neighbours", (256, 256), DTYPES["f32"])
     number, grid = oracles.FORMATS[name], rounding_oracles.grids()[name]
@@ -178,7 +178,7 @@ def test_stochastic_is_the_same_under_jit():
     assert_same_bits(jax.jit(run)(jnp.asarray(base), jnp.asarray(tuned)), run(base, tuned))
 
 
-@EVERY_FORMAT
+@pytest.mark.parametrize("name", slow_after(1, NAMES))
 @pytest.mark.parametrize("rounding", [daq.Nearest(), daq.Stochastic(0)], ids=["nearest", "stochastic"])
 def test_an_all_zero_weight_stays_zero(name, rounding):
     zero = np.zeros((3, 5), np.float32)

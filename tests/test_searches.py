@@ -11,7 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from cases import DTYPES, FORMATS, METRICS, SEARCHES, TILINGS, Stored, hard_matrix, native, pair, rng_for
+from cases import (
+    DTYPES,
+    FORMATS,
+    METRICS,
+    SEARCHES,
+    TILINGS,
+    Stored,
+    hard_matrix,
+    native,
+    pair,
+    rng_for,
+    slow_after,
+)
 
 import daq_jax as daq
 
@@ -50,7 +62,10 @@ def check(base, tuned, recipe, number, tile, metric, search, matrix=None, **opti
 
 
 def product():
-    """Metric x search x tiling; formats, dtypes and layers take turns, so that each pair of them occurs."""
+    """Metric x search x tiling; formats, dtypes and layers take turns, so that each pair of them occurs.
+
+    Half of them are slow; every search, metric, tiling, format, dtype and layer is in either half.
+    """
     layers = [
         ((33, 50), None),
         ((2, 20, 36), None),
@@ -61,7 +76,14 @@ def product():
         fmt, dtype, layer = FORMATS[i % 3], list(DTYPES)[i // 3 % 3], layers[(i + i // 4) % 4]
         parts = [metric[1].__name__, type(search[0]).__name__, type(tiling[0]).__name__]
         yield pytest.param(
-            metric, search, tiling, fmt, dtype, layer, id="-".join([*parts, fmt[1].name, dtype])
+            metric,
+            search,
+            tiling,
+            fmt,
+            dtype,
+            layer,
+            id="-".join([*parts, fmt[1].name, dtype]),
+            marks=pytest.mark.slow if (i + i // 12) % 2 else (),
         )
 
 
@@ -73,7 +95,7 @@ def test_search_finds_the_best_of_its_candidates(metric, search, tiling, fmt, dt
     check(base, tuned, recipe, fmt[1], tiling[1], metric[1], search[1], matrix)
 
 
-@pytest.mark.parametrize(("metric", "oracle"), METRICS, ids=["cosine", "sign_rate", "neg_mse"])
+@pytest.mark.parametrize(("metric", "oracle"), slow_after(1, METRICS), ids=["cosine", "sign_rate", "neg_mse"])
 def test_full_size_blocks_of_a_native_base(metric, oracle):
     base, tuned = native("native blocks", (130, 257))
     search, spec = COARSE_TO_FINE
@@ -86,7 +108,7 @@ def test_full_size_blocks_of_a_native_base(metric, oracle):
 
 
 @pytest.mark.parametrize(("metric", "oracle"), METRICS, ids=["cosine", "sign_rate", "neg_mse"])
-@pytest.mark.parametrize(("fmt", "number"), FORMATS, ids=lambda f: getattr(f, "name", None))
+@pytest.mark.parametrize(("fmt", "number"), slow_after(1, FORMATS), ids=lambda f: getattr(f, "name", None))
 def test_hard_tiles(fmt, number, metric, oracle):
     base, tuned, names = hard_matrix()
     search, spec = COARSE_TO_FINE

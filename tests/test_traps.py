@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from cases import DTYPES, pair, rng_for
+from cases import DTYPES, pair, rng_for, slow_after
 from numpy.typing import NDArray
 
 import daq_jax as daq
@@ -51,7 +51,7 @@ def narrow_casts(function, *args) -> list[str]:
     )
 
 
-@pytest.mark.parametrize("name", ["paper_cosine", "paper_sign", "released_cosine"])
+@pytest.mark.parametrize("name", slow_after(1, ["paper_sign", "paper_cosine", "released_cosine"]))
 def test_a_search_never_reads_weights_back_from_a_cast(name):
     """On a GPU XLA drops a cast to FP8 and back, and the search would score weights that are not rounded."""
     base, tuned = pair("cast", (256, 256))
@@ -152,7 +152,9 @@ def test_a_scale_below_absmax_clips_and_makes_no_nan():
     assert np.max(np.abs(values)) == 448
 
 
-@pytest.mark.parametrize("name", ["absmax", "paper_cosine", "paper_sign", "released_cosine"])
+@pytest.mark.parametrize(
+    "name", ["absmax", *slow_after(1, ["paper_sign", "paper_cosine", "released_cosine"])]
+)
 def test_inside_jit_a_tile_with_nan_or_infinity_has_scale_nan_and_others_are_untouched(name):
     recipe = dataclasses.replace(daq.recipes.RECIPES[name], tiling=daq.Block(*BLOCK))
     run = jax.jit(lambda b, t: daq.quantize(b, t, recipe))
@@ -195,6 +197,7 @@ def test_long_sums_hold():
     assert abs(float(jax.jit(lambda x: total(x, (0,)))(x)[0]) / exact - 1) < 3e-7
 
 
+@pytest.mark.slow
 def test_the_score_of_a_tile_of_16m_elements_holds():
     """What the search compares, caught on its way, against float64."""
     seen: list[float] = []

@@ -8,7 +8,7 @@ import numpy as np
 import oracles
 import pytest
 import rounding_oracles as ro
-from cases import BF16, assert_same_bits, pair
+from cases import BF16, assert_same_bits, pair, slow_after
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -105,13 +105,16 @@ def test_every_set_has_one_gain_and_a_projection_within_a_jump_of_one(per, chang
 
 @pytest.mark.parametrize(
     ("name", "per"),
-    [
-        ("group", "column"),
-        ("group", "row"),
-        ("tall group", "column"),
-        ("channel", "row"),
-        ("small blocks", "row"),
-    ],
+    slow_after(
+        3,
+        [
+            ("group", "column"),
+            ("channel", "row"),
+            ("small blocks", "row"),
+            ("group", "row"),
+            ("tall group", "column"),
+        ],
+    ),
 )
 def test_every_set_of_narrow_tiles_has_one_gain(name, per):
     tiling, tile = NARROW[name]
@@ -124,6 +127,7 @@ def test_every_set_of_narrow_tiles_has_one_gain(name, per):
     assert 0.97 < ro.projection(base, tuned, kept(q)) < 1.03
 
 
+@pytest.mark.slow
 def test_every_set_has_one_gain_in_int8():
     per = "row"
     number = oracles.FORMATS["int8"]
@@ -147,7 +151,7 @@ def test_gain_keeps_the_size_of_the_change_of_a_native_base(per, change):
 
 
 @pytest.mark.parametrize("structure", [None, 8])
-@pytest.mark.parametrize("change", [0.001, 0.01, 0.1])
+@pytest.mark.parametrize("change", slow_after(1, [0.01, 0.001, 0.1]))
 def test_subspace_keeps_the_size_of_the_change_of_a_native_base(change, structure):
     base, tuned = ro.native(5, (256, 384), change, rank=structure)
     q = daq.quantize(base, tuned, subspace())
@@ -236,7 +240,7 @@ def test_codes_are_numbers_for_weights_of_any_size(recipe, size):
 # --- Shapes, formats, scales --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (130, 257)])
+@pytest.mark.parametrize("shape", slow_after(1, [((3, 5),), ((1, 1),), ((130, 257),)]))
 @pytest.mark.parametrize("recipe", [gain("row"), subspace(per="row")], ids=["gain", "subspace"])
 def test_odd_and_tiny_matrices(shape, recipe):
     one = np.full((1, 1), 0.5, np.float32)
@@ -255,15 +259,15 @@ def test_odd_and_tiny_matrices(shape, recipe):
 
 KINDS = {
     "e5m2 gain": gain("row", format=daq.fp8_e5m2),
+    "nf4 group subspace": subspace(8, "row", tiling=daq.Group(32), format=daq.nf4, scales=daq.PowerOfTwo()),
     "int8 channel gain": gain("row", daq.Channel(), format=daq.int8),
     "int4 group gain": gain("row", daq.Group(32), format=daq.int4),
     "power of two gain": gain("tile", scales=daq.PowerOfTwo()),
     "int8 tensor subspace": subspace(8, "row", tiling=daq.PerTensor(), format=daq.int8),
-    "nf4 group subspace": subspace(8, "row", tiling=daq.Group(32), format=daq.nf4, scales=daq.PowerOfTwo()),
 }
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", slow_after(2, KINDS))
 def test_any_format_tiling_and_scale_gives_what_nearest_gives_in_kind(name):
     base, tuned = pair("kinds", (96, 80), BF16)
     got = daq.quantize(base, tuned, KINDS[name])
@@ -288,7 +292,7 @@ LAYOUTS = {
     "blocks, tile": (daq.Block(32, 32), "tile"),
     "group, column": (daq.Group(32), "column"),
 }
-EVERY_LAYOUT = pytest.mark.parametrize(("tiling", "per"), LAYOUTS.values(), ids=LAYOUTS)
+EVERY_LAYOUT = pytest.mark.parametrize(("tiling", "per"), slow_after(1, LAYOUTS.values()), ids=LAYOUTS)
 
 
 @EVERY_LAYOUT
@@ -302,6 +306,7 @@ def test_stacked_matrices_are_rounded_as_each_alone(tiling, per):
         assert same_codes(dataclasses.replace(stacked, codes=stacked.codes[i]), alone) == 1
 
 
+@pytest.mark.slow
 def test_a_stack_has_a_subspace_for_each_matrix():
     pairs = [ro.native(20 + i, (128, 256), 0.02, rank=4) for i in range(3)]
     base, tuned = (np.stack(x) for x in zip(*pairs, strict=True))
@@ -333,6 +338,7 @@ class OfBase:
         return trials.base
 
 
+@pytest.mark.slow
 def test_the_stored_scale_of_the_base_is_chosen_where_it_is_better():
     first = ro.native(12, (256, 256), 0.01)[0]
     base = daq.quantize(first, first, daq.Recipe())
@@ -361,6 +367,7 @@ def test_the_stored_scale_of_the_base_is_chosen_where_it_is_better():
     assert 0.97 < ro.projection(on_grid, tuned, kept(chosen)) < 1.03
 
 
+@pytest.mark.slow
 def test_a_search_scores_the_codes_that_the_gain_would_store():
     base, tuned = ro.native(13, (128, 128), 0.01)
     ratios = (0.9, 1.0, 1.25)
@@ -393,7 +400,7 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("name", slow_after(1, PARTS))
 def test_a_cpu_finds_the_same_codes_part_by_part(name):
     shape, tiling, per = PARTS[name]
     base, tuned = pair("parts", shape, np.dtype(np.float32))
@@ -424,7 +431,7 @@ SHARDED = {
 }
 
 
-@pytest.mark.parametrize(("recipe", "axis_type"), SHARDED.values(), ids=SHARDED)
+@pytest.mark.parametrize(("recipe", "axis_type"), slow_after(1, SHARDED.values()), ids=SHARDED)
 def test_sharded_weights_are_rounded_as_whole_ones(recipe, axis_type):
     mesh = Mesh(np.array(jax.devices("cpu")[:8]).reshape(2, 4), ("x", "y"), axis_types=(axis_type,) * 2)
     base, tuned = ro.native(16, (256, 384), 0.01)

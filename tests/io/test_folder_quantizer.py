@@ -90,7 +90,7 @@ def test_index_and_skip_lists_name_everything_in_full(pair, tmp_path):
     assert not (tmp_path / "out" / ".daq").exists()
 
 
-@pytest.mark.parametrize("stored", [np.float32, np.float16], ids=str)
+@pytest.mark.parametrize("stored", [np.float32, pytest.param(np.float16, marks=pytest.mark.slow)], ids=str)
 def test_base_and_tuned_may_have_other_dtypes_than_one_another(stored, tmp_path):
     base = {"a_proj.weight": (0.02 * normal(0, 128, 256)).astype(stored)}
     tuned = {"a_proj.weight": (base["a_proj.weight"] + 1e-3 * normal(1, 128, 256)).astype(BF16)}
@@ -123,6 +123,7 @@ def test_an_fp8_base_is_dequantized_and_its_scale_is_offered_to_the_search(tmp_p
     np.testing.assert_array_equal(read_all(tmp_path / "out")["a_proj.weight"].scale.T[:, 1:], scale[:, 1:])
 
 
+@pytest.mark.slow
 def test_an_fp8_tuned_model_is_dequantized_where_it_is_kept(tmp_path):
     tuned = {"a_proj.weight": normal(0, 128, 256), "lm_head.weight": normal(1, 130, 256)}
     after = fp8_folder(tmp_path / "t", tuned)
