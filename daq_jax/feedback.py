@@ -130,7 +130,8 @@ class _Size(NamedTuple):
     @classmethod
     def of(cls, change: Float[Array, "B R C"]) -> "_Size":
         left = _over_strips(change * change)
-        return cls(*(jnp.zeros_like(left) for _ in range(4)), left)
+        none = jnp.zeros_like(left)
+        return cls(none, none, none, none, left)
 
     def correction(self) -> Array:
         """A factor on the gains of the rows that come next: 1 while noise explains the excess."""
