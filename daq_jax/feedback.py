@@ -37,10 +37,12 @@ class UnbiasedFeedback:
     `U` are the `rank` leading left singular directions of the change `d`, `m` is `damping` times the mean of
     the other eigenvalues of `d d'`. One pass over the rows, in up to 64 blocks: with `s = U' e` of the rows
     done, the next block aims at `base + g d - K s`, where `K` is what is best if the rows left could take any
-    value. Where a change has no leading directions, as a random one has not, little is done.
+    value. Where a change has no leading directions, as a random one has not, little is done. Each strip of 128
+    outputs is held to the size of its change: where what it has kept so far is too much or too little, the
+    gains of its next block are smaller or larger.
 
-    Works on whole matrices. On a weight sharded over its outputs only the search for `U` communicates; over
-    its inputs, every block does. A search scores the gain alone. Products may run in bfloat16 or TF32: errors
+    Works on whole matrices. On a weight sharded over its outputs, in whole strips, only the search for `U`
+    communicates; over its inputs, every block does. A search scores the gain alone. Products may run in bfloat16 or TF32: errors
     are taken after rounding, so that an inexact correction is made up for like any other error.
 
     Deterministic. Rounds once more than `UnbiasedGain`.
