@@ -300,8 +300,9 @@ def test_an_error_says_what_was_found(tmp_path, fault):
 
 
 def test_a_template_that_does_not_fit_is_refused_by_name(tmp_path):
-    daq.save(tmp_path / "q", {"same": WEIGHT, "shape": BASE, "gone": BASE, "kind": WEIGHT})
+    daq.save(tmp_path / "q", {"same": WEIGHT, "shape": BASE, "gone": BASE, "kind": WEIGHT, "zero": WEIGHT})
     template = {
+        "zero": dataclasses.replace(WEIGHT, zero=jnp.zeros_like(WEIGHT.scale)),
         "same": WEIGHT,
         "shape": jnp.ones((2, 3)),
         "new": BASE,
@@ -314,6 +315,7 @@ def test_a_template_that_does_not_fit_is_refused_by_name(tmp_path):
         "'gone' is in the checkpoint",
         "'new' is in the template",
         "'kind' is",
+        "'zero' is",
     ):
         assert words in str(caught.value)
     assert "'same'" not in str(caught.value)

@@ -166,7 +166,9 @@ def _refuse_misfits(where: str, found: Mapping[str, Any], into: Mapping[str, Any
 
 
 def _static(x: Any) -> Any:
-    return (x.format.name, x.tiling, str(x.dtype), x.matrix) if isinstance(x, QTensor) else "no QTensor"
+    if not isinstance(x, QTensor):
+        return "no QTensor"
+    return x.format.name, x.tiling, str(x.dtype), x.matrix, "no zeros" if x.zero is None else "with zeros"
 
 
 def _rebuilt(leaves: Sequence[tuple[Sequence[Any], Any]]) -> PyTree:
