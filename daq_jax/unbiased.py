@@ -357,23 +357,20 @@ def leading_directions(
     right = jax.random.normal(jax.random.key(0), (matrix.shape[-1], rank), jnp.float32)
     left = right
     for _ in range(iterations):
-        left = _orthonormalized(matrix @ right)
-        right = _orthonormalized(matrix.mT @ left)
-    return _orthonormalized(left), _orthonormalized(right)
+        left = _orthonormal(matrix @ right)
+        right = _orthonormal(matrix.mT @ left)
+    return left, right
 
 
-def _orthonormalized(x: Float[Array, "B n k"]) -> Float[Array, "B n k"]:
-    """About orthonormal columns spanning those of `x`, by the Cholesky factor of the Gram matrix.
+def _orthonormal(x: Float[Array, "B n k"]) -> Float[Array, "B n k"]:
+    """Orthonormal columns spanning those of `x`, by Cholesky factors of the Gram matrix, twice.
 
-    Exactly orthonormal the second time. The shift keeps the factorization alive where columns depend on one
-    another, and gives zero for zero.
+    The shift keeps the factorization alive where columns depend on one another, and gives zero for zero.
     """
-    gram = jnp.matmul(x.mT, x, precision=lax.Precision.HIGHEST)
-    size = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
-    identity = jnp.eye(gram.shape[-1], dtype=jnp.float32)
-    factor = jnp.linalg.cholesky(gram + jnp.maximum(1e-6 * size, 1e-37) * identity)
-    # The small inverse and a product: solving for all of `x` took three times as long on an H200.
-    inverse = lax.linalg.triangular_solve(
-        factor, jnp.broadcast_to(identity, gram.shape), left_side=True, lower=True
-    )
-    return jnp.matmul(x, inverse.mT, precision=lax.Precision.HIGHEST)
+    for _ in range(2):
+        gram = jnp.matmul(x.mT, x, precision=lax.Precision.HIGHEST)
+        size = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
+        shift = jnp.maximum(1e-6 * size, 1e-37) * jnp.eye(gram.shape[-1], dtype=jnp.float32)
+        factor = jnp.linalg.cholesky(gram + shift)
+        x = lax.linalg.triangular_solve(factor, x, left_side=False, lower=True, transpose_a=True)
+    return x
