@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from daq_jax.arithmetic import divide, multiply
+from daq_jax.factors import factor, inverse_factor
 from daq_jax.parts import in_parts
 from daq_jax.tiles import Tiles
 from daq_jax.unbiased import Per, UnbiasedGain, check_whole_number, leading_directions, target_of
@@ -37,13 +38,14 @@ class UnbiasedFeedback:
     `U` are the `rank` leading left singular directions of the change `d`, `m` is `damping` times the mean of
     the other eigenvalues of `d d'`. One pass over the rows, in up to 64 blocks: with `s = U' e` of the rows
     done, the next block aims at `base + g d - K s`, where `K` is what is best if the rows left could take any
-    value. Where a change has no leading directions, as a random one has not, little is done. On one
-    device each strip of 128 outputs is held to the size of its change: where what it has kept so far is too
-    much or too little, the gains of its next block are smaller or larger.
+    value. Where a change has no leading directions, as a random one has not, little is done. Each strip of
+    128 outputs is held to the size of its change: where what it has kept so far is too much or too little,
+    the gains of its next block are smaller or larger.
 
-    Works on whole matrices. On a weight sharded over its outputs only the search for `U` communicates; over
-    its inputs, every block does. A search scores the gain alone. Products may run in bfloat16 or TF32: errors
-    are taken after rounding, so that an inexact correction is made up for like any other error.
+    Works on whole matrices. On a weight sharded over its outputs, in whole strips, only the search for `U`
+    communicates; over its inputs, every block does. A search scores the gain alone. Products may run in
+    bfloat16 or TF32: errors are taken after rounding, so that an inexact correction is made up for like any
+    other error.
 
     Deterministic. Rounds once more than `UnbiasedGain`.
 
@@ -71,9 +73,7 @@ class UnbiasedFeedback:
 
     def __call__(self, tiles: Tiles, scale: Array) -> Array:
         """Code values; see `roundings`."""
-        gain = self._gains(tiles, scale)
-        if tiles.local:
-            tiles, gain = lax.optimization_barrier((tiles, gain))  # gains first: less memory
+        tiles, gain = lax.optimization_barrier((tiles, self._gains(tiles, scale)))
         blocks = _Blocks.of(tiles)
         target, base, tuned, change = map(
             blocks.whole, (target_of(tiles, gain), tiles.stored_base, tiles.stored_tuned, tiles.change)
@@ -83,25 +83,22 @@ class UnbiasedFeedback:
         moved = jnp.any(tiles.change != 0, tiles.axes, keepdims=True)  # a tile without change is left alone
         scales, moves = blocks.by_row_of_tiles(scale), blocks.by_row_of_tiles(moved)
 
-        def step(i: Array, done: tuple[Array, Array, _Size | None]) -> tuple[Array, Array, _Size | None]:
+        def step(i: Array, done: tuple[Array, Array, _Size]) -> tuple[Array, Array, _Size]:
             values, s, size = done
-            aim, after = blocks.take(target, i), blocks.take(tuned, i).astype(jnp.float32)
-            if size:
-                before, more = blocks.take(base, i).astype(jnp.float32), size.correction()
-                aim = jnp.where(more == 1, aim, before + more * (aim - before))
-                size = size._replace(aimed=size.aimed + more * _over_strips((after - before) ** 2))
-            correction = jnp.where(blocks.spread(moves, i), responses[:, i] @ s, 0)
+            before, after = (blocks.take(x, i).astype(jnp.float32) for x in (base, tuned))
+            aim, d = blocks.take(target, i), after - before
+            more = size.correction()
+            aim = jnp.where(more == 1, aim, before + more * (aim - before))
+            aim -= jnp.where(blocks.spread(moves, i), responses[:, i] @ s, 0)
             here = blocks.spread(scales, i)
-            rounded = tiles.format.round(divide(aim - correction, here))
+            rounded = tiles.format.round(divide(aim, here))
             error = multiply(rounded, here) - after
             s = s + blocks.take(directions, i).mT @ error
-            size = size.after(blocks.take(change, i), error) if size else None
-            return blocks.put(values, rounded, i), s, size
+            return blocks.put(values, rounded, i), s, size.after(d, error, more)
 
         # Zeros of a product, and so inside `shard_map` as device-varying as the loop makes them.
         s = jnp.zeros_like(directions[:, :1].mT @ target[:, :1])
-        # Devices that share a matrix would add up in every block.
-        start = (jnp.zeros_like(target), s, _Size.of(change) if tiles.local else None)
+        start = (jnp.zeros_like(target), s, _Size.of(change))
         return blocks.tiles(lax.fori_loop(0, blocks.number, step, start)[0])
 
     def _gains(self, tiles: Tiles, scale: Array) -> Array:
@@ -148,14 +145,14 @@ class _Size(NamedTuple):
         factor = jnp.clip(wanted / jnp.maximum(response, tiny), 0.75, 1.25)
         return jnp.where(self.excess**2 > _TOLERATED**2 * self.noise, factor, 1)
 
-    def after(self, d: Array, error: Array) -> "_Size":
+    def after(self, d: Array, error: Array, correction: Array) -> "_Size":
         """The sums with those of another block of rows."""
         excess, noise, size = map(_over_strips, (d * error, (d * error) ** 2, d * d))
         return _Size(
             self.excess + excess,
             self.noise + noise,
             self.done + size,
-            self.aimed,
+            self.aimed + correction * size,
             self.left - size,
         )
 
@@ -232,17 +229,16 @@ def _responses(
     With `U` the directions, `U_i` the rows of block `i` and `G_i` the sum of `U_j' U_j` over `j >= i`, the
     best that the rows left can do for a given `s` gives `K_i = U_i (m (U' d d' U)^-1 + G_i)^-1`.
     """
+    seen = directions.mT @ change
     with jax.default_matmul_precision("highest"):  # small matrices, whose inverses are taken
-        seen = directions.mT @ change
         gram, total = seen @ seen.mT, jnp.sum(change * change, (1, 2))
         captured = jnp.trace(gram, axis1=1, axis2=2)
         k, unit = gram.shape[-1], jnp.maximum(captured, jnp.finfo(jnp.float32).tiny)
         identity = jnp.eye(k, dtype=jnp.float32)
-        root = jnp.linalg.cholesky(gram / unit[:, None, None] + 1e-6 * identity)[:, None]
+        root = factor(gram / unit[:, None, None] + 1e-6 * identity)[:, None]
         rest = jnp.maximum(total - captured, 0) / (blocks.rows - k) / unit
         mean = jnp.maximum(damping * rest, 1e-5)[:, None, None, None]  # turns off directions with no change
         parts = directions.reshape(len(directions), blocks.number, blocks.size, k)
         left = jnp.cumsum((parts.mT @ parts)[:, ::-1], 1)[:, ::-1] + _LEAST_WEIGHT * identity
-        factor = jnp.linalg.cholesky(mean * identity + root.mT @ left @ root)
-        solve = functools.partial(lax.linalg.triangular_solve, factor, left_side=True, lower=True)
-        return solve((parts @ root).mT).mT @ solve(jnp.broadcast_to(root.mT, factor.shape))
+        half = inverse_factor(mean * identity + root.mT @ left @ root) @ root.mT
+        return parts @ (half.mT @ half)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from daq_jax.factors import inverse_factor
 from daq_jax.formats import Format
 from daq_jax.groups import Groups, Line, across, better_line
 
@@ -39,9 +40,8 @@ class Islands(NamedTuple):
     @classmethod
     def of(cls, gram: Float[Array, "I S S"]) -> "Islands":
         """The islands of some Gram matrices, symmetric and with a positive diagonal."""
-        with jax.default_matmul_precision("highest"):
-            inverse = jnp.linalg.inv(gram)
-            return cls(gram, jnp.linalg.cholesky((inverse + inverse.mT) / 2).mT)
+        # Backwards, lower is upper: of `G = V V'` with an upper `V`, this is `V^-1`.
+        return cls(gram, inverse_factor(gram[:, ::-1, ::-1])[:, ::-1, ::-1])
 
 
 def round_by_output(groups: Groups, islands: Islands, line: Line, *, sweeps: int) -> tuple[Array, Line]:

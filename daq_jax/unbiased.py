@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 
 from daq_jax import gpu_gains
 from daq_jax.arithmetic import divide, multiply
+from daq_jax.factors import inverse_factor
 from daq_jax.platforms import has_fp8_gpu, kernel_or_plain
 from daq_jax.tiles import Tiles
 
@@ -357,20 +358,19 @@ def leading_directions(
     right = jax.random.normal(jax.random.key(0), (matrix.shape[-1], rank), jnp.float32)
     left = right
     for _ in range(iterations):
-        left = _orthonormal(matrix @ right)
-        right = _orthonormal(matrix.mT @ left)
-    return left, right
+        left = _orthonormalized(matrix @ right)
+        right = _orthonormalized(matrix.mT @ left)
+    return _orthonormalized(left), _orthonormalized(right)
 
 
-def _orthonormal(x: Float[Array, "B n k"]) -> Float[Array, "B n k"]:
-    """Orthonormal columns spanning those of `x`, by Cholesky factors of the Gram matrix, twice.
+def _orthonormalized(x: Float[Array, "B n k"]) -> Float[Array, "B n k"]:
+    """About orthonormal columns spanning those of `x`, by the triangular factor of their Gram matrix.
 
-    The shift keeps the factorization alive where columns depend on one another, and gives zero for zero.
+    Exactly orthonormal the second time. The shift keeps the factorization alive where columns depend on one
+    another, and gives zero for zero.
     """
-    for _ in range(2):
-        gram = jnp.matmul(x.mT, x, precision=lax.Precision.HIGHEST)
-        size = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
-        shift = jnp.maximum(1e-6 * size, 1e-37) * jnp.eye(gram.shape[-1], dtype=jnp.float32)
-        factor = jnp.linalg.cholesky(gram + shift)
-        x = lax.linalg.triangular_solve(factor, x, left_side=False, lower=True, transpose_a=True)
-    return x
+    gram = jnp.matmul(x.mT, x, precision=lax.Precision.HIGHEST)
+    size = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
+    shift = jnp.maximum(1e-6 * size, 1e-37) * jnp.eye(gram.shape[-1], dtype=jnp.float32)
+    # The small inverse and a product: solving for all of `x` took three times as long on an H200.
+    return jnp.matmul(x, inverse_factor(gram + shift).mT, precision=lax.Precision.HIGHEST)
