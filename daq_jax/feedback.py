@@ -26,7 +26,9 @@ from daq_jax.unbiased import Per, UnbiasedGain, check_whole_number, leading_dire
 _MOST_BLOCKS = 64  # of rows, each a step of a loop
 _SMALLEST_BLOCK = 8  # rows
 _STRIP = 128  # columns whose change is held to its size together
-_TOLERATED = 2.0  # standard deviations of what a strip keeps of its change
+_TOLERATED = 2.0  # standard deviations of what a strip keeps of its change, and
+_NEAR = 0.04  # how far from its size it may be in any case: every correction is an error along the change
+_MOST_MORE = 0.15  # of a gain, to make up for other rows
 _LEAST_WEIGHT = 0.03  # of ordinary error beside the error in a direction, however much the direction matters
 
 
@@ -39,8 +41,8 @@ class UnbiasedFeedback:
     the other eigenvalues of `d d'`. One pass over the rows, in up to 64 blocks: with `s = U' e` of the rows
     done, the next block aims at `base + g d - K s`, where `K` is what is best if the rows left could take any
     value. Where a change has no leading directions, as a random one has not, little is done. Each strip of
-    128 outputs is held to the size of its change: where what it has kept so far is too much or too little,
-    the gains of its next block are smaller or larger.
+    128 outputs is held to the size of its change: where what it has kept so far is clearly too much or too
+    little, the gains of its next block are smaller or larger.
 
     Works on whole matrices. On a weight sharded over its outputs, in whole strips, only the search for `U`
     communicates; over its inputs, every block does. A search scores the gain alone. Products may run in
@@ -138,12 +140,14 @@ class _Size(NamedTuple):
         return cls(none, none, none, none, left)
 
     def correction(self) -> Array:
-        """A factor on the gains of the rows that come next: 1 while noise explains the excess."""
+        """A factor on the gains of the next rows: 1 while the excess is small, or explained by noise."""
         tiny = jnp.finfo(jnp.float32).tiny
         response = (self.done + self.excess) / jnp.maximum(self.aimed, tiny)
         wanted = 1 - self.excess / jnp.maximum(self.left, tiny)
-        factor = jnp.clip(wanted / jnp.maximum(response, tiny), 0.75, 1.25)
-        return jnp.where(self.excess**2 > _TOLERATED**2 * self.noise, factor, 1)
+        factor = jnp.clip(wanted / jnp.maximum(response, tiny), 1 - _MOST_MORE, 1 + _MOST_MORE)
+        near = _NEAR * (self.done + self.left)
+        far = jnp.abs(self.excess) > jnp.maximum(_TOLERATED * jnp.sqrt(self.noise), near)
+        return jnp.where(far, factor, 1)
 
     def after(self, d: Array, error: Array, correction: Array) -> "_Size":
         """The sums with those of another block of rows."""
