@@ -9,7 +9,8 @@ A byte-level decoder learns messages of presidents to Congress and is tuned on S
 rates, from two kinds of base: `fp8`, rounded to the grid that the recipes use as a model that ships in FP8
 is, and `bf16`, rounded to bfloat16. All matrices of its layers are quantized. Judged on held-out text of both
 styles: the loss, and the KL divergence from the tuned model's next-byte distributions. Weights are kept in
-float32 between the steps, so that a change is what tuning made it; the bases are exact in fewer bits.
+float32 between the steps, so that a change is what tuning made it; the bases are exact in fewer bits. With
+`--stored bf16` both weights are rounded to bfloat16 before any method sees them, as shared weights are.
 
 Writes one JSON file for each seed, after each pair of weights, then a Markdown table and two plots.
 `--real-pair` asks the same of real weights (see `behaviour_real_pair.py`).
@@ -37,8 +38,8 @@ import optax
 from behaviour_baselines import Inputs, watch_inputs
 from behaviour_corpora import Text, load_corpora, windows
 from behaviour_recipes import LAYOUTS, METHODS, Method, in_layout, methods_for
-from behaviour_report import write_report
-from behaviour_training import SIZES, Pair, Size, make_pairs
+from behaviour_report import suffix, write_report
+from behaviour_training import SIZES, STORED, Pair, Size, make_pairs
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
@@ -172,6 +173,7 @@ def run_seed(
     size: Size,
     layout: str,
     bases: tuple[str, ...],
+    stored: str,
     methods: Mapping[str, Method],
     texts: tuple[Text, Text],
     seed: int,
@@ -180,14 +182,20 @@ def run_seed(
 ) -> Path:
     """The study with one seed. Returns the JSON file, rewritten after each pair."""
     start = time.perf_counter()
-    path = out / f"{size_name}_{layout}_seed{seed}.json"
-    result: dict[str, Any] = {**about_run, "size": size_name, "layout": layout, "seed": seed}
+    path = out / f"{size_name}_{layout}{suffix(stored)}_seed{seed}.json"
+    result: dict[str, Any] = {
+        **about_run,
+        "size": size_name,
+        "layout": layout,
+        "seed": seed,
+        "stored": stored,
+    }
     result |= {"study": dataclasses.asdict(size), "pairs": [], "rows": []}
 
     def say(words: str) -> None:
         print(f"seed {seed}, {time.perf_counter() - start:5.0f} s: {words}", flush=True)
 
-    for kind, rate, pair in make_pairs(size, layout, bases, texts, seed, say):
+    for kind, rate, pair in make_pairs(size, layout, bases, stored, texts, seed, say):
         about, rows = measure_pair(pair, methods, layout, size, texts)
         key = {"seed": seed, "base_kind": kind, "rate": rate}
         result["pairs"].append(key | about)
@@ -212,6 +220,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--layout", choices=LAYOUTS, default="fp8-block", help="format and tiling of all")
     parser.add_argument("--bases", choices=BASES, nargs="+", default=BASES)
+    parser.add_argument("--stored", choices=STORED, default="f32", help="what both weights are kept in")
     parser.add_argument("--recipes", choices=METHODS, nargs="+", metavar="NAME")
     parser.add_argument("--merge", type=Path, nargs="+", help="only report on these JSON files")
     parser.add_argument("--real-pair", action="store_true", help="the study on real weights instead")
@@ -229,7 +238,9 @@ def main() -> None:
     if given.rates:
         size = dataclasses.replace(size, tune_rates=tuple(given.rates))
     paths = [
-        run_seed(given.size, size, given.layout, bases, methods, texts, seed, given.out, about_run)
+        run_seed(
+            given.size, size, given.layout, bases, given.stored, methods, texts, seed, given.out, about_run
+        )
         for seed in given.seeds
     ]
     return write_report(paths, given.out)

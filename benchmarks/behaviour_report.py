@@ -23,9 +23,9 @@ def load(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], list[Row]]:
     on the general text less that of the tuned model.
     """
     files = [json.loads(path.read_text()) for path in paths]
-    kinds = {(file["size"], file["layout"]) for file in files}
+    kinds = {(file["size"], file["layout"], file.get("stored", "f32")) for file in files}
     if len(kinds) != 1:
-        raise SystemExit(f"cannot merge studies of different sizes or layouts: {sorted(kinds)}.")
+        raise SystemExit(f"cannot merge studies of different sizes, layouts or dtypes: {sorted(kinds)}.")
     rows = [row for file in files for row in file["rows"]]
     floor = {
         (row["seed"], row["rate"]): row["kl"]
@@ -42,6 +42,11 @@ def load(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], list[Row]]:
         least = floor.get((row["seed"], row["rate"]))
         row["ratio"] = row["kl"] / least if least else None
     return files, rows
+
+
+def suffix(stored: str) -> str:
+    """Of the names of files, for weights that are stored in another dtype than float32."""
+    return "" if stored == "f32" else f"_{stored}-stored"
 
 
 def select(rows: list[Row], **wanted: Any) -> list[Row]:
@@ -119,7 +124,8 @@ def markdown(files: list[dict[str, Any]], rows: list[Row]) -> str:
     seeds = ", ".join(map(str, unique(files, "seed")))
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     parts = [
-        f"# What quantization keeps of a tune: size {first['size']}, {first['layout']}",
+        f"# What quantization keeps of a tune: size {first['size']}, {first['layout']}, "
+        f"stored as {first.get('stored', 'f32')}",
         f"Seeds {seeds}; {first['date'][:10]}; {first['device']}; {versions}.",
         f"Made by {', '.join(f'`{command}`' for command in unique(files, 'command'))}.",
         "Change: |tuned - base| / |base| over the quantized matrices. KL and losses in nats per byte of "
@@ -196,7 +202,7 @@ def draw_style(axis: Any, rows: list[Row]) -> None:
 def write_report(paths: Sequence[Path], out: Path) -> None:
     """Writes `<size>_<layout>.md`, `.._kl.png` and `.._style.png` to `out`, and prints the first."""
     files, rows = load(paths)
-    stem = f"{files[0]['size']}_{files[0]['layout']}"
+    stem = f"{files[0]['size']}_{files[0]['layout']}{suffix(files[0].get('stored', 'f32'))}"
     text = markdown(files, rows)
     (out / f"{stem}.md").write_text(text)
     print(text)

@@ -72,6 +72,9 @@ SIZES = {
 }
 
 
+STORED = {"f32": jnp.float32, "bf16": jnp.bfloat16}  # what the weights of a pair may be stored in
+
+
 class Pair(NamedTuple):
     """Weights before and after tuning, float32."""
 
@@ -97,7 +100,13 @@ def make_base(trained: Params, kind: str, layout: str) -> Params:
 
 
 def make_pairs(
-    size: Size, layout: str, bases: tuple[str, ...], texts: tuple[Text, Text], seed: int, say: Callable
+    size: Size,
+    layout: str,
+    bases: tuple[str, ...],
+    stored: str,
+    texts: tuple[Text, Text],
+    seed: int,
+    say: Callable,
 ) -> Iterator[tuple[str, float, Pair]]:
     """Trains one model; yields a pair for each kind of base and rate of tuning."""
     length = max(len(text.train) for text in texts)
@@ -111,4 +120,9 @@ def make_pairs(
     for kind in bases:
         base = make_base(trained, kind, layout)
         for rate in size.tune_rates:
-            yield kind, rate, Pair(base, learn(base, second, size.tune_steps, rate, tune_key, size))
+            tuned = learn(base, second, size.tune_steps, rate, tune_key, size)
+            yield (
+                kind,
+                rate,
+                Pair(*(to_dtype(to_dtype(x, STORED[stored]), jnp.float32) for x in (base, tuned))),
+            )

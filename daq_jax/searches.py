@@ -158,6 +158,7 @@ class OffGrid:
         noisy = wrong.at_ratio(least_biased.ratio).score < -self.noise
         return jnp.where(noisy, on_grid.scale, least_biased.scale)
 
+
 @dataclasses.dataclass(frozen=True)
 class Released:
     """The coarse-to-fine search of the program released with arXiv:2603.22324, as it is, for comparison.

@@ -165,8 +165,22 @@ def test_studies_of_different_layouts_are_not_merged(tmp_path, monkeypatch):
         paths.append(tmp_path / f"{layout}.json")
         paths[-1].write_text(json.dumps({"size": "tiny", "layout": layout, "rows": []}))
     monkeypatch.setattr(sys, "argv", ["x", "--merge", *map(str, paths), "--out", str(tmp_path)])
-    with pytest.raises(SystemExit, match="different sizes or layouts"):
+    with pytest.raises(SystemExit, match="different sizes, layouts or dtypes"):
         behaviour.main()
+
+
+def test_stored_pairs_are_exact_in_bfloat16(monkeypatch):
+    monkeypatch.setattr(
+        behaviour_training, "learn", lambda params, *_: jax.tree.map(lambda x: x * 1.001, params)
+    )
+    text = load_text("lincoln", held_out=600)
+    pairs = behaviour_training.make_pairs(
+        SMALL, "fp8-block", ("fp8",), "bf16", texts_of((text, text)), 0, lambda _: None
+    )
+    for _, _, pair in pairs:
+        for leaf in jax.tree.leaves(pair):
+            assert leaf.dtype == jnp.float32
+            np.testing.assert_array_equal(leaf, leaf.astype(jnp.bfloat16).astype(jnp.float32))
 
 
 def test_base_steps_share_the_program_of_tuning():
