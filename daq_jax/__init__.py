@@ -20,7 +20,16 @@ from daq_jax.metrics import SignRate, cosine, neg_mse
 from daq_jax.qtensor import QTensor
 from daq_jax.recipes import DensityRecipe, Recipe
 from daq_jax.roundings import Nearest, Stochastic
-from daq_jax.rules import DEFAULT_RULES, MAXTEXT_RULES, TUNIX_RULES, Rule, UnusedRuleWarning, keep, use
+from daq_jax.rules import (
+    DEFAULT_RULES,
+    MAXTEXT_RULES,
+    TUNIX_RULES,
+    NarrowMatrixWarning,
+    Rule,
+    UnusedRuleWarning,
+    keep,
+    use,
+)
 from daq_jax.scales import AnyScale, PowerOfTwo
 from daq_jax.searches import AbsMax, CoarseToFine, Grid, OffGrid, WithBaseScale
 from daq_jax.tilings import Block, Channel, Group, PerTensor
@@ -77,6 +86,7 @@ __all__ = [
     "Group",
     "Inspection",
     "LeastSquares",
+    "NarrowMatrixWarning",
     "Nearest",
     "OffGrid",
     "PerTensor",

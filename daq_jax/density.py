@@ -112,7 +112,7 @@ def _refuse_uncalibrated(pairs: Sequence[Pair], grams: Grams | None, recipe: Den
     if problems:
         lines = "".join(f"\n  {path!r}: {why}." for path, why in problems.items())
         raise ValueError(
-            f"{len(problems)} leaves cannot be quantized by the output of their layers:{lines}\n"
+            f"{len(problems)} of the leaves cannot be quantized by the output of their layers:{lines}\n"
             "Calibrate with the model and the group size that are to be quantized, or keep these leaves by "
             "a rule: put keep('^PATH$') before your other rules."
         )

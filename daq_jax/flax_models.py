@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.export
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
@@ -161,7 +162,10 @@ class QuantizedParam(nnx.Param):
     def get_value(self, *, index: Any = ...) -> Any:
         """The weight, decoded, or a part of it."""
         raw = self.get_raw_value()
-        value = raw.unbox() if isinstance(raw, InPlace) else raw  # not so while Flax handles its metadata
+        # Not so while Flax handles its metadata, or prints the model.
+        value: Any = raw
+        if isinstance(raw, InPlace) and isinstance(raw.codes, jax.Array | np.ndarray):
+            value = raw.unbox()
         return value if isinstance(index, type(...)) or not hasattr(value, "shape") else value[index]
 
     def __getattr__(self, name: str) -> Any:

@@ -83,7 +83,7 @@ def _converted(tree: PyTree, is_ours: Callable[[Any], bool], convert: Callable[[
             problems.append(f"{path!r}: {error}")
     if problems:
         raise ValueError(
-            f"{len(problems)} leaves cannot be converted:" + "".join(f"\n  {p}." for p in problems)
+            f"{len(problems)} of the leaves cannot be converted:" + "".join(f"\n  {p}." for p in problems)
         )
     leaves = [x for x in found if x is not None]
     return jax.tree.unflatten(jax.tree.structure(tree, is_leaf=is_ours), leaves)

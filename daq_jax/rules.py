@@ -13,6 +13,10 @@ from daq_jax.recipes import Recipe
 from daq_jax.tilings import DEFAULT_MATRIX, Matrix
 
 
+class NarrowMatrixWarning(UserWarning):
+    """A leaf is taken as many matrices of few rows each; it may be one matrix with several input axes."""
+
+
 class UnusedRuleWarning(UserWarning):
     """A rule's pattern matched no leaf: probably a misspelt name."""
 

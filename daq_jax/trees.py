@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import math
 import re
 import warnings
 import zlib
@@ -17,9 +18,17 @@ from daq_jax import recipes
 from daq_jax.qtensor import QTensor
 from daq_jax.quantizer import better_together, is_finite, quantize_alike, quantize_and_look
 from daq_jax.recipes import Recipe
-from daq_jax.rules import DEFAULT_RULES, NAMED_RULES, Decision, Rule, UnusedRuleWarning, decide
+from daq_jax.rules import (
+    DEFAULT_RULES,
+    NAMED_RULES,
+    Decision,
+    NarrowMatrixWarning,
+    Rule,
+    UnusedRuleWarning,
+    decide,
+)
 from daq_jax.sharding import committed_sharding, lie_apart, place_of
-from daq_jax.tilings import matrix_problem
+from daq_jax.tilings import DEFAULT_MATRIX, matrix_problem
 
 PyTree = Any
 _FLOATS = ("bfloat16", "float16", "float32")
@@ -60,8 +69,14 @@ def keyed_leaves(
         tree, is_leaf=lambda x: x is None or is_whole(x) or is_box(x)
     )
     for keys, node in outer:
-        for leaf in [None] if node is None else jax.tree.leaves(node, is_leaf=is_whole):
-            path = "/".join(map(word_of, keys))
+        path = "/".join(map(word_of, keys))
+        found = [None] if node is None else jax.tree.leaves(node, is_leaf=is_whole)
+        if len(found) > 1:
+            raise ValueError(
+                f"{path!r} is a {type(node).__name__} of {len(found)} arrays, not a weight. If it comes from "
+                "`nnx_with` or `linen_variables`, pass what `quantize` returned instead."
+            )
+        for leaf in found:
             if path in leaves:
                 raise ValueError(f"two leaves have the path {path!r}; rename one so that paths are unique.")
             leaves[path] = keys, leaf
@@ -195,11 +210,16 @@ def is_concrete(x: Any) -> bool:
     return not any(isinstance(a, (Tracer, jax.ShapeDtypeStruct)) for a in jax.tree.leaves(x))
 
 
+def _is_staged() -> bool:
+    """Whether JAX only records what is computed here: then nobody can look at numbers that are at hand."""
+    return isinstance(jnp.zeros(()), Tracer)
+
+
 def _not_finite(pairs: Sequence[Pair]) -> dict[str, str]:
     """Of the pairs with NaN or infinity in a concrete array: path, and which of the two it is."""
     named = [(p.path, word, x) for p in pairs for word, x in (("base", p.base), ("tuned", p.tuned))]
     named = [(path, word, x) for path, word, x in named if is_concrete(x)]
-    if not named:
+    if not named or _is_staged():
         return {}
     flags = _all_finite([x for _, _, x in named])
     return {path: word for (path, word, _), fine in zip(named, flags, strict=True) if not fine}
@@ -227,7 +247,7 @@ def refuse_unquantizable(pairs: Sequence[Pair], check_finite: bool, *, later: bo
             f"Or leave it as it is: put keep({f'^{re.escape(path)}$'!r}) before your other rules."
             for path, why in problems.items()
         ]
-        raise ValueError(_report(f"{len(problems)} leaves cannot be quantized", lines))
+        raise ValueError(_report(f"{len(problems)} of the leaves cannot be quantized", lines))
 
 
 def warn_unused(pairs: Sequence[Pair], rules: Sequence[Rule]) -> None:
@@ -235,6 +255,21 @@ def warn_unused(pairs: Sequence[Pair], rules: Sequence[Rule]) -> None:
     for rule in rules:
         if rule not in NAMED_RULES and not any(rule.matches(p.path, np.ndim(p.tuned)) for p in pairs):
             warnings.warn(f"the rule for {rule.pattern!r} matches no leaf", UnusedRuleWarning, stacklevel=3)
+
+
+def warn_narrow(pairs: Sequence[Pair]) -> None:
+    """Warns of each leaf that no rule gave a matrix view and that looks as if it needed one."""
+    for p in pairs:
+        *stack, rows, _ = np.shape(p.tuned) if np.ndim(p.tuned) > 2 else (1, 1)
+        if p.decision.quantize and p.decision.matrix == DEFAULT_MATRIX and math.prod(stack) >= 16 * rows:
+            shape, many = np.shape(p.tuned), math.prod(stack)
+            warnings.warn(
+                f"{p.path!r} {shape} is taken as {many} matrices of {rows} rows, with scales of their own; "
+                "if its rows are on other axes, as those of attention heads are, say "
+                "which with use(pattern, matrix=(input axes, output axes))",
+                NarrowMatrixWarning,
+                stacklevel=3,
+            )
 
 
 def quantize(
@@ -279,7 +314,9 @@ def quantize(
     """
     pairs = pair_leaves(base, tuned, recipe, rules)
     warn_unused(pairs, rules)
-    later = not donate and is_concrete((base, tuned))
+    warn_narrow(pairs)
+    donate = donate and not _is_staged()
+    later = not donate and is_concrete((base, tuned)) and not _is_staged()
     refuse_unquantizable(pairs, check_finite, later=later)
     uses = collections.Counter(id(x) for x in jax.tree.leaves((base, tuned)))
     results, finite = [pair.tuned for pair in pairs], []

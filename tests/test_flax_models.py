@@ -248,6 +248,12 @@ def test_a_quantized_model_is_exported_and_read_again(platform):
         np.testing.assert_allclose(again.call(tree, x), jax.jit(apply)(tree, x), rtol=1e-5, atol=1e-5)
 
 
+def test_a_quantized_nnx_model_prints():
+    model = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
+    state = nnx.state(model)
+    assert "InPlace" in repr(daq.nnx_with(model, daq.quantize(state, state, daq.recipes.absmax)))
+
+
 @pytest.mark.slow
 def test_a_quantized_nnx_model_is_exported():
     graph, state = nnx.split(

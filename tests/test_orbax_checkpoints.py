@@ -214,7 +214,7 @@ def test_what_cannot_be_saved_is_named_before_anything_is_written(tmp_path):
         "a.b": BASE,
         "a": {"b": TUNED},
     }
-    with pytest.raises(ValueError, match="4 leaves cannot be saved") as caught:
+    with pytest.raises(ValueError, match="4 of the leaves cannot be saved") as caught:
         daq.save(tmp_path / "q", tree)
     for name in ("'format'", "'object'", "'narrow'", "'a.b'"):
         assert name in str(caught.value)

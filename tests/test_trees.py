@@ -46,10 +46,9 @@ TREES = {
 }
 
 
-def quantized_paths(tree_base, tree_tuned, recipe=ABSMAX, rules=None):
-    """Paths of the quantized leaves, as the comparison names them."""
-    q = daq.quantize(tree_base, tree_tuned, recipe, **({} if rules is None else {"rules": rules}))
-    return set(daq.compare(tree_base, tree_tuned, q).leaves)
+def quantized_paths(base, tuned, **options):
+    q = daq.quantize(base, tuned, ABSMAX, **options)
+    return {path for path, leaf in trees.named_leaves(q).items() if is_qtensor(leaf)}
 
 
 def two(tree_of):
@@ -413,3 +412,34 @@ def test_leaves_of_one_shape_quantized_as_a_batch_are_those_quantized_alone(dona
         assert np.mean(kept != wanted) < 1e-3  # products of a batch may differ in their last bit
     assert q["norm"] is copies[1]["norm"]
     assert copies[0]["a"].is_deleted() == copies[1]["d"].is_deleted() == donate
+
+
+@pytest.mark.parametrize("closed_over", ["base", "tuned", "both"])
+def test_weights_at_hand_may_be_used_inside_jit(closed_over):
+    base, tuned = {"kernel": BASE}, {"kernel": TUNED}
+    given = {name: x for name, x in (("base", base), ("tuned", tuned)) if closed_over not in (name, "both")}
+
+    def look(given):
+        trees = {"base": base, "tuned": tuned, **given}
+        q = daq.quantize(trees["base"], trees["tuned"], ABSMAX, donate=True)
+        return q, daq.compare(trees["base"], trees["tuned"], q).total.projection
+
+    q, projection = jax.jit(look)(given)
+    expected = daq.quantize(base, tuned, ABSMAX)
+    assert_same_bits(q["kernel"].codes, expected["kernel"].codes)
+    np.testing.assert_allclose(projection, daq.compare(base, tuned, expected).total.projection, rtol=1e-5)
+
+
+def test_heads_that_no_rule_knows_are_warned_of():
+    base, tuned = ({"q": {"kernel": x.reshape(2, 64, 1, 3)}} for x in (BASE, TUNED))
+    with pytest.warns(
+        daq.NarrowMatrixWarning, match=r"'q/kernel' \(2, 64, 1, 3\) is taken as 128 matrices of 1"
+    ):
+        daq.quantize(base, tuned, ABSMAX)
+    daq.quantize(base, tuned, ABSMAX, rules=[daq.use("q/kernel", matrix=((-3,), (-2, -1)))])
+
+
+def test_what_a_model_runs_on_is_no_tree_of_weights():
+    q = daq.linen_variables(daq.quantize({"kernel": BASE}, {"kernel": TUNED}, ABSMAX))
+    with pytest.raises(ValueError, match=r"'kernel' is a InPlace of 2 arrays.*pass what `quantize` returned"):
+        daq.compare({"kernel": BASE}, {"kernel": TUNED}, q)

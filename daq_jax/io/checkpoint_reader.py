@@ -181,7 +181,7 @@ def _refuse_nothing(where: str) -> None:
 
 
 def _damaged(where: str, error: Exception) -> ValueError:
-    why = str(error).strip().partition("\n")[0][:300]
+    why = str(error).strip().partition("\n")[0].partition(" See full")[0][:300]
     return ValueError(
         f"{where}: this checkpoint is damaged, some of it cannot be read ({why}). Save it again."
     )

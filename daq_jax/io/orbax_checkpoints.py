@@ -91,8 +91,8 @@ def load(
 
     Raises:
         FileNotFoundError: if there is nothing at `path`.
-        ValueError: if what is there is not a checkpoint, is damaged or cut off, was not written by `save` or
-            by a newer one, or does not fit the template; naming what was found.
+        ValueError: if what is there is not a checkpoint, is cut off or lacks a part, was not written by
+            `save` or by a newer one, or does not fit the template; naming what was found.
     """
     checkpoint = Checkpoint.open(path)
     if not checkpoint.is_ours:
@@ -203,7 +203,7 @@ def _take_apart(tree: PyTree) -> tuple[dict[str, Record], dict[Words, Any]]:
     problems |= {n: "two arrays would have this name in Orbax; rename one" for n, k in names.items() if k > 1}
     if problems:
         lines = "".join(f"\n  {path!r}: {why}." for path, why in problems.items())
-        raise ValueError(f"{len(problems)} leaves cannot be saved:{lines}")
+        raise ValueError(f"{len(problems)} of the leaves cannot be saved:{lines}")
     return records, arrays
 
 
