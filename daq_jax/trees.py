@@ -28,7 +28,7 @@ from daq_jax.rules import (
     decide,
 )
 from daq_jax.sharding import committed_sharding, lie_apart, place_of
-from daq_jax.tilings import DEFAULT_MATRIX, matrix_problem
+from daq_jax.tilings import matrix_problem
 
 PyTree = Any
 _FLOATS = ("bfloat16", "float16", "float32")
@@ -258,10 +258,10 @@ def warn_unused(pairs: Sequence[Pair], rules: Sequence[Rule]) -> None:
 
 
 def warn_narrow(pairs: Sequence[Pair]) -> None:
-    """Warns of each leaf that no rule gave a matrix view and that looks as if it needed one."""
+    """Warns of each leaf that no rule knows and that looks as if it needed a matrix view of its own."""
     for p in pairs:
         *stack, rows, _ = np.shape(p.tuned) if np.ndim(p.tuned) > 2 else (1, 1)
-        if p.decision.quantize and p.decision.matrix == DEFAULT_MATRIX and math.prod(stack) >= 16 * rows:
+        if p.decision.quantize and p.decision.rule is None and math.prod(stack) >= 16 * rows:
             shape, many = np.shape(p.tuned), math.prod(stack)
             warnings.warn(
                 f"{p.path!r} {shape} is taken as {many} matrices of {rows} rows, with scales of their own; "

@@ -174,7 +174,8 @@ def test_a_maximum_may_drop_a_nan():
     tiles[np.arange(256), *np.divmod(np.arange(256), 16)] = np.nan
     obvious = jax.jit(lambda x: jnp.max(jnp.abs(x), (1, 2)))(tiles)
     recipe = daq.Recipe(tiling=daq.PerTensor())
-    scale = jax.jit(lambda b, t: daq.quantize(b, t, recipe))(np.zeros_like(tiles), tiles).scale
+    stack = [daq.use("")]  # 256 matrices, not attention heads
+    scale = jax.jit(lambda b, t: daq.quantize(b, t, recipe, rules=stack))(np.zeros_like(tiles), tiles).scale
     assert np.all(np.isnan(scale))
     assert not np.all(np.isnan(obvious))
 
