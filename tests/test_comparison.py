@@ -207,9 +207,3 @@ def test_the_sign_rate_comes_with_a_warning_where_the_base_is_on_the_grid():
     assert "sign rate misleads" not in str(
         daq.compare({"w": tuned}, off, daq.quantize({"w": tuned}, off, recipe))
     )
-
-
-def test_a_tree_without_qtensors_is_refused():
-    tree = {"kernel": jnp.ones((4, 4))}
-    with pytest.raises(ValueError, match="holds no QTensor"):
-        daq.compare(tree, tree, tree)

@@ -138,7 +138,7 @@ def test_what_has_no_such_form_is_named():
         "levels": weight((32, 48), ((-2,), (-1,)), daq.fp4_bnb, daq.Channel()),
         "fine": weight((32, 48), ((-2,), (-1,)), daq.int8, daq.Channel()),
     }
-    with pytest.raises(ValueError, match="3 leaves") as caught:
+    with pytest.raises(ValueError, match="3 of the leaves") as caught:
         daq.to_qwix(tree)
     for name, why in {"partial": "whole tiles of 16", "across": "cut across", "levels": "no fp4_bnb"}.items():
         assert f"{name!r}: " in str(caught.value)
@@ -148,7 +148,7 @@ def test_what_has_no_such_form_is_named():
         "shared": qwix.QArray(codes, jnp.ones((2, 1, 48))),
         "type": qwix.QArray(jnp.ones((4, 4), jnp.int2), jnp.ones((1, 1))),
     }
-    with pytest.raises(ValueError, match="2 leaves") as caught:
+    with pytest.raises(ValueError, match="2 of the leaves") as caught:
         daq.from_qwix(bad)
     for why in ("'shared': part of its axis 0", "'type': daq_jax has no int2"):
         assert why in str(caught.value)
