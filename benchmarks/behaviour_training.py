@@ -121,8 +121,5 @@ def make_pairs(
         base = make_base(trained, kind, layout)
         for rate in size.tune_rates:
             tuned = learn(base, second, size.tune_steps, rate, tune_key, size)
-            yield (
-                kind,
-                rate,
-                Pair(*(to_dtype(to_dtype(x, STORED[stored]), jnp.float32) for x in (base, tuned))),
-            )
+            pair = Pair(*(to_dtype(to_dtype(x, STORED[stored]), jnp.float32) for x in (base, tuned)))
+            yield kind, rate, pair

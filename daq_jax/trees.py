@@ -315,8 +315,9 @@ def quantize(
     pairs = pair_leaves(base, tuned, recipe, rules)
     warn_unused(pairs, rules)
     warn_narrow(pairs)
-    donate = donate and not _is_staged()
-    later = not donate and is_concrete((base, tuned)) and not _is_staged()
+    staged = _is_staged()
+    donate = donate and not staged
+    later = not (donate or staged) and is_concrete((base, tuned))
     refuse_unquantizable(pairs, check_finite, later=later)
     uses = collections.Counter(id(x) for x in jax.tree.leaves((base, tuned)))
     results, finite = [pair.tuned for pair in pairs], []

@@ -46,9 +46,10 @@ TREES = {
 }
 
 
-def quantized_paths(base, tuned, **options):
-    q = daq.quantize(base, tuned, ABSMAX, **options)
-    return {path for path, leaf in trees.named_leaves(q).items() if is_qtensor(leaf)}
+def quantized_paths(tree_base, tree_tuned, recipe=ABSMAX, rules=None):
+    """Paths of the quantized leaves, as the comparison names them."""
+    q = daq.quantize(tree_base, tree_tuned, recipe, **({} if rules is None else {"rules": rules}))
+    return set(daq.compare(tree_base, tree_tuned, q).leaves)
 
 
 def two(tree_of):
