@@ -10,7 +10,7 @@ Written in Pallas for Triton. Where that is missing or the GPU is older, the pla
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +19,10 @@ from jaxtyping import Array
 
 from daq_jax.arithmetic import divide
 from daq_jax.gpu_arithmetic import INSTRUCTION, kept, multiply_add, reciprocal
-from daq_jax.metrics import Additive, Cosine, NegMse, SignRate, SumOfProducts
+from daq_jax.metrics import Additive, Cosine, NegMse, SignRate, SumOfProducts, neg_bias, neg_error
 from daq_jax.roundings import Nearest
 from daq_jax.scales import AnyScale, usable
-from daq_jax.searches import AbsMax, CoarseToFine, Grid
+from daq_jax.searches import AbsMax, CoarseToFine, Grid, OffGrid
 from daq_jax.tiles import Tiles
 from daq_jax.trials import Trial, better
 
@@ -37,37 +37,43 @@ _LANES = 8  # candidates that are scored together: their sums must fit into regi
 
 def applies(recipe: "Recipe", tiles: Tiles) -> bool:
     """Whether `search` is for this recipe and these weights."""
-    parts = (recipe.search, recipe.metric, recipe.rounding, recipe.scales)
-    known = ((AbsMax, Grid, CoarseToFine), (Cosine, SignRate, NegMse), (Nearest,), (AnyScale,))
     n, shape = len(tiles.shape), tiles.shape
+    ours = type(recipe.search) in (AbsMax, Grid, CoarseToFine)
+    judged = type(recipe.metric) in (Cosine, SignRate, NegMse) and type(recipe.rounding) is Nearest
     return (
-        all(type(part) in types for part, types in zip(parts, known, strict=True))
+        ((ours and judged) or type(recipe.search) is OffGrid)  # which has metrics and a rounding of its own
+        and type(recipe.scales) is AnyScale
         and tiles.format in INSTRUCTION
         and sorted(tiles.axes) == [n - 3, n - 1]
         and shape[-3] == shape[-1] == _SIDE
     )
 
 
-def search(recipe: "Recipe", tiles: Tiles, *, interpret: bool = False) -> tuple[Array, Array]:
-    """Codes in the shape of the tiles, and the scale of each, as the plain search and `Nearest` give them.
+def search(
+    recipe: "Recipe", tiles: Tiles, stored_base: Array | None = None, *, interpret: bool = False
+) -> tuple[Array, Array]:
+    """Nearest codes in the shape of the tiles, and the scale of each, as the plain search gives it.
 
     Args:
         recipe: one that `applies` to.
         tiles: the pair of weights.
+        stored_base: the scale of each tile that the base was stored with, or None.
         interpret: run as plain JAX, anywhere, for tests.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
     across = tiles.shape[-2]
-    weights = (x.reshape(-1, _SIDE, across, _SIDE) for x in (tiles.stored_base, tiles.stored_tuned))
+    weights = [x.reshape(-1, _SIDE, across, _SIDE) for x in (tiles.stored_base, tiles.stored_tuned)]
     count = tiles.stored_tuned.size // _SIDE**2
     tile = pl.BlockSpec((None, _SIDE, None, _SIDE), lambda i: (i // across, 0, i % across, 0))
+    number = pl.BlockSpec((1,), lambda i: (i,))
+    scales = [] if stored_base is None else [stored_base.reshape(count)]
     codes, scale = pl.pallas_call(
         functools.partial(_search_tile, recipe=recipe, interpret=interpret),
         grid=(count,),  # one axis: `vmap` adds its own, and there can be three
-        in_specs=[tile, tile],
-        out_specs=[tile, pl.BlockSpec((1,), lambda i: (i,))],
+        in_specs=[tile, tile, *(number for _ in scales)],
+        out_specs=[tile, number],
         out_shape=[
             jax.ShapeDtypeStruct((count // across, _SIDE, across, _SIDE), tiles.format.dtype),
             jax.ShapeDtypeStruct((count,), jnp.float32),
@@ -75,7 +81,7 @@ def search(recipe: "Recipe", tiles: Tiles, *, interpret: bool = False) -> tuple[
         compiler_params=triton.CompilerParams(num_warps=_WARPS, num_stages=1),
         interpret=interpret,
         name="search",
-    )(*weights)
+    )(*weights, *scales)
     return codes.reshape(tiles.shape), tiles.per_tile(scale)
 
 
@@ -96,33 +102,37 @@ def _over_rows(refs: Sequence[Any], step: Callable[..., Any], start: Any) -> Any
     return lax.fori_loop(0, last + 1, body, (load(0), start))[1]
 
 
-def _search_tile(
-    base_ref: Any, tuned_ref: Any, codes_ref: Any, scale_ref: Any, *, recipe: "Recipe", interpret: bool
-) -> None:
-    """The kernel: everything for one tile."""
+def _search_tile(base_ref: Any, tuned_ref: Any, *refs: Any, recipe: "Recipe", interpret: bool) -> None:
+    """The kernel: everything for one tile. `refs`: the stored scale of the base, if any, codes and scale."""
     from jax.experimental import pallas as pl
 
-    metric, number = recipe.metric, recipe.format
-    assert isinstance(metric, Additive)
-    zeros = jnp.zeros((_ROWS, _SIDE), jnp.float32)
+    *stored_ref, codes_ref, scale_ref = refs
+    number, search, zeros = recipe.format, recipe.search, jnp.zeros((_ROWS, _SIDE), jnp.float32)
+    metrics = [neg_bias, neg_error] if isinstance(search, OffGrid) else [cast(Additive, recipe.metric)]
 
     def survey(_: Array, found: tuple[Any, ...], base: Array, tuned: Array) -> tuple[Any, ...]:
-        size, moved, fixed = found
+        size, base_size, moved, fixed = found
         d = tuned - base
         fine = (jnp.abs(base) < jnp.inf) & (jnp.abs(tuned) < jnp.inf)
         size = jnp.maximum(size, jnp.where(fine, jnp.abs(tuned), jnp.inf))
-        fixed = tuple(a + b for a, b in zip(fixed, metric.fixed_terms(d), strict=True))
-        return size, jnp.maximum(moved, jnp.abs(d)), fixed
+        base_size, moved = jnp.maximum(base_size, jnp.abs(base)), jnp.maximum(moved, jnp.abs(d))
+        return size, base_size, moved, jax.tree.map(jnp.add, fixed, _fixed_terms(metrics, d))
 
-    empty = tuple(jnp.zeros(zeros.shape, x.dtype) for x in jax.eval_shape(metric.fixed_terms, zeros))
-    size, moved, fixed = _over_rows([base_ref, tuned_ref], survey, (zeros, zeros, empty))
-    size, changed, fixed = jnp.max(size), jnp.max(moved) > 0, [jnp.sum(x) for x in fixed]
-    largest = number.largest + 0 * size  # no constant: `divide` looks at its bits
-    absmax = jnp.where(size < jnp.inf, usable(divide(size, largest)), jnp.nan)
+    none = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(functools.partial(_fixed_terms, metrics), zeros)
+    )
+    *sizes, fixed = _over_rows([base_ref, tuned_ref], survey, (zeros, zeros, zeros, none))
+    size, base_size, moved = (jnp.max(x) for x in sizes)
+    fixed = dict(zip(metrics, jax.tree.map(jnp.sum, fixed), strict=True))
 
-    def score(ratios: Sequence[Any]) -> Array:
-        """`[_LANES]`: the score of each of up to that many ratios."""
-        scales = [usable(r * absmax) for r in ratios]
+    def absmax_scale(size: Array) -> Array:
+        largest = number.largest + 0 * size  # no constant: `divide` looks at its bits
+        return jnp.where(size < jnp.inf, usable(divide(size, largest)), jnp.nan)
+
+    absmax = absmax_scale(size)
+
+    def score(metric: Additive, scales: Sequence[Array]) -> Array:
+        """`[_LANES]`: the score of each of up to that many scales."""
 
         def step(_: Array, sums: Any, base: Array, tuned: Array) -> Any:
             d = tuned - base
@@ -133,7 +143,7 @@ def _search_tile(
         start = [tuple(jnp.zeros(x.shape, x.dtype) for x in like) for _ in scales]
         sums = _over_rows([base_ref, tuned_ref], step, start)
         totals = [_in_lanes([jnp.sum(x, 1, keepdims=True) for x in term]) for term in zip(*sums, strict=True)]
-        return jnp.where(changed, metric.score(*fixed, *(jnp.sum(x, 0) for x in totals)), 0.0)
+        return jnp.where(moved > 0, metric.score(*fixed[metric], *(jnp.sum(x, 0) for x in totals)), 0.0)
 
     def best(ratios: Sequence[Any], start: Trial | None = None) -> Trial:
         groups = -(-len(ratios) // _LANES)
@@ -141,11 +151,21 @@ def _search_tile(
         found = []
         for i in range(0, len(ratios), size):
             some = ratios[i : i + size]
-            found.append(_best_lane(_in_lanes(some), score(some), len(some)))
+            scores = score(metrics[0], [usable(r * absmax) for r in some])
+            found.append(_best_lane(_in_lanes(some), scores, len(some)))
         return functools.reduce(better, found if start is None else [start, *found])
 
-    ratio = _find(recipe.search, best)
-    scale = absmax if ratio is None else usable(ratio * absmax)
+    if isinstance(search, AbsMax):
+        scale = absmax
+    elif isinstance(search, OffGrid):
+        base_scale = usable(stored_ref[0][0]) if stored_ref else absmax_scale(base_size)
+        least_biased = usable(best([1.0, *search.ratios]).ratio * absmax)
+        errors = score(neg_error, [absmax, base_scale, least_biased])
+        on_grid = jnp.where(_lane(errors, 1) > _lane(errors, 0), base_scale, absmax)
+        scale = jnp.where(_lane(errors, 2) < -search.noise, on_grid, least_biased)
+    else:
+        scale = usable(_find(search, best) * absmax)
+    scale = jnp.where(absmax == absmax, scale, jnp.nan)
     scale_ref[0] = scale
     whole, rest = reciprocal(scale)
 
@@ -158,10 +178,13 @@ def _search_tile(
     _over_rows([tuned_ref], encode, 0)
 
 
-def _find(search: Any, best: Callable[..., Trial]) -> Array | None:
-    """The ratio that a search picks, or None if it tries none."""
-    if isinstance(search, AbsMax):
-        return None
+def _fixed_terms(metrics: Sequence[Any], d: Array) -> list[tuple[Array, ...]]:
+    """What each metric sums of the change alone."""
+    return [metric.fixed_terms(d) for metric in metrics]
+
+
+def _find(search: Any, best: Callable[..., Trial]) -> Array:
+    """The ratio that a search picks."""
     if isinstance(search, Grid):
         return best([1.0, *search.ratios]).ratio
     winner = best([float(r) for r in search.coarse_ratios])
@@ -172,6 +195,11 @@ def _find(search: Any, best: Callable[..., Trial]) -> Array | None:
             x = jnp.where(winner.ratio == float(r), float(y), x)
         fine.append(x)
     return best([1.0, *fine], winner).ratio
+
+
+def _lane(x: Array, i: int) -> Array:
+    """One element of `[_LANES]`."""
+    return jnp.sum(jnp.where(lax.broadcasted_iota(jnp.int32, (_LANES,), 0) == i, x, 0))
 
 
 def _in_lanes(values: Sequence[Any]) -> Array:

@@ -169,30 +169,37 @@ def _goes_tile_by_tile(recipe: Recipe, view: TileView) -> bool:
 
 
 def _codes_and_scale(tiles: Tiles, stored: Array | None, recipe: Recipe) -> tuple[Array, Array]:
-    def plain(base: Array, tuned: Array) -> tuple[Array, Array]:
+    if not (tiles.local and has_fp8_gpu() and gpu_search.applies(recipe, tiles)):
+        scale = find_scales(recipe, tiles, stored)
+        return _codes(tiles, scale, recipe), scale
+    coded = isinstance(recipe.rounding, Nearest)  # codes come with the scale
+
+    def plain(base: Array, tuned: Array, *stored: Array) -> list[Array]:
         pair = dataclasses.replace(tiles, stored_base=base, stored_tuned=tuned)
-        return _plain_codes_and_scale(pair, None, recipe)
+        scale = find_scales(recipe, pair, *stored or [None])
+        return [scale, _codes(pair, scale, recipe)] if coded else [scale]
 
-    def kernel(base: Array, tuned: Array) -> tuple[Array, Array]:
+    def kernel(base: Array, tuned: Array, *stored: Array) -> list[Array]:
         pair = dataclasses.replace(tiles, stored_base=base, stored_tuned=tuned)
-        return gpu_search.search(recipe, pair)
+        codes, scale = gpu_search.search(recipe, pair, *stored)
+        return [scale, codes] if coded else [scale]
 
-    if tiles.local and has_fp8_gpu() and gpu_search.applies(recipe, tiles):
-        codes, scale = kernel_or_plain(kernel, plain, tiles.stored_base, tiles.stored_tuned)
-        return codes, scale
-    return _plain_codes_and_scale(tiles, stored, recipe)
+    arrays = (tiles.stored_base, tiles.stored_tuned, *([] if stored is None else [stored]))
+    scale, *codes = kernel_or_plain(kernel, plain, *arrays)
+    return codes[0] if coded else _codes(tiles, scale, recipe), scale
 
 
-def _plain_codes_and_scale(tiles: Tiles, stored: Array | None, recipe: Recipe) -> tuple[Array, Array]:
+def _codes(tiles: Tiles, scale: Array, recipe: Recipe) -> Array:
+    """Codes under a scale, in the dtype of the format."""
+
     def encode(tiles: Tiles, scale: Array) -> Array:
         values = recipe.rounding(tiles, scale)
         # A zero keeps its sign, as in a cast: arithmetic rounding makes every zero positive.
         values = jnp.where(values == 0, jnp.copysign(values, tiles.tuned), values)
         return recipe.format.encode(values)
 
-    scale = find_scales(recipe, tiles, stored)
     alignment = getattr(recipe.rounding, "alignment", None)
     if tiles.local and alignment:
         on_cpu = functools.partial(in_parts, encode, step=alignment(tiles))
-        return lax.platform_dependent(tiles, scale, cpu=on_cpu, default=encode), scale
-    return encode(tiles, scale), scale
+        return lax.platform_dependent(tiles, scale, cpu=on_cpu, default=encode)
+    return encode(tiles, scale)

@@ -149,11 +149,15 @@ class OffGrid:
         if not self.noise >= 0:
             raise ValueError(f"OffGrid: `noise` must be 0 or more; got {self.noise!r}.")
 
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """What is tried beside AbsMax."""
+        return tuple(float(r) for r in np.linspace(self.low, self.high, self.n).astype(np.float32))
+
     def __call__(self, trials: Trials) -> Array:
         """One scale per tile."""
         biased, wrong = (trials.judged_by(metric, Nearest()) for metric in (neg_bias, neg_error))
-        ratios = np.linspace(self.low, self.high, self.n).astype(np.float32)
-        least_biased = biased.best(jnp.asarray(ratios), _one(biased))
+        least_biased = biased.best(jnp.asarray(self.ratios, jnp.float32), _one(biased))
         on_grid = better(_one(wrong), wrong.at_scale(trials.base))
         noisy = wrong.at_ratio(least_biased.ratio).score < -self.noise
         return jnp.where(noisy, on_grid.scale, least_biased.scale)

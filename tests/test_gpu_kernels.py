@@ -77,6 +77,7 @@ def assert_same(q, expected, most_codes=0):
         pytest.param(daq.recipes.mse, marks=pytest.mark.slow),
         pytest.param(dataclasses.replace(COSINE, search=daq.Grid(0.7, 2.0, 21)), marks=pytest.mark.slow),
         pytest.param(dataclasses.replace(COSINE, format=daq.fp8_e5m2), marks=pytest.mark.slow),
+        daq.Recipe(search=daq.OffGrid()),
     ],
 )
 def test_search_kernel_picks_the_scales_and_codes_of_the_plain_search(recipe):
@@ -89,6 +90,24 @@ def test_search_kernel_picks_the_scales_and_codes_of_the_plain_search(recipe):
     np.testing.assert_array_equal(
         np.asarray(view.join(codes)).view(np.uint8), np.asarray(expected.codes).view(np.uint8)
     )
+
+
+@pytest.mark.parametrize("stored", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("change", [2e-5, pytest.param(4e-4, marks=pytest.mark.slow)])
+def test_search_kernel_finds_the_grid_of_a_base(change, stored, request):
+    rng = np.random.default_rng(1)
+    base = jnp.asarray(rng.normal(size=(256, 384)) * 0.02, jnp.float32)
+    base = daq.quantize(
+        base, base, dataclasses.replace(daq.recipes.absmax, scales=daq.PowerOfTwo()), rules=()
+    )
+    tuned = base.dequantize() + jnp.asarray(rng.normal(size=base.shape) * change, jnp.float32)
+    arrays, recipe = (base if stored else base.dequantize(), tuned), daq.Recipe(search=daq.OffGrid())
+    expected = daq.quantize(*arrays, recipe, rules=())
+    taken = request.getfixturevalue("kernels")
+    assert_same(daq.quantize(*arrays, recipe, rules=()), expected)
+    assert taken
+    found = np.mean(np.asarray(expected.scale) == np.asarray(base.scale))
+    assert found == (stored and change < 1e-4)
 
 
 def test_search_kernel_gives_a_tile_that_is_not_finite_the_scale_nan():
