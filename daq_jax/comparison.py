@@ -143,7 +143,7 @@ def _figures(sums: dict[str, Array], q: QTensor) -> Figures:
     """On the host in float64 and whole numbers; under a trace in float32, which pools without overflow."""
     if any(isinstance(x, Tracer) for x in sums.values()):
         return Figures(elements=jnp.float32(q.size), **{k: x.astype(jnp.float32) for k, x in sums.items()})
-    host = {k: np.asarray(x) for k, x in sums.items()}
+    host = jax.device_get(sums)  # all at once: each alone would wait for the device
     wide = {
         k: x.astype(np.int64 if np.issubdtype(x.dtype, np.integer) else np.float64)[()]
         for k, x in host.items()

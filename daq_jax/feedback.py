@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -30,6 +31,8 @@ _TOLERATED = 2.0  # standard deviations of what a strip keeps of its change, and
 _NEAR = 0.04  # how far from its size it may be in any case: every correction is an error along the change
 _MOST_MORE = 0.15  # of a gain, to make up for other rows
 _LEAST_WEIGHT = 0.03  # of ordinary error beside the error in a direction, however much the direction matters
+_AS_STORED = 1.5  # times the square of a step of bfloat16: what rounding such weights to nearest may cost
+_LATTICE = np.array([3242174889, 2447445414], np.uint32)  # 2^32 over the plastic number, and over its square
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +46,11 @@ class UnbiasedFeedback:
     value. Where a change has no leading directions, as a random one has not, little is done. Each strip of
     128 outputs is held to the size of its change: where what it has kept so far is clearly too much or too
     little, the gains of its next block are smaller or larger.
+
+    A gain keeps the largest changes, for all, and drops the rest. That is wrong where they are single steps
+    of bfloat16, whose sizes are those of the rounding of what was stored. A tile of bfloat16 numbers that
+    plain rounding moves by less than their steps, as on the grid of its base, gets a dither in place of a
+    gain: thresholds between neighbouring codes, spread evenly over the matrix.
 
     Works on whole matrices. On a weight sharded over its outputs, in whole strips, only the search for `U`
     communicates; over its inputs, every block does. A search scores the gain alone. Products may run in
@@ -75,15 +83,17 @@ class UnbiasedFeedback:
 
     def __call__(self, tiles: Tiles, scale: Array) -> Array:
         """Code values; see `roundings`."""
-        tiles, gain = lax.optimization_barrier((tiles, self._gains(tiles, scale)))
+        moved = jnp.any(tiles.change != 0, tiles.axes, keepdims=True)  # a tile without change is left alone
+        dithered = moved & _as_stored(tiles, scale)
+        gain = jnp.where(dithered, 1, self._gains(tiles, scale))
+        tiles, gain = lax.optimization_barrier((tiles, gain))
         blocks = _Blocks.of(tiles)
         target, base, tuned, change = map(
             blocks.whole, (target_of(tiles, gain), tiles.stored_base, tiles.stored_tuned, tiles.change)
         )
         directions, _ = leading_directions(change, min(self.rank, max(1, blocks.rows // 2)))
         responses = _responses(change, directions, blocks, self.damping)
-        moved = jnp.any(tiles.change != 0, tiles.axes, keepdims=True)  # a tile without change is left alone
-        scales, moves = blocks.by_row_of_tiles(scale), blocks.by_row_of_tiles(moved)
+        scales, moves, dithers = map(blocks.by_row_of_tiles, (scale, moved, dithered))
 
         def step(i: Array, done: tuple[Array, Array, _Size]) -> tuple[Array, Array, _Size]:
             values, s, size = done
@@ -93,7 +103,10 @@ class UnbiasedFeedback:
             aim = jnp.where(more == 1, aim, before + more * (aim - before))
             aim -= jnp.where(blocks.spread(moves, i), responses[:, i] @ s, 0)
             here = blocks.spread(scales, i)
-            rounded = tiles.format.round(divide(aim, here))
+            x = divide(aim, here)
+            low, high = tiles.format.floor(x), tiles.format.ceil(x)
+            by_dither = jnp.where(blocks.thresholds(i) * (high - low) < x - low, high, low)
+            rounded = jnp.where(blocks.spread(dithers, i), by_dither, tiles.format.round(x))
             error = multiply(rounded, here) - after
             s = s + blocks.take(directions, i).mT @ error
             return blocks.put(values, rounded, i), s, size.after(d, error, more)
@@ -161,6 +174,15 @@ class _Size(NamedTuple):
         )
 
 
+def _as_stored(tiles: Tiles, scale: Array) -> Array:
+    """Whether a tile holds bfloat16 numbers, in any dtype, that plain rounding moves by less than a step."""
+    bits = lax.bitcast_convert_type(tiles.tuned, jnp.int32)  # a cast and back may be optimized away
+    step = lax.bitcast_convert_type(bits & 0x7F800000, jnp.float32) * 2.0**-7
+    error = multiply(tiles.format.round(divide(tiles.tuned, scale)), scale) - tiles.tuned
+    excess = jnp.sum(error * error - _AS_STORED * step * step, tiles.axes, keepdims=True)
+    return jnp.all(bits & 0xFFFF == 0, tiles.axes, keepdims=True) & (excess < 0)
+
+
 def _over_strips(x: Float[Array, "B R C"]) -> Float[Array, "B 1 C"]:
     """Sums over all rows and 128 columns at a time, spread over these again."""
     columns = jnp.sum(x, 1, keepdims=True)
@@ -210,6 +232,13 @@ class _Blocks:
     def put(self, x: Array, block: Array, i: Array) -> Array:
         """`[B, R, n]` with another block `i`."""
         return lax.dynamic_update_slice_in_dim(x, block, i * self.size, axis=1)
+
+    def thresholds(self, i: Array) -> Array:
+        """`[1, size, C]` in [0, 1) for block `i`: a lattice on which neighbours differ widely."""
+        columns = self.cut.shape[self.cut.grid[1]] * self.cut.shape[self.cut.axes[1]]
+        row = i.astype(jnp.uint32) * self.size + jnp.arange(self.size, dtype=jnp.uint32)
+        place = row[:, None] * _LATTICE[0] + jnp.arange(columns, dtype=jnp.uint32) * _LATTICE[1]
+        return (place >> 8).astype(jnp.float32)[None] * 2.0**-24
 
     def by_row_of_tiles(self, x: Array) -> Array:
         """What has the shape of a scale as `[B, R / r, C]`."""

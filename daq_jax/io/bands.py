@@ -13,7 +13,8 @@ from daq_jax.tilings import Block, PerTensor
 
 Leaf = np.ndarray | jax.Array | QTensor
 
-_ELEMENTS = 2**21  # of a band: 80 MB
+_ELEMENTS = 2**21  # of a band on a CPU: 80 MB
+_ON_ACCELERATOR = 2**26  # where it is the accelerator's own memory, and work stops at the end of each band
 
 
 def band_of(x: Leaf, start: int, stop: int) -> Leaf:
@@ -33,7 +34,8 @@ def figures_in_bands(base: Leaf, tuned: Leaf, q: QTensor) -> Figures:
     *batch, outputs, inputs = q.shape
     tilings = [x.tiling for x in (base, tuned, q) if isinstance(x, QTensor)]
     step = math.lcm(*(t.c for t in tilings if isinstance(t, Block)))
-    rows = max(_ELEMENTS // (math.prod(batch) * inputs) // step, 1) * step
+    most = _ELEMENTS if jax.default_backend() == "cpu" else _ON_ACCELERATOR
+    rows = max(most // (math.prod(batch) * inputs) // step, 1) * step
     found: Any = None
     for start in range(0, outputs, rows):
         pair = (band_of(x, start, min(start + rows, outputs)) for x in (base, tuned, q))

@@ -1,6 +1,6 @@
 """Carries out a plan: reads, quantizes and writes at the same time, a few matrices in memory at once.
 
-One thread reads the next pair of matrices while this one quantizes, and another writes the last. Nothing
+Two threads read the next pair of matrices while this one quantizes, and another writes the last. Nothing
 waits in a queue, so memory does not depend on the size of the checkpoint.
 """
 
@@ -35,12 +35,12 @@ def carry_out(
         ValueError: naming the tensor, if one holds NaN or infinity.
         OSError: if what is on the disk is not what was written.
     """
-    with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as writer:
+    with ThreadPoolExecutor(2) as readers, ThreadPoolExecutor(1) as writer:
         for shard in shards:
             with journal.alone(shard.file, wait=False):
                 done = journal.record(shard.file)
                 if done is None:
-                    _Work(plan, base, tuned, journal, tell).do(shard, reader, writer)
+                    _Work(plan, base, tuned, journal, tell).do(shard, readers, writer)
                 else:
                     figures = pooled({n: figures_of(sums) for n, sums in done["figures"].items()})
                     tell(shard.file, shard.tuned_bytes, figures)
@@ -55,28 +55,28 @@ class _Work:
         self.written: dict[str, int] = {}  # bytes of each so far
         self.figures: dict[str, Figures] = {}
 
-    def do(self, shard: Shard, reader: ThreadPoolExecutor, writer: ThreadPoolExecutor) -> None:
+    def do(self, shard: Shard, readers: ThreadPoolExecutor, writer: ThreadPoolExecutor) -> None:
         """Writes one shard, reads it back and records it."""
         with TensorWriter(self.journal.out / shard.file, shard.outputs) as file:
-            self.fill(file, shard, reader, writer)
+            self.fill(file, shard, readers, writer)
             file.finish()
             verify(file, self.sums)
         figures = {name: plain_sums(found) for name, found in self.figures.items()}
         self.journal.finish(shard.file, {"crc32": self.sums, "figures": figures})
 
     def fill(
-        self, file: TensorWriter, shard: Shard, reader: ThreadPoolExecutor, writer: ThreadPoolExecutor
+        self, file: TensorWriter, shard: Shard, readers: ThreadPoolExecutor, writer: ThreadPoolExecutor
     ) -> None:
         """Reads, quantizes and writes all tensors of a shard."""
         units = _units(shard)
         unit = next(units, None)
-        ahead = reader.submit(self.read, *unit) if unit else None
+        ahead = self.read(readers, *unit) if unit else []
         writing: Future[None] | None = None
-        while unit and ahead:
-            (job, part), pair = unit, ahead.result()
+        while unit:
+            (job, part), pair = unit, [leaf.result() for leaf in ahead]
             unit = next(units, None)
-            ahead = reader.submit(self.read, *unit) if unit else None
-            result = self.quantize(job, part, *pair) if pair else None
+            ahead = self.read(readers, *unit) if unit else []
+            result = self.quantize(job, part, pair[-1], pair[0]) if pair else None
             del pair
             if writing:
                 writing.result()
@@ -84,14 +84,17 @@ class _Work:
         if writing:
             writing.result()
 
-    def read(self, job: Job, part: slice) -> tuple[Leaf, Leaf] | None:
-        """A pair of matrices; None for a tensor that is copied."""
-        if not job.quantize:
-            return None
-        tuned = _on_device(self.tuned.read(job.name, part, self.plan.dtype))
-        if job.base is None:
-            return tuned, tuned
-        return _on_device(self.base.read(job.base.name, part, self.plan.dtype)), tuned
+    def read(self, readers: ThreadPoolExecutor, job: Job, part: slice) -> list[Future[Leaf]]:
+        """The tuned matrix, and its base if there is one, on their way; none for a tensor that is copied."""
+
+        def one(folder: Folder, name: str) -> Leaf:
+            leaf = folder.read(name, part, self.plan.dtype)
+            return leaf if isinstance(leaf, QTensor) else jnp.asarray(leaf)  # sent to the device only once
+
+        sources = [(self.tuned, job.name)] if job.quantize else []
+        if job.quantize and job.base is not None:
+            sources.append((self.base, job.base.name))
+        return [readers.submit(one, *source) for source in sources]
 
     def quantize(self, job: Job, part: slice, base: Leaf, tuned: Leaf) -> QTensor:
         """Codes and scales of a pair."""
@@ -146,11 +149,6 @@ def _units(shard: Shard) -> Iterator[tuple[Job, slice]]:
     for job in shard.jobs:
         whole = slice(0, job.tuned.shape[0] if job.tuned.shape else 1)
         yield from ((job, part) for part in (job.parts if job.quantize else [whole]))
-
-
-def _on_device(x: Leaf) -> Leaf:
-    """Sent there by the thread that reads, and only once."""
-    return x if isinstance(x, QTensor) else jnp.asarray(x)
 
 
 def _add(a: Any, b: Any) -> Any:
