@@ -3,10 +3,10 @@
 Equal recipes share one compiled program. Change one thing with `dataclasses.replace(recipe, ...)`.
 
 `default` is what did best in the behaviour study (`benchmarks/results/behaviour/gpu_fp8-block.md`), at every
-size of change and on both kinds of base. Its KL from the tuned model was 0.18 to 0.73 of the format's own
-noise on an FP8-native base, where AbsMax had 8 to 520 and `paper_cosine` 13 to 255 times that noise, and
-0.57 to 0.62 on a bf16 base, where AbsMax is that noise. That was before two refinements for small changes
-that are stored in 16 bits (`NOTES.md` beside it); of the default as it is, `cpu_fp8-block.md` beside it.
+size of change and on both kinds of base. Its KL from the tuned model was 0.18 to 0.61 of the format's own
+noise on an FP8-native base, where AbsMax had 9 to 518 and `paper_cosine` 14 to 258 times that noise, and
+0.57 to 0.61 on a bf16 base, where AbsMax is that noise; with both weights stored in bfloat16, 0.30 to 0.61 and
+0.57 to 0.71 (`gpu_fp8-block_bf16-stored.md` beside it).
 """
 
 import dataclasses

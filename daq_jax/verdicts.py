@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # fine-tune comes near.
 UNRELATED = 0.9  # |d| / |base|
 # A bfloat16 base that was never on a grid has one weight in sixteen on it by chance, so AbsMax keeps 94 % of
-# a small change there, and behaviour shows no loss: what the default still gains, a KL of 0.57 to 0.62 times
+# a small change there, and behaviour shows no loss: what the default still gains, a KL of 0.57 to 0.61 times
 # that of AbsMax, is the rounding noise of any weights (`benchmarks/results/behaviour/gpu_fp8-block.md`).
 KEPT = 0.9  # projection
 
