@@ -64,6 +64,27 @@ def layers(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def over_draws(rows: list[Row], best: str) -> str:
+    """Means over samples of the calibration text, and by how much `best` is below each."""
+    lines = [
+        "| format | method | samples | perplexity increase | reduction | KL | reduction |",
+        "|---" * 7 + "|",
+    ]
+    for fmt in dict.fromkeys(row["format"] for row in rows):
+        own = select(rows, format=fmt)
+        found = {m: select(own, method=m) for m in dict.fromkeys(row["method"] for row in own)}
+        ours = {x: statistics.fmean(r[x] for r in found[best]) for x in ("increase", "kl")}
+        for method, some in found.items():
+            cells = []
+            for figure, unit in (("increase", 1e3), ("kl", 1e4)):
+                values = [r[figure] * unit for r in some]
+                mean, error = statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5
+                reduced = "" if method == best else f"{1 - ours[figure] * unit / mean:+.1%}"
+                cells += [f"{mean:.2f} ± {error:.2f}", reduced]
+            lines.append(f"| {fmt} | {method} | {len(some)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def markdown(result: dict[str, Any], best: str) -> str:
     """The whole report."""
     rows, versions = result["rows"], ", ".join(f"{k} {v}" for k, v in result["versions"].items())
@@ -73,6 +94,16 @@ def markdown(result: dict[str, Any], best: str) -> str:
         f"# 4-bit codes and the perplexity of a language model: size {result['size']}",
         f"{result['date'][:10]}; {result['device']}; {versions}; `{result['command']}`, "
         f"{result['seconds']:.0f} s. One seed.",
+    ]
+    if "layers" not in result:
+        parts.append(
+            f"Groups of 128, {first['tokens']} x 512 tokens. Increase of the perplexity in thousandths "
+            f"over the float model's {result['perplexity']:.4f} a byte of held-out text, and KL divergence "
+            "from it in 1e-4 nats a byte: mean over samples of the calibration text ± its standard error. "
+            f"Reduction: of a peer's mean, by {best}.\n\n{over_draws(rows, best)}"
+        )
+        return "\n\n".join(parts) + "\n"
+    parts += [
         f"Perplexity of the float model {result['perplexity']:.4f} a byte of held-out text. Cells: increase "
         "of the perplexity in thousandths / KL divergence from the float model, nats a byte / squared error "
         "of all layers' outputs on the calibration text. Any small change of the weights moves the "

@@ -65,6 +65,11 @@ def multiply(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..
     return jnp.minimum(x * y, _LARGEST)
 
 
+def power_below(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The largest power of two that is not above |x|; zero for zero and for what is below 2^-126."""
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) & 0x7F800000, jnp.float32)
+
+
 def total(x: Array, axes: tuple[int, ...]) -> Array:
     """Sum over `axes`, which stay with length 1, in runs of at most 128 elements.
 
@@ -77,15 +82,19 @@ def total(x: Array, axes: tuple[int, ...]) -> Array:
     """
     for axis in axes:
         while x.shape[axis] > 1:
-            n = x.shape[axis]
-            runs = -(-n // _RUN)
-            if runs > 1 and n % _RUN:
-                x = jnp.pad(x, [(0, runs * _RUN - n if i == axis else 0) for i in range(x.ndim)])
-            if runs > 1:
-                x = x.reshape(*x.shape[:axis], runs, _RUN, *x.shape[axis + 1 :])
-                x = jnp.sum(x, axis + 1)
-            else:
-                x = jnp.sum(x, axis, keepdims=True)
-            # Without a barrier XLA merges the sums into one long run again.
-            x = lax.optimization_barrier(x)
+            x = sum_of_runs(x, axis)
     return x
+
+
+def sum_of_runs(x: Array, axis: int) -> Array:
+    """Sums over runs of at most 128 elements of an axis, which becomes as long as there are runs."""
+    n = x.shape[axis]
+    runs = -(-n // _RUN)
+    if runs > 1:
+        if n % _RUN:
+            x = jnp.pad(x, [(0, runs * _RUN - n if i == axis else 0) for i in range(x.ndim)])
+        x = jnp.sum(x.reshape(*x.shape[:axis], runs, _RUN, *x.shape[axis + 1 :]), axis + 1)
+    else:
+        x = jnp.sum(x, axis, keepdims=True)
+    # Without a barrier XLA merges the sums into one long run again.
+    return lax.optimization_barrier(x)

@@ -6,8 +6,9 @@ sums of several leaves gives the figures of all of them together.
 """
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from daq_jax import tables
-from daq_jax.arithmetic import total
+from daq_jax.arithmetic import sum_of_runs, total
 from daq_jax.details import Details, details_of
 from daq_jax.figures import Figures
 from daq_jax.grids import lies_on_grid
@@ -166,23 +167,24 @@ def sums_of_leaf(base: Any, tuned: Any, q: QTensor) -> dict[str, Array]:
     )
     weight = q.view.join(q.values())
     change, kept, error = tuned - base, weight - base, weight - tuned
-    counted = jnp.abs(change) > SMALLEST_CHANGE
-    same = jnp.sign(change) == jnp.sign(kept)
-    edges = (0.0, *BIN_EDGES, float("inf"))
-    size = jnp.abs(change)
-    bins = [(size >= low) & (size < high) for low, high in itertools.pairwise(edges)]
+    size, zero = jnp.abs(change), kept == 0
+    counted = size > SMALLEST_CHANGE
+    same = counted & ~zero & ((change > 0) == (kept > 0))
+    flags = (counted, same, counted & zero, zero, on_grid, *(size >= edge for edge in BIN_EDGES))
+    counted, same, erased, zero, on_grid, *above = _counts(flags)
+    above = [jnp.full_like(zero, size.size), *above, jnp.zeros_like(zero)]
     return {
-        "counted": _count(counted),
-        "same_sign": _count(counted & same),
-        "opposite_sign": _count(counted & ~same & (kept != 0)),
-        "erased": _count(counted & (kept == 0)),
-        "zero": _count(kept == 0),
+        "counted": counted,
+        "same_sign": same,
+        "opposite_sign": counted - same - erased,
+        "erased": erased,
+        "zero": zero,
         "dd": _total(change * change),
         "qq": _total(kept * kept),
         "dq": _total(change * kept),
         "ee": _total(error * error),
-        "counts": jnp.stack([_count(b) for b in bins]),
-        "base_on_grid": _count(on_grid),
+        "counts": jnp.stack([a - b for a, b in itertools.pairwise(above)]),
+        "base_on_grid": on_grid,
     }
 
 
@@ -190,9 +192,21 @@ def _total(x: Array) -> Array:
     return total(x, tuple(range(x.ndim))[::-1]).reshape(())  # along rows first: a third faster on a CPU
 
 
-def _count(x: Array) -> Array:
-    whole = x.size < 2**31  # beyond that int32 would overflow, and float32 sums hold to 1e-7
-    return _total(x.astype(jnp.int32 if whole else jnp.float32))
+def _counts(flags: Sequence[Array]) -> list[Array]:
+    """How often each of some arrays of truth values, of one shape, is true.
+
+    Four are counted at a time, in the bytes of one word: a run of 128 does not overflow a byte. On a CPU,
+    which takes each sum alone and computes what it adds up anew, that is three times as fast.
+    """
+    whole = flags[0].size < 2**31  # beyond that int32 would overflow, and float32 sums hold to 1e-7
+    found = []
+    for i in range(0, len(flags), 4):
+        four = flags[i : i + 4]
+        word = functools.reduce(jnp.bitwise_or, (f.astype(jnp.uint32) << 8 * k for k, f in enumerate(four)))
+        runs = sum_of_runs(word, word.ndim - 1)
+        for k in range(len(four)):
+            found.append(_total((runs >> 8 * k & 255).astype(jnp.int32 if whole else jnp.float32)))
+    return found
 
 
 def _on_grid(base: Any, q: QTensor) -> Array:

@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from daq_jax.arithmetic import divide, multiply
+from daq_jax.arithmetic import divide, multiply, power_below
 from daq_jax.factors import factor, inverse_factor
 from daq_jax.parts import in_parts
 from daq_jax.tiles import Tiles
@@ -177,7 +177,7 @@ class _Size(NamedTuple):
 def _as_stored(tiles: Tiles, scale: Array) -> Array:
     """Whether a tile holds bfloat16 numbers, in any dtype, that plain rounding moves by less than a step."""
     bits = lax.bitcast_convert_type(tiles.tuned, jnp.int32)  # a cast and back may be optimized away
-    step = lax.bitcast_convert_type(bits & 0x7F800000, jnp.float32) * 2.0**-7
+    step = power_below(tiles.tuned) * 2.0**-7
     error = multiply(tiles.format.round(divide(tiles.tuned, scale)), scale) - tiles.tuned
     excess = jnp.sum(error * error - _AS_STORED * step * step, tiles.axes, keepdims=True)
     return jnp.all(bits & 0xFFFF == 0, tiles.axes, keepdims=True) & (excess < 0)

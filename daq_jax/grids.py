@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from daq_jax.arithmetic import divide, multiply
+from daq_jax.arithmetic import divide, multiply, power_below
 from daq_jax.formats import Format
 from daq_jax.scales import usable
 
@@ -38,8 +38,7 @@ def lies_on_grid(
         zero: what is taken off a code before it is scaled; in a shape that broadcasts to `x`.
     """
     nearest = multiply(fmt.round(divide(x, scale) + zero) - zero, scale)
-    _, exponent = jnp.frexp(x)  # |x| in [2^(exponent - 1), 2^exponent)
-    half_unit = jnp.ldexp(jnp.float32(1), exponent - 2 - jnp.finfo(dtype).nmant)
+    half_unit = power_below(x) * 2.0 ** -(1 + jnp.finfo(dtype).nmant)
     return jnp.abs(x - nearest) <= half_unit
 
 

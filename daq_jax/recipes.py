@@ -5,8 +5,8 @@ Equal recipes share one compiled program. Change one thing with `dataclasses.rep
 `default` is what did best in the behaviour study (`benchmarks/results/behaviour/gpu_fp8-block.md`), at every
 size of change and on both kinds of base. Its KL from the tuned model was 0.18 to 0.61 of the format's own
 noise on an FP8-native base, where AbsMax had 9 to 518 and `paper_cosine` 14 to 258 times that noise, and
-0.57 to 0.61 on a bf16 base, where AbsMax is that noise; with both weights stored in bfloat16, 0.30 to 0.61 and
-0.57 to 0.71 (`gpu_fp8-block_bf16-stored.md` beside it).
+0.57 to 0.61 on a bf16 base, where AbsMax is that noise; with both weights stored in bfloat16, 0.30 to 0.61
+and 0.57 to 0.71 (`gpu_fp8-block_bf16-stored.md` beside it).
 """
 
 import dataclasses
@@ -92,7 +92,7 @@ class DensityRecipe:
     adjust: Callable[[Groups, Loss, Line], Line] | None = LeastSquares()
     sweeps: int = 4
     loss: Literal["group", "row"] = "group"
-    damping: float = 0.01
+    damping: float = 0.1
     metric: Metric | None = None
     shift: bool = True
 
