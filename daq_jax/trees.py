@@ -315,9 +315,8 @@ def quantize(
     pairs = pair_leaves(base, tuned, recipe, rules)
     warn_unused(pairs, rules)
     warn_narrow(pairs)
-    staged = _is_staged()
-    donate = donate and not staged
-    later = not (donate or staged) and is_concrete((base, tuned))
+    donate = donate and not _is_staged()
+    later = not donate and is_concrete((base, tuned))
     refuse_unquantizable(pairs, check_finite, later=later)
     uses = collections.Counter(id(x) for x in jax.tree.leaves((base, tuned)))
     results, finite = [pair.tuned for pair in pairs], []
@@ -328,7 +327,7 @@ def quantize(
             results[i] = q
             if donate:
                 _delete(pairs[i], uses)
-    if check_finite and later and not _are_true(finite):
+    if check_finite and later and is_concrete(finite) and not _are_true(finite):
         refuse_unquantizable(pairs, check_finite)
     return with_leaves(tuned, results)
 
