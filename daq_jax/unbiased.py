@@ -23,7 +23,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from daq_jax import gpu_gains
-from daq_jax.arithmetic import divide, multiply
+from daq_jax.arithmetic import divide, in_runs, multiply, sum_as_computed
 from daq_jax.factors import inverse_factor
 from daq_jax.platforms import has_fp8_gpu, kernel_or_plain
 from daq_jax.tiles import Tiles
@@ -81,6 +81,12 @@ class Sets:
         """Sum over each set, in a shape that broadcasts over the tiles."""
         return _sum_of_runs(jnp.sum(x, self.axes, keepdims=True), self.along, self.run)
 
+    def total_on_cpu(self, x: Array, *, local: bool) -> Array:
+        """The same in the order that is quick on a CPU; `local` as in `Tiles`."""
+        for axis in reversed(self.axes):
+            x = sum_as_computed(x, axis, local)
+        return _sum_of_runs(x, self.along, self.run)
+
     def region_total(self, sums: Array) -> Array:
         """Sum over the whole region that each set lies in, of the totals of sets; in their shape."""
         sums = sums if self.rest is None else jnp.sum(sums, self.rest, keepdims=True)
@@ -94,7 +100,7 @@ class Sets:
         if self.rest is not None:
             running = jnp.cumsum(share, self.rest)
         else:  # one set to a tile: tiles across share out among them
-            split = _in_runs(share, self.across, _WINDOW)
+            split = in_runs(share, self.across, _WINDOW)
             running = _from_runs(jnp.cumsum(split, self.across + 1), self.across, share.shape[self.across])
         return jnp.floor(running + 0.5) > jnp.floor(running - share + 0.5)
 
@@ -109,16 +115,8 @@ def _power_of_two(least: float) -> int:
     return min(1 << max(0, math.ceil(math.log2(least))), _WINDOW)
 
 
-def _in_runs(x: Array, axis: int, run: int) -> Array:
-    """An axis as two, (runs, elements of a run), filled up with zeros."""
-    n = x.shape[axis]
-    runs = -(-n // run)
-    padding = [(0, runs * run - n if i == axis else 0) for i in range(x.ndim)]
-    return jnp.pad(x, padding).reshape(*x.shape[:axis], runs, run, *x.shape[axis + 1 :])
-
-
 def _from_runs(x: Array, axis: int, length: int) -> Array:
-    """The inverse of `_in_runs`."""
+    """The inverse of `in_runs`."""
     joined = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
     return lax.slice_in_dim(joined, 0, length, axis=axis)
 
@@ -127,7 +125,7 @@ def _sum_of_runs(x: Array, axis: int, run: int) -> Array:
     """Each element's sum over its run along an axis."""
     if run == 1:
         return x
-    split = _in_runs(x, axis, run)
+    split = in_runs(x, axis, run)
     sums = jnp.broadcast_to(jnp.sum(split, axis + 1, keepdims=True), split.shape)
     return _from_runs(sums, axis, x.shape[axis])
 
@@ -257,13 +255,18 @@ class UnbiasedGain:
     def _gains(self, tiles: Tiles, scale: Array) -> Array:
         sets = Sets.of(self.per, tiles)
 
-        def plain(base: Array, tuned: Array, scale: Array) -> Bracket:
+        def found(base: Array, tuned: Array, scale: Array, *, total: Callable[[Array], Array]) -> Bracket:
             pair = dataclasses.replace(tiles, stored_base=base, stored_tuned=tuned)
 
             def kept(gain: Array | float) -> Array:
                 return pair.kept(_round_towards(pair, scale, jnp.asarray(gain)), scale)
 
-            return bracket(pair.change, kept, sets.total)
+            return bracket(pair.change, kept, total)
+
+        def plain(*arrays: Array) -> Bracket:
+            total_on_cpu = functools.partial(sets.total_on_cpu, local=tiles.local)
+            on_cpu, elsewhere = (functools.partial(found, total=t) for t in (total_on_cpu, sets.total))
+            return lax.platform_dependent(*arrays, cpu=on_cpu, default=elsewhere)
 
         kernel = functools.partial(gpu_gains.per_set, bracket, tiles.format, sets.axes)
         arrays = (tiles.stored_base, tiles.stored_tuned, scale)
