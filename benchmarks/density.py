@@ -262,7 +262,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], parents=[folders])
     parser.add_argument("--size", choices=SIZES, default="cpu")
     parser.add_argument(
-        "--draws", type=int, help="samples of calibration text for a few methods, and no more"
+        "--draws",
+        type=int,
+        choices=range(2, 1000),
+        metavar="N",
+        help="for a few methods only, over N samples of calibration text; at least 2",
     )
     parser.add_argument("--report", type=Path, help="only report on this JSON file")
     given = parser.parse_args()

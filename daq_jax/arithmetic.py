@@ -129,9 +129,7 @@ def in_runs(x: Array, axis: int, run: int) -> Array:
 
 def sum_of_runs(x: Array, axis: int) -> Array:
     """Sums over runs of at most 128 elements of an axis, which becomes as long as there are runs."""
-    if x.shape[axis] > _RUN:
-        x = jnp.sum(in_runs(x, axis, _RUN), axis + 1)
-    else:
-        x = jnp.sum(x, axis, keepdims=True)
+    several = x.shape[axis] > _RUN
+    x = jnp.sum(in_runs(x, axis, _RUN), axis + 1) if several else jnp.sum(x, axis, keepdims=True)
     # Without a barrier XLA merges the sums into one long run again.
     return lax.optimization_barrier(x)

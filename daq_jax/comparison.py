@@ -169,7 +169,7 @@ def sums_of_leaf(base: Any, tuned: Any, q: QTensor) -> dict[str, Array]:
     change, kept, error = tuned - base, weight - base, weight - tuned
     size, zero = jnp.abs(change), kept == 0
     counted = size > SMALLEST_CHANGE
-    same = counted & ~zero & ((change > 0) == (kept > 0))
+    same = counted & (((change > 0) & (kept > 0)) | ((change < 0) & (kept < 0)))
     flags = (counted, same, counted & zero, zero, on_grid, *(size >= edge for edge in BIN_EDGES))
     counted, same, erased, zero, on_grid, *above = _counts(flags)
     above = [jnp.full_like(zero, size.size), *above, jnp.zeros_like(zero)]

@@ -10,6 +10,7 @@ errors, so the left singular directions of the change are those of the inputs, a
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -84,8 +85,10 @@ class UnbiasedFeedback:
     def __call__(self, tiles: Tiles, scale: Array) -> Array:
         """Code values; see `roundings`."""
         moved = jnp.any(tiles.change != 0, tiles.axes, keepdims=True)  # a tile without change is left alone
-        dithered = moved & _as_stored(tiles, scale)
-        gain = jnp.where(dithered, 1, self._gains(tiles, scale))
+        as_stored = _in_parts_on_cpu(_as_stored, tiles, scale, step=1)
+        gain = _in_parts_on_cpu(self.scored_as.gains, tiles, scale, step=self.scored_as.alignment(tiles))
+        dithered = moved & as_stored
+        gain = jnp.where(dithered, 1, gain)
         tiles, gain = lax.optimization_barrier((tiles, gain))
         blocks = _Blocks.of(tiles)
         target, base, tuned, change = map(
@@ -106,7 +109,8 @@ class UnbiasedFeedback:
             x = divide(aim, here)
             low, high = tiles.format.floor(x), tiles.format.ceil(x)
             by_dither = jnp.where(blocks.thresholds(i) * (high - low) < x - low, high, low)
-            rounded = jnp.where(blocks.spread(dithers, i), by_dither, tiles.format.round(x))
+            # A weight that tuning left alone, half a bfloat16 step off its code, stays there.
+            rounded = jnp.where(blocks.spread(dithers, i) & (d != 0), by_dither, tiles.format.round(x))
             error = multiply(rounded, here) - after
             s = s + blocks.take(directions, i).mT @ error
             return blocks.put(values, rounded, i), s, size.after(d, error, more)
@@ -115,14 +119,6 @@ class UnbiasedFeedback:
         s = jnp.zeros_like(directions[:, :1].mT @ target[:, :1])
         start = (jnp.zeros_like(target), s, _Size.of(change))
         return blocks.tiles(lax.fori_loop(0, blocks.number, step, start)[0])
-
-    def _gains(self, tiles: Tiles, scale: Array) -> Array:
-        """On a CPU part by part: at once they take eight more float32 copies of the weight."""
-        whole, step = self.scored_as.gains, self.scored_as.alignment(tiles)
-        if not tiles.local:
-            return whole(tiles, scale)
-        on_cpu = functools.partial(in_parts, whole, step=step)
-        return lax.platform_dependent(tiles, scale, cpu=on_cpu, default=whole)
 
 
 class _Size(NamedTuple):
@@ -181,6 +177,16 @@ def _as_stored(tiles: Tiles, scale: Array) -> Array:
     error = multiply(tiles.format.round(divide(tiles.tuned, scale)), scale) - tiles.tuned
     excess = jnp.sum(error * error - _AS_STORED * step * step, tiles.axes, keepdims=True)
     return jnp.all(bits & 0xFFFF == 0, tiles.axes, keepdims=True) & (excess < 0)
+
+
+def _in_parts_on_cpu(
+    function: Callable[[Tiles, Array], Array], tiles: Tiles, scale: Array, *, step: int
+) -> Array:
+    """`function(tiles, scale)`; on a CPU part by part: at once it takes more float32 copies of the weight."""
+    if not tiles.local:
+        return function(tiles, scale)
+    on_cpu = functools.partial(in_parts, function, step=step)
+    return lax.platform_dependent(tiles, scale, cpu=on_cpu, default=function)
 
 
 def _over_strips(x: Float[Array, "B R C"]) -> Float[Array, "B 1 C"]:

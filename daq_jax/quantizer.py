@@ -173,14 +173,15 @@ def _codes_and_scale(tiles: Tiles, stored: Array | None, recipe: Recipe) -> tupl
         scale = find_scales(recipe, tiles, stored)
         return _codes(tiles, scale, recipe), scale
     coded = isinstance(recipe.rounding, Nearest)  # codes come with the scale
+    scored = dataclasses.replace(tiles, noise=None)  # here every search scores `Nearest`
 
     def plain(base: Array, tuned: Array, *stored: Array) -> list[Array]:
-        pair = dataclasses.replace(tiles, stored_base=base, stored_tuned=tuned)
+        pair = dataclasses.replace(scored, stored_base=base, stored_tuned=tuned)
         scale = find_scales(recipe, pair, *stored or [None])
         return [scale, _codes(pair, scale, recipe)] if coded else [scale]
 
     def kernel(base: Array, tuned: Array, *stored: Array) -> list[Array]:
-        pair = dataclasses.replace(tiles, stored_base=base, stored_tuned=tuned)
+        pair = dataclasses.replace(scored, stored_base=base, stored_tuned=tuned)
         codes, scale = gpu_search.search(recipe, pair, *stored)
         return [scale, codes] if coded else [scale]
 

@@ -169,7 +169,7 @@ def bracket(d: Array, kept: Callable[[Array | float], Array], total: Callable[[A
     size, plain = total(d * d), kept(1.0)
     excess, squares, at_one = total(d * (plain - d)), total((d * (plain - d)) ** 2), total(d * plain)
     short = excess < 0
-    far = jnp.where(short, _LARGEST_GAIN, 1 / _LARGEST_GAIN)
+    one, far = jnp.ones_like(size), jnp.where(short, _LARGEST_GAIN, 1 / _LARGEST_GAIN).astype(size.dtype)
     at_far = total(d * kept(far))
 
     def halve(_: Array, bracket: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -185,8 +185,8 @@ def bracket(d: Array, kept: Callable[[Array | float], Array], total: Callable[[A
         )
 
     start = (
-        jnp.where(short, 1.0, far),
-        jnp.where(short, far, 1.0),
+        jnp.where(short, one, far),
+        jnp.where(short, far, one),
         jnp.where(short, at_one, at_far),
         jnp.where(short, at_far, at_one),
     )
@@ -255,7 +255,7 @@ class UnbiasedGain:
     def _gains(self, tiles: Tiles, scale: Array) -> Array:
         sets = Sets.of(self.per, tiles)
 
-        def found(base: Array, tuned: Array, scale: Array, *, total: Callable[[Array], Array]) -> Bracket:
+        def bisect(base: Array, tuned: Array, scale: Array, *, total: Callable[[Array], Array]) -> Bracket:
             pair = dataclasses.replace(tiles, stored_base=base, stored_tuned=tuned)
 
             def kept(gain: Array | float) -> Array:
@@ -265,7 +265,7 @@ class UnbiasedGain:
 
         def plain(*arrays: Array) -> Bracket:
             total_on_cpu = functools.partial(sets.total_on_cpu, local=tiles.local)
-            on_cpu, elsewhere = (functools.partial(found, total=t) for t in (total_on_cpu, sets.total))
+            on_cpu, elsewhere = (functools.partial(bisect, total=t) for t in (total_on_cpu, sets.total))
             return lax.platform_dependent(*arrays, cpu=on_cpu, default=elsewhere)
 
         kernel = functools.partial(gpu_gains.per_set, bracket, tiles.format, sets.axes)

@@ -1,5 +1,7 @@
 """Every figure of a comparison against its definition in float64, per leaf and pooled."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -207,3 +209,10 @@ def test_the_sign_rate_comes_with_a_warning_where_the_base_is_on_the_grid():
     assert "sign rate misleads" not in str(
         daq.compare({"w": tuned}, off, daq.quantize({"w": tuned}, off, recipe))
     )
+
+
+def test_a_weight_that_is_not_a_number_keeps_no_sign():
+    base, tuned = pair("lost", (64, 48), change=0.01)
+    q = daq.quantize(base, tuned, daq.recipes.absmax)
+    figures = daq.compare(base, tuned, dataclasses.replace(q, scale=q.scale * np.nan)).total
+    assert figures.sign_rate == 0

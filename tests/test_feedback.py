@@ -184,6 +184,28 @@ def test_changes_of_one_step_of_bfloat16_are_kept_as_larger_ones_are(rank, dtype
     assert share(by_gain, 1) < 0.7
 
 
+@pytest.mark.parametrize("share", [0.001, 0.01])
+def test_a_dither_leaves_alone_what_tuning_left_alone(share):
+    base = ro.native(8, (512, 512), 0.02)[0].astype(BF16)
+    rng = np.random.default_rng(8)
+    step = np.spacing(base).astype(np.float32) * rng.choice([-2, 2], base.shape)
+    tuned = (base.astype(np.float32) + step * (rng.random(base.shape) < share)).astype(BF16)
+    q, plain = (daq.quantize(base, tuned, r) for r in (daq.recipes.default, daq.recipes.absmax))
+    base, tuned = (x.astype(np.float64) for x in (base, tuned))
+    error, d = kept(q) - tuned, tuned - base
+    assert np.mean(error**2) < 3 * np.mean((kept(plain) - tuned) ** 2)
+    noise = np.sqrt(np.sum((d * error) ** 2)) / np.sum(d * d)
+    assert abs(ro.projection(base, tuned, kept(q)) - 1) < 3 * noise
+
+
+def test_the_default_is_the_same_where_jax_has_64_bits():
+    base, tuned = ro.native(9, (256, 256), 0.01)
+    q = daq.quantize(base, tuned)
+    with jax.enable_x64(True):
+        wide = daq.quantize(base, tuned)
+    np.testing.assert_array_equal(np.asarray(wide.codes), np.asarray(q.codes))
+
+
 def test_what_did_not_change_keeps_its_codes():
     base, tuned = ro.native(5, (256, 256), 0.02, rank=4)
     tuned[:128, 128:] = base[:128, 128:]

@@ -31,8 +31,8 @@ MissingBase = Literal["error", "absmax"]
 # The heads of classifiers, by the name that transformers gives them.
 RULES = (keep(r"(^|\.)score\."), *DEFAULT_RULES)
 # Bytes that quantizing takes for each element of a matrix, two inputs of 16 bits included: choices within a
-# tile, error feedback (30 by XLA's own account), other roundings of whole matrices (57).
-_BY_TILE, _FEEDBACK, _WHOLE = 24, 36, 64
+# tile, error feedback (33 by XLA's own account), other roundings of whole matrices (57).
+_BY_TILE, _FEEDBACK, _WHOLE = 24, 38, 64
 _WRITING = 2  # bytes for each element of the matrix before it, which is being written
 RUNTIME = 700 * 10**6  # bytes of the interpreter, JAX, its compiled programs, and the figures of a band
 _SHOWN = 8  # problems listed in full
