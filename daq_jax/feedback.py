@@ -51,7 +51,7 @@ class UnbiasedFeedback:
     A gain keeps the largest changes, for all, and drops the rest. That is wrong where they are single steps
     of bfloat16, whose sizes are those of the rounding of what was stored. A tile of bfloat16 numbers that
     plain rounding moves by less than their steps, as on the grid of its base, gets a dither in place of a
-    gain: thresholds between neighbouring codes, spread evenly over the matrix.
+    gain: thresholds between neighbouring codes, spread evenly over the matrix, for the weights that changed.
 
     Works on whole matrices. On a weight sharded over its outputs, in whole strips, only the search for `U`
     communicates; over its inputs, every block does. A search scores the gain alone. Products may run in

@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -32,7 +33,8 @@ Per = Literal["row", "column", "tile"]
 
 _SMALLEST_SET = 64  # elements; the projection of fewer is too noisy to aim at
 _HALVINGS = 14  # of ten octaves of gain: the last step is 0.04 %
-_LARGEST_GAIN = 2.0**10  # a change of a thousandth of a step still moves its codes
+_NO_GAIN = np.float32(1)
+_LARGEST_GAIN = np.float32(2**10)  # a change of a thousandth of a step still moves its codes
 _SMALLEST_REGION = 4096  # elements; over fewer, a bias does not stand out from the noise
 _WINDOW = 64  # tiles; no set, region or running sum reaches over the edge of a window
 _TOLERATED = 2.0  # standard deviations of a projection's own noise
@@ -169,7 +171,7 @@ def bracket(d: Array, kept: Callable[[Array | float], Array], total: Callable[[A
     size, plain = total(d * d), kept(1.0)
     excess, squares, at_one = total(d * (plain - d)), total((d * (plain - d)) ** 2), total(d * plain)
     short = excess < 0
-    one, far = jnp.ones_like(size), jnp.where(short, _LARGEST_GAIN, 1 / _LARGEST_GAIN).astype(size.dtype)
+    far = jnp.where(short, _LARGEST_GAIN, 1 / _LARGEST_GAIN)
     at_far = total(d * kept(far))
 
     def halve(_: Array, bracket: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -185,8 +187,8 @@ def bracket(d: Array, kept: Callable[[Array | float], Array], total: Callable[[A
         )
 
     start = (
-        jnp.where(short, one, far),
-        jnp.where(short, far, one),
+        jnp.where(short, _NO_GAIN, far),
+        jnp.where(short, far, _NO_GAIN),
         jnp.where(short, at_one, at_far),
         jnp.where(short, at_far, at_one),
     )
