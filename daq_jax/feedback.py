@@ -11,29 +11,25 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from daq_jax import gpu_feedback
 from daq_jax.arithmetic import divide, multiply, power_below
 from daq_jax.factors import factor, inverse_factor
+from daq_jax.feedback_rows import Plan, Rows, Size, lattice, over_strips
 from daq_jax.parts import in_parts
+from daq_jax.platforms import has_fp8_gpu, kernel_or_plain
 from daq_jax.tiles import Tiles
 from daq_jax.unbiased import Per, UnbiasedGain, check_whole_number, leading_directions, target_of
 
 _MOST_BLOCKS = 64  # of rows, each a step of a loop
 _SMALLEST_BLOCK = 8  # rows
-_STRIP = 128  # columns whose change is held to its size together
-_TOLERATED = 2.0  # standard deviations of what a strip keeps of its change, and
-_NEAR = 0.04  # how far from its size it may be in any case: every correction is an error along the change
-_MOST_MORE = 0.15  # of a gain, to make up for other rows
 _LEAST_WEIGHT = 0.03  # of ordinary error beside the error in a direction, however much the direction matters
 _AS_STORED = 1.5  # times the square of a step of bfloat16: what rounding such weights to nearest may cost
-_LATTICE = np.array([3242174889, 2447445414], np.uint32)  # 2^32 over the plastic number, and over its square
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,78 +92,41 @@ class UnbiasedFeedback:
         )
         directions, _ = leading_directions(change, min(self.rank, max(1, blocks.rows // 2)))
         responses = _responses(change, directions, blocks, self.damping)
-        scales, moves, dithers = map(blocks.by_row_of_tiles, (scale, moved, dithered))
+        by_tile = map(blocks.by_row_of_tiles, (scale, moved, dithered))
+        plan = Plan(target, base, tuned, *by_tile, responses, directions, over_strips(change * change))
+        if not (tiles.local and has_fp8_gpu() and gpu_feedback.applies(tiles.format, plan, blocks.height)):
+            return blocks.tiles(_round(plan, blocks))
 
-        def step(i: Array, done: tuple[Array, Array, _Size]) -> tuple[Array, Array, _Size]:
-            values, s, size = done
-            before, after = (blocks.take(x, i).astype(jnp.float32) for x in (base, tuned))
-            aim, d = blocks.take(target, i), after - before
-            more = size.correction()
-            aim = jnp.where(more == 1, aim, before + more * (aim - before))
-            aim -= jnp.where(blocks.spread(moves, i), responses[:, i] @ s, 0)
-            here = blocks.spread(scales, i)
-            x = divide(aim, here)
-            low, high = tiles.format.floor(x), tiles.format.ceil(x)
-            by_dither = jnp.where(blocks.thresholds(i) * (high - low) < x - low, high, low)
-            # A weight that tuning left alone, half a bfloat16 step off its code, stays there.
-            rounded = jnp.where(blocks.spread(dithers, i) & (d != 0), by_dither, tiles.format.round(x))
-            error = multiply(rounded, here) - after
-            s = s + blocks.take(directions, i).mT @ error
-            return blocks.put(values, rounded, i), s, size.after(d, error, more)
+        def plain(*plan: Array) -> list[Array]:
+            return [tiles.format.encode(_round(Plan(*plan), blocks))]
 
-        # Zeros of a product, and so inside `shard_map` as device-varying as the loop makes them.
-        s = jnp.zeros_like(directions[:, :1].mT @ target[:, :1])
-        start = (jnp.zeros_like(target), s, _Size.of(change))
-        return blocks.tiles(lax.fori_loop(0, blocks.number, step, start)[0])
+        def kernel(*plan: Array) -> list[Array]:
+            return [gpu_feedback.codes(Plan(*plan), tiles.format, blocks.height)]
+
+        (codes,) = kernel_or_plain(kernel, plain, *plan)
+        return tiles.format.decode(blocks.tiles(codes))
 
 
-class _Size(NamedTuple):
-    """How far the change kept so far is from its size, over each strip of outputs; sums `[B, 1, C]`.
+def _round(plan: Plan, blocks: "_Blocks") -> Float[Array, "B R C"]:
+    """Code values: a loop over the blocks."""
 
-    A gain is right for rounding alone. What feedback adds moves weights that are near the edge between two
-    codes, mostly outwards, since more are on their way to the next code than beyond it; later rows make up
-    for that as well.
-
-    Attributes:
-        excess: `d e` of the rows done.
-        noise: its square, were errors independent.
-        done: `d^2` of the rows done.
-        aimed: the same, times the correction they had.
-        left: `d^2` of the rows left.
-    """
-
-    excess: Array
-    noise: Array
-    done: Array
-    aimed: Array
-    left: Array
-
-    @classmethod
-    def of(cls, change: Float[Array, "B R C"]) -> "_Size":
-        left = _over_strips(change * change)
-        none = jnp.zeros_like(left)
-        return cls(none, none, none, none, left)
-
-    def correction(self) -> Array:
-        """A factor on the gains of the next rows: 1 while the excess is small, or explained by noise."""
-        tiny = jnp.finfo(jnp.float32).tiny
-        response = (self.done + self.excess) / jnp.maximum(self.aimed, tiny)
-        wanted = 1 - self.excess / jnp.maximum(self.left, tiny)
-        factor = jnp.clip(wanted / jnp.maximum(response, tiny), 1 - _MOST_MORE, 1 + _MOST_MORE)
-        near = _NEAR * (self.done + self.left)
-        far = jnp.abs(self.excess) > jnp.maximum(_TOLERATED * jnp.sqrt(self.noise), near)
-        return jnp.where(far, factor, 1)
-
-    def after(self, d: Array, error: Array, correction: Array) -> "_Size":
-        """The sums with those of another block of rows."""
-        excess, noise, size = map(_over_strips, (d * error, (d * error) ** 2, d * d))
-        return _Size(
-            self.excess + excess,
-            self.noise + noise,
-            self.done + size,
-            self.aimed + correction * size,
-            self.left - size,
+    def step(i: Array, done: tuple[Array, Array, Size]) -> tuple[Array, Array, Size]:
+        values, s, size = done
+        rows = Rows(
+            *(blocks.take(x, i).astype(jnp.float32) for x in (plan.target, plan.base, plan.tuned)),
+            *(blocks.spread(x, i) for x in (plan.scale, plan.moved, plan.dithered)),
+            blocks.thresholds(i),
         )
+        more = size.correction()
+        rounded = rows.rounded(rows.aim(more, plan.responses[:, i] @ s), blocks.cut.format)
+        error = rows.error(rounded)
+        s = s + blocks.take(plan.directions, i).mT @ error
+        return blocks.put(values, rounded, i), s, size.after(rows.change, error, more, over_strips)
+
+    # Zeros of a product, and so inside `shard_map` as device-varying as the loop makes them.
+    s = jnp.zeros_like(plan.directions[:, :1].mT @ plan.target[:, :1])
+    start = (jnp.zeros_like(plan.target), s, Size.before(plan.left))
+    return lax.fori_loop(0, blocks.number, step, start)[0]
 
 
 def _as_stored(tiles: Tiles, scale: Array) -> Array:
@@ -187,14 +146,6 @@ def _in_parts_on_cpu(
         return function(tiles, scale)
     on_cpu = functools.partial(in_parts, function, step=step)
     return lax.platform_dependent(tiles, scale, cpu=on_cpu, default=function)
-
-
-def _over_strips(x: Float[Array, "B R C"]) -> Float[Array, "B 1 C"]:
-    """Sums over all rows and 128 columns at a time, spread over these again."""
-    columns = jnp.sum(x, 1, keepdims=True)
-    width = _STRIP if columns.shape[-1] % _STRIP == 0 else columns.shape[-1]
-    strips = columns.reshape(*columns.shape[:-1], -1, width)
-    return jnp.broadcast_to(jnp.sum(strips, -1, keepdims=True), strips.shape).reshape(columns.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,6 +172,11 @@ class _Blocks:
     def number(self) -> int:
         return -(-self.rows // self.size)
 
+    @property
+    def height(self) -> int:
+        """Rows of a tile."""
+        return self.cut.shape[self.cut.axes[0]]
+
     def whole(self, x: Array) -> Array:
         """An array of the tiles' shape as `[B, R, C]`, the last block filled up with zeros."""
         missing = self.number * self.size - self.rows
@@ -243,8 +199,7 @@ class _Blocks:
         """`[1, size, C]` in [0, 1) for block `i`: a lattice on which neighbours differ widely."""
         columns = self.cut.shape[self.cut.grid[1]] * self.cut.shape[self.cut.axes[1]]
         row = i.astype(jnp.uint32) * self.size + jnp.arange(self.size, dtype=jnp.uint32)
-        place = row[:, None] * _LATTICE[0] + jnp.arange(columns, dtype=jnp.uint32) * _LATTICE[1]
-        return (place >> 8).astype(jnp.float32)[None] * 2.0**-24
+        return lattice(row[:, None], jnp.arange(columns, dtype=jnp.uint32))[None]
 
     def by_row_of_tiles(self, x: Array) -> Array:
         """What has the shape of a scale as `[B, R / r, C]`."""
@@ -255,8 +210,7 @@ class _Blocks:
 
     def spread(self, x: Array, i: Array) -> Array:
         """Block `i` of what is given by row of tiles, `[B, size, C]`."""
-        height = self.cut.shape[self.cut.axes[0]]
-        row = (i * self.size + jnp.arange(self.size)) // height
+        row = (i * self.size + jnp.arange(self.size)) // self.height
         return jnp.take(x, row, axis=1, mode="clip")
 
 
