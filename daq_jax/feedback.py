@@ -92,8 +92,9 @@ class UnbiasedFeedback:
         )
         directions, _ = leading_directions(change, min(self.rank, max(1, blocks.rows // 2)))
         responses = _responses(change, directions, blocks, self.damping)
-        by_tile = map(blocks.by_row_of_tiles, (scale, moved, dithered))
-        plan = Plan(target, base, tuned, *by_tile, responses, directions, over_strips(change * change))
+        scales, moves, dithers = map(blocks.by_row_of_tiles, (scale, moved, dithered))
+        left = over_strips(change * change)
+        plan = Plan(target, base, tuned, scales, moves, dithers, responses, directions, left)
         if not (tiles.local and has_fp8_gpu() and gpu_feedback.applies(tiles.format, plan, blocks.height)):
             return blocks.tiles(_round(plan, blocks))
 
@@ -112,11 +113,8 @@ def _round(plan: Plan, blocks: "_Blocks") -> Float[Array, "B R C"]:
 
     def step(i: Array, done: tuple[Array, Array, Size]) -> tuple[Array, Array, Size]:
         values, s, size = done
-        rows = Rows(
-            *(blocks.take(x, i).astype(jnp.float32) for x in (plan.target, plan.base, plan.tuned)),
-            *(blocks.spread(x, i) for x in (plan.scale, plan.moved, plan.dithered)),
-            blocks.thresholds(i),
-        )
+        take, take_tiles = functools.partial(blocks.take, i=i), functools.partial(blocks.spread, i=i)
+        rows = Rows.of(plan, take, take_tiles, blocks.thresholds(i))
         more = size.correction()
         rounded = rows.rounded(rows.aim(more, plan.responses[:, i] @ s), blocks.cut.format)
         error = rows.error(rounded)

@@ -1,11 +1,11 @@
 """Some rows of a matrix as error feedback takes them: how they are rounded, and what the rows left must know.
 
-The loop over a matrix, in `feedback`, and the kernel, in `gpu_feedback`, both are made of this. Rows are
-`[b, C]`, with or without a batch axis before, float32.
+The loop of `feedback` and the kernel of `gpu_feedback` are both made of this. Rows are `[b, C]`, in the loop
+with a batch axis before.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -60,6 +60,15 @@ class Rows(NamedTuple):
     moved: Array
     dithered: Array
     thresholds: Array
+
+    @classmethod
+    def of(
+        cls, plan: Plan, take: Callable[[Any], Array], take_tiles: Callable[[Any], Array], thresholds: Array
+    ) -> "Rows":
+        """Of a plan, what `take` takes of its weights and `take_tiles` of what concerns its tiles."""
+        target, base, tuned = (take(x).astype(jnp.float32) for x in (plan.target, plan.base, plan.tuned))
+        scale, moved, dithered = map(take_tiles, (plan.scale, plan.moved, plan.dithered))
+        return cls(target, base, tuned, scale, moved, dithered, thresholds)
 
     @property
     def change(self) -> Array:

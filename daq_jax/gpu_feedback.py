@@ -83,15 +83,6 @@ def _round_strip(*refs: Any, number: Format, height: int, strips: int) -> None:
     columns = (pl.program_id(0) % strips).astype(jnp.uint32) * STRIP + jnp.arange(STRIP, dtype=jnp.uint32)
     product = functools.partial(jnp.matmul, precision=lax.Precision.DEFAULT)
 
-    def rows_from(first: Array) -> Rows:
-        here, tile = pl.ds(first, at_once), jnp.minimum(first // height, len(plan.scale) - 1)
-        row = first.astype(jnp.uint32) + jnp.arange(at_once, dtype=jnp.uint32)
-        return Rows(
-            *(x[here, :].astype(jnp.float32) for x in (plan.target, plan.base, plan.tuned)),
-            *(x[pl.ds(tile, 1), :] for x in (plan.scale, plan.moved, plan.dithered)),
-            lattice(row[:, None], columns[None, :]),
-        )
-
     def next_block(i: Array, done: tuple[Array, Size]) -> tuple[Array, Size]:
         s, size_before = done
         more = size_before.correction()
@@ -99,12 +90,16 @@ def _round_strip(*refs: Any, number: Format, height: int, strips: int) -> None:
         def next_rows(j: Array, done: tuple[Array, Size]) -> tuple[Array, Size]:
             s_so_far, size_so_far = done
             first = i * size + j * at_once
-            here, rows = pl.ds(first, at_once), rows_from(first)
+            here, tile = pl.ds(first, at_once), jnp.minimum(first // height, len(plan.scale) - 1)
+            row = first.astype(jnp.uint32) + jnp.arange(at_once, dtype=jnp.uint32)
+            thresholds = lattice(row[:, None], columns[None, :])
+            rows = Rows.of(plan, lambda x: x[here, :], lambda x: x[pl.ds(tile, 1), :], thresholds)
+            directions = plan.directions[here, :]  # asked for early, so that they are there in time
             response = product(plan.responses[i, pl.ds(j * at_once, at_once), :], s)
             rounded = rows.rounded(rows.aim(more, response), number)
             codes_ref[here, :] = rounded.astype(number.dtype)
             error = rows.error(rounded)
-            s_so_far += product(plan.directions[here, :].T, error)
+            s_so_far += product(directions.T, error)
             return s_so_far, size_so_far.after(rows.change, error, more, jnp.sum)
 
         return lax.fori_loop(0, size // at_once, next_rows, done)

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rounding_oracles
 from cases import slow_after
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import daq_jax as daq
-from daq_jax import gpu_gains, gpu_search, platforms, quantizer, unbiased
+from daq_jax import feedback, gpu_feedback, gpu_gains, gpu_search, platforms, quantizer, unbiased
 from daq_jax.tiles import Tiles
 from daq_jax.tilings import TileView
 
@@ -52,10 +53,10 @@ def kernels(monkeypatch):
         return kernel(*args)
 
     taken = []
-    for module in (quantizer, unbiased):
+    for module in (quantizer, unbiased, feedback):
         monkeypatch.setattr(module, "has_fp8_gpu", lambda: True)
         monkeypatch.setattr(module, "kernel_or_plain", kernel)
-    for module, name in ((gpu_search, "search"), (gpu_gains, "per_set")):
+    for module, name in ((gpu_search, "search"), (gpu_gains, "per_set"), (gpu_feedback, "codes")):
         monkeypatch.setattr(module, name, functools.partial(getattr(module, name), interpret=True))
     jax.clear_caches()  # programs compiled without
     yield taken
@@ -161,6 +162,75 @@ def test_unbiased_rounding_by_the_kernel_is_that_without(per, request):
     taken = request.getfixturevalue("kernels")
     assert_same(daq.quantize(*arrays, recipe, rules=()), expected, most_codes=3)  # a gain's last bit
     assert taken
+
+
+@pytest.fixture
+def feedback_kernel(monkeypatch):
+    """Error feedback by its kernel, interpreted, and everything else without."""
+
+    def kernel(kernel, plain, *args):
+        taken.append(args)
+        return kernel(*args)
+
+    taken = []
+    monkeypatch.setattr(feedback, "has_fp8_gpu", lambda: True)
+    monkeypatch.setattr(feedback, "kernel_or_plain", kernel)
+    monkeypatch.setattr(gpu_feedback, "codes", functools.partial(gpu_feedback.codes, interpret=True))
+    jax.clear_caches()  # programs compiled without
+    yield taken
+    jax.clear_caches()
+
+
+def few_directions(shape, change, dtype=jnp.float32, batch=()):
+    """A pair whose base is on a grid of FP8, and whose change has 16 directions; a tile of it is zero."""
+    pairs = [
+        rounding_oracles.native(seed, shape, change, rank=16)
+        for seed in range(int(np.prod(batch, dtype=int)))
+    ]
+    base, tuned = (np.stack(x).reshape(*batch, *shape) for x in zip(*pairs, strict=True))
+    tuned[..., :128, :128] = base[..., :128, :128]
+    return jnp.asarray(base, dtype), jnp.asarray(tuned, dtype)
+
+
+def assert_as_good(q, expected, base, tuned):
+    """Nearly the same codes, and the same of what matters: projection, and error in leading directions."""
+    assert_same(q, expected, most_codes=q.codes.size // 1000)  # one that differs changes some after it
+    base, tuned, *kept = (
+        np.asarray(x, np.float64) for x in (base, tuned, q.dequantize(), expected.dequantize())
+    )
+    u = np.linalg.svd(tuned - base, full_matrices=False)[0][..., :8].swapaxes(-1, -2)
+    projections = [rounding_oracles.projection(base, tuned, x) for x in kept]
+    assert projections[0] == pytest.approx(projections[1], abs=1e-3)
+    along = [np.mean((u @ (x - tuned)) ** 2) for x in kept]
+    assert along[0] == pytest.approx(along[1], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("shape", "change", "dtype", "settings"),
+    slow_after(
+        2,
+        [
+            ((1024, 256), 0.01, jnp.float32, {}),
+            ((1024, 256), 0.003, jnp.bfloat16, {}),
+            ((1100, 128), 0.01, jnp.float32, {}),  # the last block is not full
+            ((2200, 256), 0.03, jnp.bfloat16, {}),  # a block is taken in two turns
+            ((1024, 256), 0.01, jnp.float32, {"rank": 32, "per": "column"}),
+            ((1024, 256), 0.01, jnp.float32, {"tiling": daq.Channel()}),
+            ((1024, 256), 0.01, jnp.float32, {"tiling": daq.Group(32)}),
+            ((1024, 256), 0.01, jnp.float32, {"format": daq.fp8_e5m2}),
+        ],
+    ),
+)
+def test_feedback_kernel_does_what_the_plain_loop_does(shape, change, dtype, settings, request):
+    base, tuned = few_directions(shape, change, dtype)
+    own = {k: settings.pop(k) for k in ("rank", "per") if k in settings}
+    recipe = dataclasses.replace(daq.recipes.default, **settings)
+    recipe = dataclasses.replace(recipe, rounding=daq.UnbiasedFeedback(**own))
+    expected = daq.quantize(base, tuned, recipe, rules=())
+    taken = request.getfixturevalue("feedback_kernel")
+    q = daq.quantize(base, tuned, recipe, rules=())
+    assert taken
+    assert_as_good(q, expected, base, tuned)
 
 
 @pytest.mark.slow
