@@ -17,11 +17,16 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import daq_jax as daq
 from daq_jax import feedback, gpu_feedback, gpu_gains, gpu_search, platforms, quantizer, unbiased
+from daq_jax.arithmetic import multiply
 from daq_jax.tiles import Tiles
 from daq_jax.tilings import TileView
 
 PAPER = daq.CoarseToFine(0.8, 1.5, 5, 10)
 COSINE = daq.Recipe(search=PAPER)
+
+
+def feedback_recipe(rank=128, per="row", **settings):
+    return dataclasses.replace(daq.recipes.default, rounding=daq.UnbiasedFeedback(rank, per), **settings)
 
 
 def pair(shape, seed=0, native=False):
@@ -164,73 +169,118 @@ def test_unbiased_rounding_by_the_kernel_is_that_without(per, request):
     assert taken
 
 
-@pytest.fixture
-def feedback_kernel(monkeypatch):
-    """Error feedback by its kernel, interpreted, and everything else without."""
-
-    def kernel(kernel, plain, *args):
-        taken.append(args)
-        return kernel(*args)
-
-    taken = []
-    monkeypatch.setattr(feedback, "has_fp8_gpu", lambda: True)
-    monkeypatch.setattr(feedback, "kernel_or_plain", kernel)
-    monkeypatch.setattr(gpu_feedback, "codes", functools.partial(gpu_feedback.codes, interpret=True))
-    jax.clear_caches()  # programs compiled without
-    yield taken
-    jax.clear_caches()
-
-
-def few_directions(shape, change, dtype=jnp.float32, batch=()):
-    """A pair whose base is on a grid of FP8, and whose change has 16 directions; a tile of it is zero."""
-    pairs = [
-        rounding_oracles.native(seed, shape, change, rank=16)
-        for seed in range(int(np.prod(batch, dtype=int)))
-    ]
-    base, tuned = (np.stack(x).reshape(*batch, *shape) for x in zip(*pairs, strict=True))
-    tuned[..., :128, :128] = base[..., :128, :128]
+def few_directions(shape, change, dtype=jnp.float32):
+    """A pair whose base is on a grid of FP8, and whose change has 16 directions; one tile did not change."""
+    base, tuned = rounding_oracles.native(0, shape, change, rank=16)
+    tuned[:128, :128] = base[:128, :128]
     return jnp.asarray(base, dtype), jnp.asarray(tuned, dtype)
 
 
-def assert_as_good(q, expected, base, tuned):
-    """Nearly the same codes, and the same of what matters: projection, and error in leading directions."""
-    assert_same(q, expected, most_codes=q.codes.size // 1000)  # one that differs changes some after it
-    base, tuned, *kept = (
-        np.asarray(x, np.float64) for x in (base, tuned, q.dequantize(), expected.dequantize())
-    )
-    u = np.linalg.svd(tuned - base, full_matrices=False)[0][..., :8].swapaxes(-1, -2)
-    projections = [rounding_oracles.projection(base, tuned, x) for x in kept]
-    assert projections[0] == pytest.approx(projections[1], abs=1e-3)
-    along = [np.mean((u @ (x - tuned)) ** 2) for x in kept]
-    assert along[0] == pytest.approx(along[1], rel=0.02)
+def by_kernel_and_by_loop(base, tuned, recipe, monkeypatch):
+    """What error feedback keeps of a pair, under `absmax` scales."""
+    found = []
+
+    def both(kernel, plain, *args):
+        found.extend([kernel(*args), plain(*args)])
+        return found[0]
+
+    monkeypatch.setattr(feedback, "has_fp8_gpu", lambda: True)
+    monkeypatch.setattr(feedback, "kernel_or_plain", both)
+    monkeypatch.setattr(gpu_feedback, "codes", functools.partial(gpu_feedback.codes, interpret=True))
+
+    @jax.jit
+    def kept(base, tuned):
+        view, tiles = cut(base, tuned, recipe)
+        scale = jnp.max(jnp.abs(tiles.tuned), tiles.axes, keepdims=True) / recipe.format.largest
+        recipe.rounding(tiles, scale)
+        tiled = (feedback._Blocks.of(tiles).tiles(codes.astype(jnp.float32)) for (codes,) in found)
+        return [view.join(multiply(x, scale)) for x in tiled]
+
+    return kept(base, tuned)
 
 
 @pytest.mark.parametrize(
-    ("shape", "change", "dtype", "settings"),
+    ("shape", "change", "dtype", "recipe"),
     slow_after(
         2,
         [
-            ((1024, 256), 0.01, jnp.float32, {}),
-            ((1024, 256), 0.003, jnp.bfloat16, {}),
-            ((1100, 128), 0.01, jnp.float32, {}),  # the last block is not full
-            ((2200, 256), 0.03, jnp.bfloat16, {}),  # a block is taken in two turns
-            ((1024, 256), 0.01, jnp.float32, {"rank": 32, "per": "column"}),
-            ((1024, 256), 0.01, jnp.float32, {"tiling": daq.Channel()}),
-            ((1024, 256), 0.01, jnp.float32, {"tiling": daq.Group(32)}),
-            ((1024, 256), 0.01, jnp.float32, {"format": daq.fp8_e5m2}),
+            ((1024, 256), 0.01, jnp.float32, feedback_recipe()),
+            ((1100, 256), 0.003, jnp.bfloat16, feedback_recipe()),  # dithered; the last block is not full
+            ((2200, 256), 0.01, jnp.float32, feedback_recipe()),  # a block is taken in two turns
+            ((2, 1024, 128), 0.01, jnp.float32, feedback_recipe()),
+            ((1024, 256), 0.03, jnp.bfloat16, feedback_recipe(rank=32, per="column")),
+            ((1024, 256), 0.01, jnp.float32, feedback_recipe(tiling=daq.Channel())),
+            ((1024, 256), 0.01, jnp.float32, feedback_recipe(tiling=daq.Group(32))),
+            ((1024, 256), 0.01, jnp.float32, feedback_recipe(format=daq.fp8_e5m2)),
         ],
     ),
 )
-def test_feedback_kernel_does_what_the_plain_loop_does(shape, change, dtype, settings, request):
-    base, tuned = few_directions(shape, change, dtype)
-    own = {k: settings.pop(k) for k in ("rank", "per") if k in settings}
-    recipe = dataclasses.replace(daq.recipes.default, **settings)
-    recipe = dataclasses.replace(recipe, rounding=daq.UnbiasedFeedback(**own))
-    expected = daq.quantize(base, tuned, recipe, rules=())
-    taken = request.getfixturevalue("feedback_kernel")
-    q = daq.quantize(base, tuned, recipe, rules=())
-    assert taken
+def test_feedback_kernel_does_what_the_plain_loop_does(shape, change, dtype, recipe, monkeypatch):
+    base, tuned = few_directions(shape[-2:], change, dtype)
+    if len(shape) > 2:
+        base, tuned = jnp.stack([base, base + 0.01]), jnp.stack([tuned, tuned + 0.01])
+    kept = by_kernel_and_by_loop(base, tuned, recipe, monkeypatch)
+    assert_as_good(*kept, base, tuned)
+
+
+def assert_as_good(q, expected, base, tuned):
+    """Nearly the same weights, and the same of what matters: projection, and error along the change."""
+    q, expected, base, tuned = (np.asarray(x, np.float64) for x in (q, expected, base, tuned))
+    assert np.mean(q != expected) < 1e-3  # sums have another order, and one code changes those after it
+    u = np.linalg.svd(tuned - base, full_matrices=False)[0][..., :8].swapaxes(-1, -2)
+    projections = [rounding_oracles.projection(base, tuned, x) for x in (q, expected)]
+    assert projections[0] == pytest.approx(projections[1], abs=1e-3)
+    along = [np.mean((u @ (x - tuned)) ** 2) for x in (q, expected)]
+    assert along[0] == pytest.approx(along[1], rel=0.02)
+
+
+def test_feedback_kernel_leaves_a_tile_without_change_as_it_is_under_vmap(monkeypatch):
+    base, tuned = (x.reshape(1024, 2, 128).swapaxes(0, 1) for x in few_directions((1024, 256), 0.01))
+    run = functools.partial(by_kernel_and_by_loop, recipe=feedback_recipe(rank=16), monkeypatch=monkeypatch)
+    q, expected = jax.vmap(run)(base, tuned)
+    np.testing.assert_array_equal(q[0, :128], base[0, :128])
     assert_as_good(q, expected, base, tuned)
+
+
+@pytest.mark.parametrize(
+    ("shape", "recipe"),
+    [
+        ((1024, 192), feedback_recipe(tiling=daq.Block(128, 64))),  # no whole strips
+        ((512, 128), feedback_recipe()),  # blocks of 8 rows
+        ((1024, 128), feedback_recipe(rank=24)),
+        ((1024, 128), feedback_recipe(rank=256)),
+        ((1024, 128), feedback_recipe(format=daq.int8)),
+        ((1024, 128), feedback_recipe(tiling=daq.Group(8))),
+    ],
+)
+def test_feedback_kernel_leaves_the_rest_to_the_plain_loop(shape, recipe, monkeypatch):
+    def never(kernel, plain, *args):
+        raise AssertionError("a kernel")
+
+    monkeypatch.setattr(feedback, "has_fp8_gpu", lambda: True)
+    monkeypatch.setattr(feedback, "kernel_or_plain", never)
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    def run(base, tuned):
+        _, tiles = cut(base, tuned, recipe)
+        return recipe.rounding(
+            tiles, jnp.ones([1 if i in tiles.axes else n for i, n in enumerate(tiles.shape)])
+        )
+
+    jax.eval_shape(run, x, x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_default_by_kernels_is_as_good_as_without(dtype, request):
+    arrays = few_directions((1024, 256), 0.01, dtype)
+    expected = daq.quantize(*arrays, rules=())
+    taken = request.getfixturevalue("kernels")
+    q = daq.quantize(*arrays, rules=())
+    assert len(taken) >= 3  # for the search, the gains and the feedback
+    np.testing.assert_array_equal(q.scale, expected.scale)
+    weights = (x.dequantize(jnp.float32) for x in (q, expected))
+    assert_as_good(*weights, *arrays)
 
 
 @pytest.mark.slow
