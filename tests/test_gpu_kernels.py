@@ -247,6 +247,7 @@ def test_feedback_kernel_leaves_a_tile_without_change_as_it_is_under_vmap(monkey
     [
         ((1024, 192), feedback_recipe(tiling=daq.Block(128, 64))),  # no whole strips
         ((512, 128), feedback_recipe()),  # blocks of 8 rows
+        ((16, 16384, 8192), feedback_recipe()),  # 2^31 elements
         ((1024, 128), feedback_recipe(rank=24)),
         ((1024, 128), feedback_recipe(rank=256)),
         ((1024, 128), feedback_recipe(format=daq.int8)),
