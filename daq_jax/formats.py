@@ -22,7 +22,6 @@ Rounding is done in float32 arithmetic, not by a cast: on a GPU, XLA drops a cas
 Sources: arXiv:2209.05433 (FP8), OCP Microscaling Formats v1.0 (FP4), arXiv:2305.14314 (NF4).
 """
 
-import abc
 import dataclasses
 from typing import Protocol, runtime_checkable
 
@@ -50,7 +49,7 @@ class Format(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Cast(abc.ABC):
+class _Cast:
     """A format whose codes are numbers of their storage dtype, so that coding is a cast."""
 
     name: str
@@ -64,13 +63,6 @@ class _Cast(abc.ABC):
     def decode(self, codes: Array) -> Float[Array, "..."]:
         """Float32 value of each code."""
         return codes.astype(jnp.float32)
-
-    @abc.abstractmethod
-    def floor(self, x: Array) -> Array: ...
-
-    def ceil(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Smallest value not below each number, after clipping; these formats are symmetric."""
-        return -self.floor(-x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +85,13 @@ class SmallFloat(_Cast):
 
     def floor(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Largest value not above each number, after clipping."""
-        x = jnp.clip(x, -self.largest, self.largest)
-        unit = self._unit(x)  # a power of two, so that scaling by it is exact
-        return jnp.floor(x / unit) * unit
+        x, nearest = jnp.clip(x, -self.largest, self.largest), self.round(x)
+        return jnp.where(nearest > x, nearest - self._unit(x), nearest)
+
+    def ceil(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Smallest value not below each number, after clipping."""
+        x, nearest = jnp.clip(x, -self.largest, self.largest), self.round(x)
+        return jnp.where(nearest < x, nearest + self._unit(x), nearest)
 
     def _unit(self, x: Array) -> Array:
         """Unit in the last place of the format at each number, float32."""
@@ -115,6 +111,10 @@ class Integer(_Cast):
     def floor(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Largest whole number not above each number, after clipping."""
         return jnp.floor(jnp.clip(x, -self.largest, self.largest))
+
+    def ceil(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Smallest whole number not below each number, after clipping."""
+        return jnp.ceil(jnp.clip(x, -self.largest, self.largest))
 
 
 @dataclasses.dataclass(frozen=True)
