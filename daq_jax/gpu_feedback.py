@@ -30,7 +30,6 @@ def applies(number: Format, plan: Plan, height: int) -> bool:
     *_, size, rank = plan.responses.shape
     return (
         number in INSTRUCTION
-        and plan.target.size < 2**31  # Pallas counts elements in 32 bits
         and plan.target.shape[-1] % STRIP == 0
         and size >= min(_RANKS)
         and rank in _RANKS

@@ -18,6 +18,8 @@ from jaxtyping import Array
 
 Arrays = Sequence[Array]
 
+_MOST_ELEMENTS = 2**31 - 1  # of an array in a kernel: Pallas for Triton counts them in 32 bits
+
 
 @functools.cache
 def has_fp8_gpu() -> bool:
@@ -33,11 +35,15 @@ def has_fp8_gpu() -> bool:
 def kernel_or_plain(kernel: Callable[..., Arrays], plain: Callable[..., Arrays], *args: Array) -> list[Array]:
     """`kernel(*args)` where this is compiled for an NVIDIA GPU, and `plain(*args)` elsewhere.
 
+    An array, or under `vmap` a batch of them, of 2^31 elements or more is left to `plain`.
+
     Args:
         kernel: works on arrays of one device.
         plain: has results of the same shapes and dtypes.
         args: arrays.
     """
+    if any(x.size > _MOST_ELEMENTS for x in args):
+        return list(plain(*args))
     return _choice.bind(*args, kernel=kernel, plain=plain)
 
 

@@ -247,7 +247,6 @@ def test_feedback_kernel_leaves_a_tile_without_change_as_it_is_under_vmap(monkey
     [
         ((1024, 192), feedback_recipe(tiling=daq.Block(128, 64))),  # no whole strips
         ((512, 128), feedback_recipe()),  # blocks of 8 rows
-        ((16, 16384, 8192), feedback_recipe()),  # 2^31 elements
         ((1024, 128), feedback_recipe(rank=24)),
         ((1024, 128), feedback_recipe(rank=256)),
         ((1024, 128), feedback_recipe(format=daq.int8)),
@@ -333,10 +332,46 @@ def test_devices_do_not_wait_for_one_another(recipe, kind):
     assert not re.search("all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter", program)
 
 
-def test_kernel_is_for_the_gpu_at_hand_and_not_for_exported_programs():
-    def both(x):
-        return platforms.kernel_or_plain(lambda x: [jnp.sin(x)], lambda x: [jnp.cos(x)], x)[0]
+def both(x):
+    return platforms.kernel_or_plain(lambda x: [jnp.sin(x)], lambda x: [jnp.cos(x)], x)[0]
 
+
+@pytest.mark.parametrize(
+    ("function", "shape", "kernel"),
+    [
+        (both, (2**31 - 1,), True),
+        (both, (2**16, 2**15), False),  # a kernel counts elements in 32 bits
+        (jax.vmap(both), (2**15, 2**15), True),
+        (jax.vmap(both), (2**16, 2**15), False),
+        (jax.vmap(jax.vmap(both)), (2**15, 2, 2**15), False),
+    ],
+)
+def test_kernel_is_not_for_arrays_too_large_for_its_addresses(function, shape, kernel):
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    program = jax.jit(function).trace(x).lower(lowering_platforms=("cuda",)).as_text()
+    assert ("stablehlo.sine" in program) == kernel
+    assert ("stablehlo.cosine" in program) != kernel
+
+
+def test_kernels_of_the_default_trace_with_64_bits(monkeypatch):
+    taken = []
+
+    def kernel(kernel, plain, *args):
+        taken.append(kernel)
+        return kernel(*args)
+
+    for module in (quantizer, unbiased, feedback):
+        monkeypatch.setattr(module, "has_fp8_gpu", lambda: True)
+        monkeypatch.setattr(module, "kernel_or_plain", kernel)
+    x = jax.ShapeDtypeStruct((1024, 256), jnp.float32)
+    how = quantizer._How(daq.recipes.default, ((-2,), (-1,)), None, True)
+    with jax.enable_x64(True):
+        q, _ = jax.eval_shape(functools.partial(quantizer._quantize_pair, how=how), x, x, None)
+    assert len(taken) >= 3
+    assert q.scale.dtype == jnp.float32
+
+
+def test_kernel_is_for_the_gpu_at_hand_and_not_for_exported_programs():
     x = jnp.ones((3, 4))
     np.testing.assert_allclose(jax.jit(both)(x), np.cos(1), rtol=1e-6)
     np.testing.assert_allclose(jax.vmap(jax.jit(both), in_axes=1)(x), np.full((4, 3), np.cos(1)), rtol=1e-6)
