@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -62,7 +62,8 @@ def quantize_and_look(
     """As `quantize_pair`, with whether both weights are finite: if not, a scale is NaN."""
     how = _How.of(tuned, recipe, matrix)
     draws = hasattr(recipe.rounding, "draw")  # a number that nobody asks for need not go to the device
-    q, finite = _quantize_pair(base, tuned, np.uint32(stream) if draws else None, how=how)
+    program = _quick_to_compile(_quantize_pair) if _multiplies_on_gpu(tuned, recipe) else _quantize_pair
+    q, finite = program(base, tuned, np.uint32(stream) if draws else None, how=how)
     return q, is_finite(q.scale) if finite is None else finite
 
 
@@ -71,13 +72,37 @@ def better_together(tuned: ArrayLike | QTensor, recipe: Recipe) -> int:
 
     Roundings of whole matrices take many small steps, in which one matrix leaves most of a GPU idle.
     """
-    array = tuned.codes if isinstance(tuned, QTensor) else tuned
-    if isinstance(array, Tracer) or sharding_of(array) or not hasattr(recipe.rounding, "scored_as"):
+    if not _multiplies_on_gpu(tuned, recipe) or sharding_of(_array(tuned)):
         return 1
+    return max(1, _MOST_TOGETHER // max(1, math.prod(np.shape(tuned))))
+
+
+def is_staged() -> bool:
+    """Whether JAX only records what is computed here: then nobody can look at numbers that are at hand."""
+    return isinstance(jnp.zeros(()), Tracer)
+
+
+def _array(x: ArrayLike | QTensor) -> ArrayLike:
+    return x.codes if isinstance(x, QTensor) else x
+
+
+def _multiplies_on_gpu(tuned: ArrayLike | QTensor, recipe: Recipe) -> bool:
+    """Whether a program for this weight alone is to be run, on a GPU, with products of whole matrices."""
+    array = _array(tuned)
+    if isinstance(array, Tracer) or not hasattr(recipe.rounding, "scored_as"):
+        return False
     devices = array.devices() if isinstance(array, jax.Array) else jax.devices()[:1]
-    if any(device.platform == "cpu" for device in devices):
-        return 1
-    return max(1, _MOST_TOGETHER // max(1, math.prod(np.shape(array))))
+    return all(device.platform == "gpu" for device in devices) and not is_staged()
+
+
+@functools.cache
+def _quick_to_compile(program: Callable[..., Any]) -> Callable[..., Any]:
+    """A program that takes its products of matrices from the GPU's libraries.
+
+    XLA's own kernels for them made the default a tenth faster on an H200, and took 10 s a shape to choose.
+    """
+    options = {"xla_gpu_enable_triton_gemm": False}
+    return jax.jit(program, static_argnames="how", compiler_options=options)
 
 
 def quantize_alike(
@@ -89,7 +114,7 @@ def quantize_alike(
 ) -> tuple[list[QTensor], Array]:
     """Quantizes weights of one shape, dtype and device at once; also returns whether all are finite."""
     how = _How.of(tuneds[0], recipe, matrix)
-    return _quantize_batch(tuple(bases), tuple(tuneds), how=how)
+    return _quick_to_compile(_quantize_batch)(tuple(bases), tuple(tuneds), how=how)
 
 
 @functools.partial(jax.jit, static_argnames="how")
@@ -118,7 +143,7 @@ class _How:
 
     @classmethod
     def of(cls, tuned: ArrayLike | QTensor, recipe: Recipe, matrix: Matrix) -> "_How":
-        like = tuned.codes if isinstance(tuned, QTensor) else tuned
+        like = _array(tuned)
         sharding = sharding_of(like)
         # Under a trace an array may lie on several devices, where there are several, without our knowing.
         split = sharding is None and (not isinstance(like, Tracer) or jax.device_count() == 1)

@@ -16,7 +16,7 @@ from jax.core import Tracer
 
 from daq_jax import recipes
 from daq_jax.qtensor import QTensor
-from daq_jax.quantizer import better_together, is_finite, quantize_alike, quantize_and_look
+from daq_jax.quantizer import better_together, is_finite, is_staged, quantize_alike, quantize_and_look
 from daq_jax.recipes import Recipe
 from daq_jax.rules import (
     DEFAULT_RULES,
@@ -210,16 +210,11 @@ def is_concrete(x: Any) -> bool:
     return not any(isinstance(a, (Tracer, jax.ShapeDtypeStruct)) for a in jax.tree.leaves(x))
 
 
-def _is_staged() -> bool:
-    """Whether JAX only records what is computed here: then nobody can look at numbers that are at hand."""
-    return isinstance(jnp.zeros(()), Tracer)
-
-
 def _not_finite(pairs: Sequence[Pair]) -> dict[str, str]:
     """Of the pairs with NaN or infinity in a concrete array: path, and which of the two it is."""
     named = [(p.path, word, x) for p in pairs for word, x in (("base", p.base), ("tuned", p.tuned))]
     named = [(path, word, x) for path, word, x in named if is_concrete(x)]
-    if not named or _is_staged():
+    if not named or is_staged():
         return {}
     flags = _all_finite([x for _, _, x in named])
     return {path: word for (path, word, _), fine in zip(named, flags, strict=True) if not fine}
@@ -315,7 +310,7 @@ def quantize(
     pairs = pair_leaves(base, tuned, recipe, rules)
     warn_unused(pairs, rules)
     warn_narrow(pairs)
-    donate = donate and not _is_staged()
+    donate = donate and not is_staged()
     later = not donate and is_concrete((base, tuned))
     refuse_unquantizable(pairs, check_finite, later=later)
     uses = collections.Counter(id(x) for x in jax.tree.leaves((base, tuned)))
