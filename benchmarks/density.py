@@ -2,16 +2,18 @@
 
     python benchmarks/density.py --size gpu --out benchmarks/results/density
     python benchmarks/density.py --size cpu --out benchmarks/results/density
-    python benchmarks/density.py --size cpu --draws 8 --out benchmarks/results/density
+    python benchmarks/density.py --size gpu --draws 2 --seeds 0 1 2 --out benchmarks/results/density
 
 A byte-level decoder, that of the behaviour study, learns messages of presidents to Congress. All matrices of
 its layers are quantized; Gram matrices are taken on the text it learned. Judged on held-out messages:
-perplexity, less that of the float model, and the KL divergence from the float model's predictions, which
-says the same with less noise. `density_baselines.py` holds round to nearest, AWQ and GPTQ.
+perplexity, less that of the float model, and the KL divergence from the float model's predictions. The loss
+under an error of the weights has a part that changes sign with the error. It is as large as the other, and
+a matter of luck, so the mean of the increases under the error and its negative is given too.
+`density_baselines.py` holds round to nearest, AWQ and GPTQ.
 
 Also measures the loss of stage 2 on each layer against the released program's (`density_released.py`).
-With `--draws`, the method and the best peer only, each calibrated on so many samples of the text: the
-perplexity of one is a matter of luck. Writes a JSON file and a Markdown table.
+With `--draws`, the method and the best peer only, each calibrated on so many samples of the text, for models
+trained from several `--seeds`. Writes a JSON file and a Markdown table.
 """
 
 import argparse
@@ -97,12 +99,12 @@ class Trained:
         return flatten_dict(self.params, sep="/")
 
 
-def train_model(size: Size, text: Text, judged: int, weights: Path | None) -> Trained:
+def train_model(size: Size, text: Text, judged: int, weights: Path | None, seed: int = 0) -> Trained:
     """Trains the model, or takes the weights of an earlier run from a file."""
     if weights and weights.exists():
         params = unflatten_dict({k: jnp.asarray(v) for k, v in np.load(weights).items()}, sep="|")
     else:
-        key = jax.random.key(0)
+        key = jax.random.key(seed)
         fresh = make_params(size.model, key)
         params = learn(fresh, text, size.base_steps, size.base_rate, key, size)
         if weights:
@@ -124,12 +126,12 @@ def measure(reference: Params, params: Params, text: Array, *, size: ModelSize) 
 
 
 class Study:
-    """A trained model, its Gram matrices by amount of calibration, and the rows measured so far."""
+    """A trained model, its Gram matrices by amount of calibration, and what is to be done with each row."""
 
     def __init__(
-        self, trained: Trained, amounts: Iterable[int], keep: Callable[[list[dict[str, Any]]], None]
+        self, trained: Trained, amounts: Iterable[int], keep: Callable[[dict[str, Any]], None]
     ) -> None:
-        self.trained, self.rows, self.keep, self.begun = trained, [], keep, time.perf_counter()
+        self.trained, self.keep, self.begun = trained, keep, time.perf_counter()
         self.grams = {tokens: self._calibrate(tokens) for tokens in amounts}
         loss, _ = measure(trained.params, trained.params, trained.held_out, size=trained.size)
         self.perplexity = math.exp(loss)
@@ -144,9 +146,17 @@ class Study:
     def add(self, name: str, kind: str, fmt: Format, group: int | None, tokens: int, leaves: Any) -> None:
         """Judges some leaves in place of the float ones, and keeps the row."""
         trained, gram = self.trained, self.grams[max(self.grams)].products
-        params = unflatten_dict(trained.flat | leaves, sep="/")
-        loss, kl = measure(trained.params, params, trained.held_out, size=trained.size)
         errors = {p: leaves[p] - trained.flat[p] for p in leaves}
+        mirrored = {p: trained.flat[p] - e for p, e in errors.items()}
+        (loss, kl), (other, _) = (
+            measure(
+                trained.params,
+                unflatten_dict(trained.flat | changed, sep="/"),
+                trained.held_out,
+                size=trained.size,
+            )
+            for changed in (leaves, mirrored)
+        )
         row = {
             "method": name,
             "kind": kind,
@@ -154,14 +164,15 @@ class Study:
             "group": group,
             "tokens": tokens,
             "increase": math.exp(loss) - self.perplexity,
+            "even": (math.exp(loss) + math.exp(other)) / 2 - self.perplexity,
             "kl": float(kl),
             "output_loss": float(sum(jnp.sum(e * (gram[p] @ e)) for p, e in errors.items())),
         }
-        self.rows.append(row)
-        self.keep(self.rows)
+        self.keep(row)
         seconds = time.perf_counter() - self.begun
         words = f"{name}, {fmt.name}, group {group}, {tokens} x 512"
-        print(f"{seconds:5.0f} s: {words}: +{row['increase']:.5f}, KL {row['kl']:.2e}", flush=True)
+        figures = f"{row['increase']:+.5f}, even part {row['even']:+.5f}, KL {row['kl']:.2e}"
+        print(f"{seconds:5.0f} s: {words}: {figures}", flush=True)
 
     def add_baselines(
         self, fmt: Format, group: int | None, tokens: int, names: Iterable[str] = BASELINES
@@ -268,34 +279,42 @@ def main() -> None:
         metavar="N",
         help="for a few methods only, over N samples of calibration text; at least 2",
     )
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0], help="of models; several with --draws only"
+    )
     parser.add_argument("--report", type=Path, help="only report on this JSON file")
     given = parser.parse_args()
     if given.report:
         return write_report(given.report, BEST)
+    if len(given.seeds) > 1 and (given.weights or not given.draws):
+        parser.error("several --seeds need --draws, and no --weights, which are those of one model")
     about = environment(folders.parse_known_args()[1], "density.py")
     begun = time.perf_counter()
     text = load_corpora(given.wheels.expanduser())[0]
-    trained = train_model(SIZES[given.size], text, JUDGED[given.size], given.weights)
     given.out.mkdir(parents=True, exist_ok=True)
     path = given.out / f"{given.size}{'_draws' if given.draws else ''}.json"
-    result: dict[str, Any] = about | {"size": given.size, "model": dataclasses.asdict(trained.size)}
+    size = SIZES[given.size]
+    result: dict[str, Any] = about | {"size": given.size, "model": dataclasses.asdict(size.model)}
+    result |= {"perplexities": {}, "rows": []}
 
-    def keep(rows: list[dict[str, Any]]) -> None:
+    def keep(row: dict[str, Any], seed: int) -> None:
         """Rewrites the file after each row, so that a run cut short has its rows."""
-        result.update(rows=rows, seconds=time.perf_counter() - begun)
+        result["rows"].append({"seed": seed, **row})
+        result["seconds"] = time.perf_counter() - begun
         path.write_text(json.dumps(result, indent=1))
 
     amounts = (STANDARD,) if given.draws else (1, STANDARD) if given.size == "tiny" else TOKENS
-    study = Study(trained, amounts, keep)
-    result["perplexity"] = study.perplexity
-    print(
-        f"{time.perf_counter() - begun:.0f} s: trained; perplexity {study.perplexity:.4f} a byte", flush=True
-    )
-    if given.draws:
-        study.add_draws(given.draws)
-    else:
-        result["layers"] = stage_two(study, {"gpu": 4, "cpu": 8, "tiny": 4}[given.size])
-        study.add_all(given.size)
+    for seed in given.seeds:
+        trained = train_model(size, text, JUDGED[given.size], given.weights, seed)
+        study = Study(trained, amounts, partial(keep, seed=seed))
+        result["perplexities"][seed] = study.perplexity
+        words = f"seed {seed} trained; perplexity {study.perplexity:.4f} a byte"
+        print(f"{time.perf_counter() - begun:.0f} s: {words}", flush=True)
+        if given.draws:
+            study.add_draws(given.draws)
+        else:
+            result["layers"] = stage_two(study, {"gpu": 4, "cpu": 8, "tiny": 4}[given.size])
+            study.add_all(given.size)
     write_report(path, BEST)
 
 

@@ -64,25 +64,43 @@ def layers(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+UNITS = {"increase": 1e3, "even": 1e3, "kl": 1e4}
+
+
+def mean_of(rows: list[Row], figure: str) -> float:
+    return statistics.fmean(row[figure] for row in rows) * UNITS[figure]
+
+
 def over_draws(rows: list[Row], best: str) -> str:
-    """Means over samples of the calibration text, and by how much `best` is below each."""
+    """Means over models and samples of the calibration text, and by how much `best` is below each."""
     lines = [
-        "| format | method | samples | perplexity increase | reduction | KL | reduction |",
-        "|---" * 7 + "|",
+        "| format | method | runs | perplexity increase | reduction | its even part | reduction "
+        "| KL | reduction |",
+        "|---" * 9 + "|",
     ]
     for fmt in dict.fromkeys(row["format"] for row in rows):
         own = select(rows, format=fmt)
-        found = {m: select(own, method=m) for m in dict.fromkeys(row["method"] for row in own)}
-        ours = {x: statistics.fmean(r[x] for r in found[best]) for x in ("increase", "kl")}
-        for method, some in found.items():
+        for method in dict.fromkeys(row["method"] for row in own):
+            some = select(own, method=method)
             cells = []
-            for figure, unit in (("increase", 1e3), ("kl", 1e4)):
-                values = [r[figure] * unit for r in some]
-                mean, error = statistics.fmean(values), statistics.stdev(values) / len(values) ** 0.5
-                reduced = "" if method == best else f"{1 - ours[figure] * unit / mean:+.1%}"
-                cells += [f"{mean:.2f} ± {error:.2f}", reduced]
+            for figure, unit in UNITS.items():
+                error = statistics.stdev(r[figure] for r in some) * unit / len(some) ** 0.5
+                reduced = "" if method == best else reductions(own, method, best, figure)
+                cells += [f"{mean_of(some, figure):.2f} ± {error:.2f}", reduced]
             lines.append(f"| {fmt} | {method} | {len(some)} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def reductions(rows: list[Row], method: str, best: str, figure: str) -> str:
+    """By how much the mean of `best` is below that of a method: over all models, and for each."""
+
+    def reduced(**models: Any) -> str:
+        ours, theirs = (mean_of(select(rows, method=m, **models), figure) for m in (best, method))
+        return f"{1 - ours / theirs:+.0%}"
+
+    seeds = list(dict.fromkeys(row["seed"] for row in rows))
+    each = f" ({', '.join(reduced(seed=seed) for seed in seeds)})" if len(seeds) > 1 else ""
+    return reduced() + each
 
 
 def markdown(result: dict[str, Any], best: str) -> str:
@@ -93,21 +111,24 @@ def markdown(result: dict[str, Any], best: str) -> str:
     parts = [
         f"# 4-bit codes and the perplexity of a language model: size {result['size']}",
         f"{result['date'][:10]}; {result['device']}; {versions}; `{result['command']}`, "
-        f"{result['seconds']:.0f} s. One seed.",
+        f"{result['seconds']:.0f} s.",
     ]
+    perplexity = ", ".join(f"{x:.4f}" for x in result["perplexities"].values())
     if "layers" not in result:
         parts.append(
             f"Groups of 128, {first['tokens']} x 512 tokens. Increase of the perplexity in thousandths "
-            f"over the float model's {result['perplexity']:.4f} a byte of held-out text, and KL divergence "
-            "from it in 1e-4 nats a byte: mean over samples of the calibration text ± its standard error. "
-            f"Reduction: of a peer's mean, by {best}.\n\n{over_draws(rows, best)}"
+            f"over the float model's {perplexity} a byte of held-out text, its even part (the mean of the "
+            "increases under the error of the weights and under its negative), and KL divergence from the "
+            "float model in 1e-4 nats a byte: mean over models and samples of the calibration text ± its "
+            f"standard error. Reduction: of a peer's mean, by {best}; in brackets, for each model.\n\n"
+            f"{over_draws(rows, best)}"
         )
         return "\n\n".join(parts) + "\n"
     parts += [
-        f"Perplexity of the float model {result['perplexity']:.4f} a byte of held-out text. Cells: increase "
+        f"Perplexity of the float model {perplexity} a byte of held-out text. Cells: increase "
         "of the perplexity in thousandths / KL divergence from the float model, nats a byte / squared error "
         "of all layers' outputs on the calibration text. Any small change of the weights moves the "
-        "perplexity a little up or down, by chance; the KL divergence has less of that noise.",
+        "perplexity a little up or down, by chance; the KL divergence has less of that noise. One model.",
         f"## Reduction by {best} against the best peer\n\n{summary(against_peers(rows, best))}",
         f"## Groups of 128, {first['tokens']} x 512 tokens\n\n{table(standard, 'format')}",
     ]
