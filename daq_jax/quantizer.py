@@ -34,6 +34,7 @@ from daq_jax.tilings import Matrix, TileView
 from daq_jax.trials import find_scales
 
 _MOST_TOGETHER = 300_000_000  # elements of a batch of weights
+_OWN_PRODUCTS = "xla_gpu_enable_triton_gemm"  # an option of XLA's
 
 
 def quantize_pair(
@@ -96,12 +97,16 @@ def _multiplies_on_gpu(tuned: ArrayLike | QTensor, recipe: Recipe) -> bool:
 
 
 @functools.cache
-def _quick_to_compile(program: Callable[..., Any]) -> Callable[..., Any]:
-    """A program that takes its products of matrices from the GPU's libraries.
+def _quick_to_compile(program: Callable[..., Any], option: str = _OWN_PRODUCTS) -> Callable[..., Any]:
+    """A program that takes its products of matrices from the GPU's libraries, if XLA knows the option.
 
     XLA's own kernels for them made the default a tenth faster on an H200, and took 10 s a shape to choose.
     """
-    options = {"xla_gpu_enable_triton_gemm": False}
+    options = {option: False}
+    try:
+        jax.jit(jnp.negative, compiler_options=options).lower(0.0).compile()
+    except jax.errors.JaxRuntimeError:  # XLA's options come and go
+        return program
     return jax.jit(program, static_argnames="how", compiler_options=options)
 
 
