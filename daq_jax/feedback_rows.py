@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from daq_jax.arithmetic import divide, multiply
-from daq_jax.formats import Format
+from daq_jax.formats import Format, dither
 
 STRIP = 128  # columns whose change is held to its size together
 _TOLERATED = 2.0  # standard deviations of what a strip keeps of its change, and
@@ -83,8 +83,7 @@ class Rows(NamedTuple):
     def rounded(self, aim: Array, number: Format) -> Array:
         """Values of the codes for an aim."""
         x = divide(aim, self.scale)
-        low, high = number.floor(x), number.ceil(x)
-        by_dither = jnp.where(self.thresholds * (high - low) < x - low, high, low)
+        by_dither = dither(number, x, self.thresholds)
         # A weight that tuning left alone, half a bfloat16 step off its code, stays there.
         return jnp.where(self.dithered & (self.change != 0), by_dither, number.round(x))
 

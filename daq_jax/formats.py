@@ -206,6 +206,18 @@ FORMATS: dict[str, Format] = {f.name: f for f in (fp8_e4m3fn, fp8_e5m2, int8, in
 _FLOAT16 = SmallFloat("float16", "float16", 65504.0, mantissa_bits=10, min_exponent=-14)
 
 
+def dither(number: Format, x: Float[Array, "..."], thresholds: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The value of a format below each number, or above where its place between the two exceeds a threshold.
+
+    Args:
+        number: the format.
+        x: float32.
+        thresholds: in [0, 1); broadcasts.
+    """
+    low, high = number.floor(x), number.ceil(x)
+    return jnp.where(thresholds * (high - low) < x - low, high, low)
+
+
 def round_to_dtype(x: Float[Array, "..."], dtype: np.dtype) -> Float[Array, "..."]:
     """`x.astype(dtype)` that is really rounded, also where a cast back to float32 follows inside `jit`.
 

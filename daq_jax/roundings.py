@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from daq_jax.arithmetic import divide
+from daq_jax.formats import dither
 from daq_jax.tiles import Tiles
 
 _SALT = 0x5EED  # any number
@@ -55,6 +56,4 @@ class Stochastic:
     def __call__(self, tiles: Tiles, scale: Array) -> Array:
         """Code values; see the module's docstring."""
         assert tiles.noise is not None
-        x = divide(tiles.tuned, scale)
-        low, high = tiles.format.floor(x), tiles.format.ceil(x)
-        return jnp.where(tiles.noise * (high - low) < x - low, high, low)
+        return dither(tiles.format, divide(tiles.tuned, scale), tiles.noise)
