@@ -206,7 +206,8 @@ def _in_lanes(values: Sequence[Any]) -> Array:
     """Up to `_LANES` scalars as a vector, or columns as a matrix, filled up with zeros."""
     shape = jnp.shape(values[0])[:-1]
     lane = lax.broadcasted_iota(jnp.int32, (*shape, _LANES), len(shape))
-    result = jnp.zeros(lane.shape, jnp.float32)
+    last = values[-1]
+    result = jnp.zeros(lane.shape, last.dtype if isinstance(last, Array) else jnp.float32)
     for i, x in enumerate(values):
         result = jnp.where(lane == i, x, result)
     return result

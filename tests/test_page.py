@@ -132,4 +132,9 @@ def test_a_request_that_leaves_the_page_would_be_seen(shown, browser, tmp_path):
         shown[1].replace("</body>", '<img src="http://127.0.0.1:9/x.png"></body>'), encoding="utf-8"
     )
     browser.get(file.as_uri())
-    assert any("127.0.0.1:9" in entry["message"] for entry in browser.get_log("browser"))
+
+    def is_logged(browser):
+        return any("127.0.0.1:9" in entry["message"] for entry in browser.get_log("browser"))
+
+    wait = pytest.importorskip("selenium.webdriver.support.wait")
+    wait.WebDriverWait(browser, 30).until(is_logged)  # a busy browser logs it a little later
