@@ -45,7 +45,7 @@ from jax import Array
 
 import daq_jax as daq
 from daq_jax.demo.model import ModelSize, Params, divergences, losses, next_byte_log_probs
-from daq_jax.grams import KernelInputs
+from daq_jax.density.grams import KernelInputs
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "daq_jax", "wheels")
 RESULTS = Path(__file__).parent / "results" / "behaviour"

@@ -8,7 +8,7 @@ from behaviour_baselines import Baseline, awq, smoothquant
 import daq_jax as daq
 from daq_jax.formats import Format
 from daq_jax.metrics import Metric, neg_bias
-from daq_jax.roundings import Rounding
+from daq_jax.roundings.nearest import Rounding
 from daq_jax.tilings import Tiling
 
 

@@ -40,7 +40,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
 import daq_jax as daq
-from daq_jax.alignment import align
 from daq_jax.demo.model import (
     Decoder,
     ModelSize,
@@ -50,8 +49,9 @@ from daq_jax.demo.model import (
     make_params,
     next_byte_log_probs,
 )
+from daq_jax.density.centring import align
+from daq_jax.density.code_lines import Groups, Line
 from daq_jax.formats import Format
-from daq_jax.groups import Groups, Line
 
 RESULTS = Path(__file__).parent / "results" / "density"
 TOKENS = (1, 2, 16, 64)  # times 512, of calibration text
@@ -99,7 +99,7 @@ class Trained:
         return flatten_dict(self.params, sep="/")
 
 
-def train_model(size: Size, text: Text, judged: int, weights: Path | None, seed: int = 0) -> Trained:
+def train_model(size: Size, text: Text, judged: int, weights: Path | None, seed: int) -> Trained:
     """Trains the model, or takes the weights of an earlier run from a file."""
     if weights and weights.exists():
         params = unflatten_dict({k: jnp.asarray(v) for k, v in np.load(weights).items()}, sep="|")

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import run
 
 import daq_jax as daq
-from daq_jax.grams import Grams, KernelInputs
+from daq_jax.density.grams import Grams, KernelInputs
 
 RECIPES = {
     "stages 1, 2": daq.DensityRecipe(sweeps=0),

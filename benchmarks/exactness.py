@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 import daq_jax as daq
-from daq_jax.arithmetic import divide, multiply
+from daq_jax.numerics.arithmetic import divide, multiply
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tests"))
 import oracles

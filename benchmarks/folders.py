@@ -29,9 +29,9 @@ import numpy as np
 import tyro
 
 import daq_jax as daq
-from daq_jax.io.folders import open_folder
-from daq_jax.io.hf_layouts import LAYOUTS
-from daq_jax.io.tensor_files import TensorSpec, TensorWriter, plan_file
+from daq_jax.io.hf.folders import open_folder
+from daq_jax.io.hf.layouts import LAYOUTS
+from daq_jax.io.hf.tensor_files import TensorSpec, TensorWriter, plan_file
 
 RESULTS = Path(__file__).parent / "results"
 RUN = "import sys; from daq_jax.cli import main; sys.exit(main(sys.argv[1:]))"

@@ -34,8 +34,8 @@ import tyro
 from numpy.typing import NDArray
 
 import daq_jax as daq
-from daq_jax.inspection import Findings
-from daq_jax.io.tensor_files import TensorSpec, TensorWriter
+from daq_jax.analysis.inspection import Findings
+from daq_jax.io.hf.tensor_files import TensorSpec, TensorWriter
 
 HF = daq.use("", matrix=((1,), (0,)))
 FIGURES = ("projection", "cosine", "sign_rate")

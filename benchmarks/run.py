@@ -8,7 +8,7 @@ ends the run with exit status 1. Then the eager call `daq_jax.quantize(base, tun
 look for NaN included and compilation apart, and several calls without a look or a wait in between, as in a
 pipeline ("queued"). Beside them stand the released search (`reference.py`) and the floor, a program that does
 no more than read both weights and write a byte for each. `--gpu` runs all that the README says of a GPU, some
-of it without our kernels as well ("plain"), in about three minutes. Writes `speed_DEVICE.json` and
+of it without our kernels as well ("plain"), in about four minutes. Writes `speed_DEVICE.json` and
 `speed_DEVICE.md`.
 """
 
@@ -39,7 +39,8 @@ from jax import lax
 from numpy.typing import NDArray
 
 import daq_jax as daq
-from daq_jax import quantizer, unbiased
+from daq_jax import leaves
+from daq_jax.roundings import gains
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tests"))
 import oracles
@@ -191,7 +192,7 @@ def queued_seconds(call: Callable[[], Any], repeats: int) -> float:
 
 def compiled_by(call: Callable[[], Any]) -> list[tuple[float, Any]]:
     """The programs that a call of `quantize` runs on its leaves: seconds to compile each, and the program."""
-    run, found = quantizer._quantize_pair, []
+    run, found = leaves._quantize_pair, []
 
     def record(*args: Any, **static: Any) -> Any:
         start = time.perf_counter()
@@ -199,7 +200,7 @@ def compiled_by(call: Callable[[], Any]) -> list[tuple[float, Any]]:
         found.append((time.perf_counter() - start, compiled))
         return run(*args, **static)
 
-    with mock.patch.object(quantizer, "_quantize_pair", record):
+    with mock.patch.object(leaves, "_quantize_pair", record):
         call()
     return found
 
@@ -235,7 +236,7 @@ def _touch(base: jax.Array, tuned: jax.Array) -> jax.Array:
 def without_kernels() -> contextlib.ExitStack:
     """While this is open, `quantize` compiles plain programs."""
     stack = contextlib.ExitStack()
-    for module in (quantizer, unbiased):
+    for module in (leaves, gains):
         stack.enter_context(mock.patch.object(module, "has_fp8_gpu", return_value=False))
     return stack
 

@@ -10,16 +10,17 @@ import importlib
 import typing
 
 from daq_jax import recipes
-from daq_jax.adjustment import LeastSquares, SignSteps
-from daq_jax.comparison import Comparison, Figures, compare
-from daq_jax.density import quantize_density
-from daq_jax.feedback import UnbiasedFeedback
+from daq_jax.analysis.comparison import Comparison, Figures, compare
+from daq_jax.density.adjustment import LeastSquares, SignSteps
+from daq_jax.density.grams import Grams
+from daq_jax.density.quantizer import quantize_density
 from daq_jax.formats import fp4_bnb, fp4_e2m1, fp8_e4m3fn, fp8_e5m2, int4, int8, nf4
-from daq_jax.grams import Grams
 from daq_jax.metrics import SignRate, cosine, neg_mse
 from daq_jax.qtensor import QTensor
 from daq_jax.recipes import DensityRecipe, Recipe
-from daq_jax.roundings import Nearest, Stochastic
+from daq_jax.roundings.feedback import UnbiasedFeedback
+from daq_jax.roundings.gains import UnbiasedGain, UnbiasedSubspace
+from daq_jax.roundings.nearest import Nearest, Stochastic
 from daq_jax.rules import (
     DEFAULT_RULES,
     MAXTEXT_RULES,
@@ -31,42 +32,41 @@ from daq_jax.rules import (
     use,
 )
 from daq_jax.scales import AnyScale, PowerOfTwo
-from daq_jax.searches import AbsMax, CoarseToFine, Grid, OffGrid, WithBaseScale
+from daq_jax.searches.candidates import AbsMax, CoarseToFine, Grid, OffGrid, WithBaseScale
 from daq_jax.tilings import Block, Channel, Group, PerTensor
 from daq_jax.trees import dequantize, quantize
-from daq_jax.unbiased import UnbiasedGain, UnbiasedSubspace
 
 if typing.TYPE_CHECKING:  # the names of `_EDGES`, for editors and type checkers
-    from daq_jax.calibration import calibrate, calibrate_from
-    from daq_jax.flax_models import linen_apply, linen_variables, nnx_with
-    from daq_jax.inspection import Inspection, inspect
-    from daq_jax.io.folder_comparison import compare_folders
-    from daq_jax.io.folder_inspection import inspect_folder
-    from daq_jax.io.folder_quantizer import quantize_folder
-    from daq_jax.io.orbax_checkpoints import load, load_weights, save
-    from daq_jax.products import dot
-    from daq_jax.qwix_arrays import from_qwix, to_qwix
+    from daq_jax.analysis.inspection import Inspection, inspect
+    from daq_jax.density.calibration import calibrate, calibrate_from
+    from daq_jax.io.jobs.compare_folders import compare_folders
+    from daq_jax.io.jobs.inspect_folders import inspect_folder
+    from daq_jax.io.jobs.quantize_folders import quantize_folder
+    from daq_jax.io.orbax.checkpoints import load, load_weights, save
+    from daq_jax.models.flax import linen_apply, linen_variables, nnx_with
+    from daq_jax.models.matmul import dot
+    from daq_jax.models.qwix import from_qwix, to_qwix
 
 __version__ = "0.1.0"
 
 # Names at the edges, by the module that holds them; loaded when first used: the core imports none of it.
 _EDGES: dict[str, str] = {
-    "Inspection": "daq_jax.inspection",
-    "calibrate": "daq_jax.calibration",
-    "calibrate_from": "daq_jax.calibration",
-    "compare_folders": "daq_jax.io.folder_comparison",
-    "dot": "daq_jax.products",
-    "from_qwix": "daq_jax.qwix_arrays",
-    "inspect": "daq_jax.inspection",
-    "inspect_folder": "daq_jax.io.folder_inspection",
-    "linen_apply": "daq_jax.flax_models",
-    "linen_variables": "daq_jax.flax_models",
-    "load": "daq_jax.io.orbax_checkpoints",
-    "load_weights": "daq_jax.io.orbax_checkpoints",
-    "nnx_with": "daq_jax.flax_models",
-    "quantize_folder": "daq_jax.io.folder_quantizer",
-    "save": "daq_jax.io.orbax_checkpoints",
-    "to_qwix": "daq_jax.qwix_arrays",
+    "Inspection": "daq_jax.analysis.inspection",
+    "calibrate": "daq_jax.density.calibration",
+    "calibrate_from": "daq_jax.density.calibration",
+    "compare_folders": "daq_jax.io.jobs.compare_folders",
+    "dot": "daq_jax.models.matmul",
+    "from_qwix": "daq_jax.models.qwix",
+    "inspect": "daq_jax.analysis.inspection",
+    "inspect_folder": "daq_jax.io.jobs.inspect_folders",
+    "linen_apply": "daq_jax.models.flax",
+    "linen_variables": "daq_jax.models.flax",
+    "load": "daq_jax.io.orbax.checkpoints",
+    "load_weights": "daq_jax.io.orbax.checkpoints",
+    "nnx_with": "daq_jax.models.flax",
+    "quantize_folder": "daq_jax.io.jobs.quantize_folders",
+    "save": "daq_jax.io.orbax.checkpoints",
+    "to_qwix": "daq_jax.models.qwix",
 }
 
 __all__ = [

@@ -83,7 +83,7 @@ def quantize(
     """
     from rich.console import Console
 
-    from daq_jax.io.folder_quantizer import quantize_folder
+    from daq_jax.io.jobs.quantize_folders import quantize_folder
 
     found = quantize_folder(
         base,
@@ -127,14 +127,15 @@ def inspect(
         format: how weights would be stored.
         json: print one JSON object and nothing else.
     """
-    from daq_jax import tables, terminal
-    from daq_jax.io.folder_inspection import inspect_folder
+    from daq_jax.analysis import sheets
+    from daq_jax.display import terminal
+    from daq_jax.io.jobs.inspect_folders import inspect_folder
 
     found = inspect_folder(base, tuned, RECIPES[recipe], format=format)
     if json:
         print(json_format.dumps(found.to_dict(), allow_nan=False))
     else:
-        terminal.show(tables.inspected(found), terminal.console())
+        terminal.show(sheets.inspected(found), terminal.console())
 
 
 def compare(
@@ -162,10 +163,11 @@ def compare(
     """
     from rich.console import Console
 
-    from daq_jax import tables, terminal
-    from daq_jax.gates import floors_of, refuse_low
-    from daq_jax.io.folder_comparison import compare_folders
-    from daq_jax.io.report import progress_on
+    from daq_jax.analysis import sheets
+    from daq_jax.analysis.gates import floors_of, refuse_low
+    from daq_jax.display import terminal
+    from daq_jax.io.jobs.compare_folders import compare_folders
+    from daq_jax.io.jobs.progress import progress_on
 
     if json and csv:
         _wrong("`--json` and `--csv` exclude each other.")
@@ -174,7 +176,7 @@ def compare(
     except ValueError as error:
         _wrong(f"`--fail-under`: {error}")
     page = (
-        importlib.import_module("daq_jax.page").page if html else None
+        importlib.import_module("daq_jax.display.page").page if html else None
     )  # before the work: it may be missing
     with contextlib.ExitStack() as stack:
 
@@ -189,7 +191,7 @@ def compare(
     elif csv:
         print(terminal.comma_separated(found), end="")
     else:
-        terminal.show(tables.compared(found), terminal.console())
+        terminal.show(sheets.compared(found), terminal.console())
     refuse_low(found.total, floors)
 
 

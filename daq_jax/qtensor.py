@@ -8,9 +8,9 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from daq_jax.arithmetic import multiply
 from daq_jax.formats import Format, round_to_dtype
-from daq_jax.sharding import run_sharded, sharding_of
+from daq_jax.numerics.arithmetic import multiply
+from daq_jax.numerics.sharding import run_sharded, sharding_of
 from daq_jax.tilings import DEFAULT_MATRIX, Matrix, TileView, Tiling
 
 

@@ -15,15 +15,15 @@ from typing import Literal
 
 from jaxtyping import Array
 
-from daq_jax.adjustment import LeastSquares, SignSteps
-from daq_jax.alignment import CENTRES, Centre
-from daq_jax.feedback import UnbiasedFeedback
+from daq_jax.density.adjustment import LeastSquares, SignSteps
+from daq_jax.density.centring import CENTRES, Centre
+from daq_jax.density.code_lines import Groups, Line, Loss
 from daq_jax.formats import Format, fp4_bnb, fp8_e4m3fn, nf4
-from daq_jax.groups import Groups, Line, Loss
 from daq_jax.metrics import Metric, SignRate, cosine, neg_mse
-from daq_jax.roundings import Nearest, Rounding
+from daq_jax.roundings.feedback import UnbiasedFeedback
+from daq_jax.roundings.nearest import Nearest, Rounding
 from daq_jax.scales import AnyScale
-from daq_jax.searches import AbsMax, CoarseToFine, OffGrid, Released, Search
+from daq_jax.searches.candidates import AbsMax, CoarseToFine, OffGrid, Released, Search
 from daq_jax.tilings import Block, Channel, Group, Tiling
 
 

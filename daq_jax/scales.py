@@ -10,8 +10,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from daq_jax.arithmetic import SMALLEST_NORMAL, divide
 from daq_jax.formats import round_to_dtype
+from daq_jax.numerics.arithmetic import SMALLEST_NORMAL, divide
 
 
 def usable(scale: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from daq_jax.arithmetic import divide, divide_short, multiply
 from daq_jax.formats import Format
+from daq_jax.numerics.arithmetic import divide, divide_short, multiply
 
 
 @functools.partial(

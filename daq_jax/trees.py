@@ -15,8 +15,9 @@ import numpy as np
 from jax.core import Tracer
 
 from daq_jax import recipes
+from daq_jax.leaves import better_together, is_finite, is_staged, quantize_alike, quantize_and_look
+from daq_jax.numerics.sharding import committed_sharding, lie_apart, place_of
 from daq_jax.qtensor import QTensor
-from daq_jax.quantizer import better_together, is_finite, is_staged, quantize_alike, quantize_and_look
 from daq_jax.recipes import Recipe
 from daq_jax.rules import (
     DEFAULT_RULES,
@@ -27,7 +28,6 @@ from daq_jax.rules import (
     UnusedRuleWarning,
     decide,
 )
-from daq_jax.sharding import committed_sharding, lie_apart, place_of
 from daq_jax.tilings import matrix_problem
 
 PyTree = Any

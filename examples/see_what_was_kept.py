@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import tyro
 
 import daq_jax as daq
-from daq_jax.page import page
+from daq_jax.display.page import page
 
 LAYERS = 6
 KINDS = ("attention/query", "attention/out", "mlp/up", "mlp/down")

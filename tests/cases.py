@@ -134,7 +134,7 @@ def is_qtensor(x: object) -> bool:
     return isinstance(x, daq.QTensor)
 
 
-def leaves(tree: object) -> list:
+def leaves_of(tree: object) -> list:
     """Leaves with QTensors whole."""
     return jax.tree.leaves(tree, is_leaf=is_qtensor)
 

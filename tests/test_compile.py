@@ -9,7 +9,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import daq_jax as daq
-from daq_jax import quantizer
+from daq_jax import leaves
 
 SEARCH = daq.CoarseToFine(0.8, 1.5, 5, 10)
 EXACT = {
@@ -221,11 +221,11 @@ def test_the_result_of_jit_is_a_tree_of_qtensors():
     assert q["odd"].tiling == daq.Block(16, 16)
 
 
-@pytest.mark.parametrize(("option", "known"), [(quantizer._OWN_PRODUCTS, True), ("xla_gpu_of_old", False)])
+@pytest.mark.parametrize(("option", "known"), [(leaves._OWN_PRODUCTS, True), ("xla_gpu_of_old", False)])
 def test_an_option_that_xla_does_not_know_is_left_out(option, known):
-    program = quantizer._quick_to_compile(quantizer._quantize_pair, option)
-    assert (program is not quantizer._quantize_pair) == known
+    program = leaves._quick_to_compile(leaves._quantize_pair, option)
+    assert (program is not leaves._quantize_pair) == known
     base, tuned = np.ones((128, 128), np.float32), np.full((128, 128), 1.25, np.float32)
-    how = quantizer._How.of(tuned, daq.recipes.absmax, ((-2,), (-1,)))
+    how = leaves._How.of(tuned, daq.recipes.absmax, ((-2,), (-1,)))
     q, _ = program(base, tuned, None, how=how)
     np.testing.assert_array_equal(q.dequantize(), tuned)

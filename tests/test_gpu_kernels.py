@@ -16,8 +16,11 @@ from cases import slow_after
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import daq_jax as daq
-from daq_jax import feedback, gpu_feedback, gpu_gains, gpu_search, platforms, quantizer, unbiased
-from daq_jax.arithmetic import multiply
+from daq_jax import leaves
+from daq_jax.numerics import kernel_choice
+from daq_jax.numerics.arithmetic import multiply
+from daq_jax.roundings import feedback, feedback_gpu, gains, gains_gpu
+from daq_jax.searches import gpu_kernel
 from daq_jax.tiles import Tiles
 from daq_jax.tilings import TileView
 
@@ -58,10 +61,10 @@ def kernels(monkeypatch):
         return kernel(*args)
 
     taken = []
-    for module in (quantizer, unbiased, feedback):
+    for module in (leaves, gains, feedback):
         monkeypatch.setattr(module, "has_fp8_gpu", lambda: True)
         monkeypatch.setattr(module, "kernel_or_plain", kernel)
-    for module, name in ((gpu_search, "search"), (gpu_gains, "per_set"), (gpu_feedback, "codes")):
+    for module, name in ((gpu_kernel, "search"), (gains_gpu, "per_set"), (feedback_gpu, "codes")):
         monkeypatch.setattr(module, name, functools.partial(getattr(module, name), interpret=True))
     jax.clear_caches()  # programs compiled without
     yield taken
@@ -89,8 +92,8 @@ def assert_same(q, expected, most_codes=0):
 def test_search_kernel_picks_the_scales_and_codes_of_the_plain_search(recipe):
     base, tuned = pair((2, 128, 384))
     view, tiles = cut(base, tuned, recipe)
-    assert gpu_search.applies(recipe, tiles)
-    codes, scale = gpu_search.search(recipe, tiles, interpret=True)
+    assert gpu_kernel.applies(recipe, tiles)
+    codes, scale = gpu_kernel.search(recipe, tiles, interpret=True)
     expected = daq.quantize(base, tuned, recipe, rules=())
     np.testing.assert_array_equal(view.gather(scale), expected.scale)
     np.testing.assert_array_equal(
@@ -120,7 +123,7 @@ def test_search_kernel_gives_a_tile_that_is_not_finite_the_scale_nan():
     base, tuned = pair((128, 384))
     base, tuned = base.at[5, 200].set(jnp.inf), tuned.at[7, 300].set(jnp.nan)
     _, tiles = cut(base, tuned, daq.recipes.absmax)
-    _, scale = gpu_search.search(daq.recipes.absmax, tiles, interpret=True)
+    _, scale = gpu_kernel.search(daq.recipes.absmax, tiles, interpret=True)
     np.testing.assert_array_equal(np.isnan(np.ravel(scale)), [False, True, True])
 
 
@@ -129,16 +132,16 @@ def test_search_kernel_gives_a_tile_that_is_not_finite_the_scale_nan():
 def test_gains_kernel_ends_with_the_brackets_of_the_plain_bisection(per, matrix):
     base, tuned = pair((128, 256), native=True)
     _, tiles = cut(base, tuned, daq.Recipe(), matrix)
-    sets = unbiased.Sets.of(per, tiles)
-    assert gpu_gains.applies(tiles, sets.axes, sets.run)
+    sets = gains.Sets.of(per, tiles)
+    assert gains_gpu.applies(tiles, sets.axes, sets.run)
     scale = jnp.full([1 if i in tiles.axes else n for i, n in enumerate(tiles.shape)], 2e-4, jnp.float32)
 
     def kept(gain):
-        return tiles.kept(unbiased._round_towards(tiles, scale, jnp.asarray(gain, jnp.float32)), scale)
+        return tiles.kept(gains._round_towards(tiles, scale, jnp.asarray(gain, jnp.float32)), scale)
 
-    expected = unbiased.bracket(tiles.change, kept, sets.total)
+    expected = gains.bracket(tiles.change, kept, sets.total)
     arrays = (tiles.stored_base, tiles.stored_tuned, scale)
-    found = gpu_gains.per_set(unbiased.bracket, tiles.format, sets.axes, *arrays, interpret=True)
+    found = gains_gpu.per_set(gains.bracket, tiles.format, sets.axes, *arrays, interpret=True)
     for name, x, y in zip(expected._fields, found, expected, strict=True):
         np.testing.assert_allclose(x, y, rtol=2e-5, atol=1e-12, err_msg=name)  # sums in another order
 
@@ -156,7 +159,7 @@ def test_gains_kernel_ends_with_the_brackets_of_the_plain_bisection(per, matrix)
     ],
 )
 def test_search_kernel_leaves_other_recipes_to_the_plain_search(recipe):
-    assert not gpu_search.applies(recipe, cut(*pair((128, 256)), recipe)[1])
+    assert not gpu_kernel.applies(recipe, cut(*pair((128, 256)), recipe)[1])
 
 
 @pytest.mark.slow
@@ -186,7 +189,7 @@ def by_kernel_and_by_loop(base, tuned, recipe, monkeypatch):
 
     monkeypatch.setattr(feedback, "has_fp8_gpu", lambda: True)
     monkeypatch.setattr(feedback, "kernel_or_plain", both)
-    monkeypatch.setattr(gpu_feedback, "codes", functools.partial(gpu_feedback.codes, interpret=True))
+    monkeypatch.setattr(feedback_gpu, "codes", functools.partial(feedback_gpu.codes, interpret=True))
 
     @jax.jit
     def kept(base, tuned):
@@ -299,7 +302,7 @@ def test_kernel_runs_under_jit_and_vmap(request):
 
 def _alone(recipe, base, tuned):
     view, tiles = cut(base, tuned, recipe)
-    codes, scale = gpu_search.search(recipe, tiles)
+    codes, scale = gpu_kernel.search(recipe, tiles)
     return daq.QTensor(
         view.join(codes), view.gather(scale), recipe.format, recipe.tiling, np.dtype(tuned.dtype)
     )
@@ -327,13 +330,13 @@ def test_devices_do_not_wait_for_one_another(recipe, kind):
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(kind,) * 2)
     where = NamedSharding(mesh, PartitionSpec("x", "y"))
     base, tuned = (jax.device_put(x, where) for x in pair((256, 512)))
-    how = quantizer._How(recipe, ((-2,), (-1,)), where, False)
-    program = quantizer._quantize_pair.lower(base, tuned, None, how=how).compile().as_text()
+    how = leaves._How(recipe, ((-2,), (-1,)), where, False)
+    program = leaves._quantize_pair.lower(base, tuned, None, how=how).compile().as_text()
     assert not re.search("all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter", program)
 
 
 def both(x):
-    return platforms.kernel_or_plain(lambda x: [jnp.sin(x)], lambda x: [jnp.cos(x)], x)[0]
+    return kernel_choice.kernel_or_plain(lambda x: [jnp.sin(x)], lambda x: [jnp.cos(x)], x)[0]
 
 
 @pytest.mark.parametrize(
@@ -360,13 +363,13 @@ def test_kernels_of_the_default_trace_with_64_bits(monkeypatch):
         taken.append(kernel)
         return kernel(*args)
 
-    for module in (quantizer, unbiased, feedback):
+    for module in (leaves, gains, feedback):
         monkeypatch.setattr(module, "has_fp8_gpu", lambda: True)
         monkeypatch.setattr(module, "kernel_or_plain", kernel)
     x = jax.ShapeDtypeStruct((1024, 256), jnp.float32)
-    how = quantizer._How(daq.recipes.default, ((-2,), (-1,)), None, True)
+    how = leaves._How(daq.recipes.default, ((-2,), (-1,)), None, True)
     with jax.enable_x64(True):
-        q, _ = jax.eval_shape(functools.partial(quantizer._quantize_pair, how=how), x, x, None)
+        q, _ = jax.eval_shape(functools.partial(leaves._quantize_pair, how=how), x, x, None)
     assert len(taken) >= 3
     assert q.scale.dtype == jnp.float32
 

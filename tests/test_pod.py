@@ -17,7 +17,7 @@ import re, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import daq_jax as daq
-from daq_jax import quantizer
+from daq_jax import leaves
 
 address, processes, process, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 jax.distributed.initialize(address, processes, process)
@@ -38,13 +38,13 @@ for axis_type in (AxisType.Auto, AxisType.Explicit):
     put = lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
     pair = {"w": put(base)}, {"w": put(tuned)}
     for recipe in (daq.recipes.absmax, daq.recipes.paper_sign, daq.Recipe(tiling=daq.PerTensor())):
-        programs, run = [], quantizer._quantize_pair
+        programs, run = [], leaves._quantize_pair
         def record(*args, **static):
             programs.append(run.lower(*args, **static).compile().as_text())
             return run(*args, **static)
-        quantizer._quantize_pair = record
+        leaves._quantize_pair = record
         q, wanted = daq.quantize(*pair, recipe), daq.quantize(*alone, recipe)
-        quantizer._quantize_pair = run
+        leaves._quantize_pair = run
         found = re.search("all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter", programs[0])
         assert (found is None) == (recipe.tiling == daq.Block()), found
         same(q["w"].codes, wanted["w"].codes)

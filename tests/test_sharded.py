@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import daq_jax as daq
-from daq_jax import quantizer
+from daq_jax import leaves
 
 COLLECTIVE = re.compile(r"\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(-start)?\(")
 SEARCH = daq.CoarseToFine(0.8, 1.5, 5, 10)
@@ -48,13 +48,13 @@ def collectives(compiled):
 
 def eager_program(call):
     """The program that an eager call of `quantize` runs on its one weight, compiled, and the result."""
-    run, found = quantizer._quantize_pair, []
+    run, found = leaves._quantize_pair, []
 
     def record(*args, **static):
         found.append(run.lower(*args, **static).compile())
         return run(*args, **static)
 
-    with mock.patch.object(quantizer, "_quantize_pair", record):
+    with mock.patch.object(leaves, "_quantize_pair", record):
         result = call()
     (program,) = found
     return program, result

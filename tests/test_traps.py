@@ -18,7 +18,7 @@ from cases import DTYPES, pair, rng_for, slow_after
 from numpy.typing import NDArray
 
 import daq_jax as daq
-from daq_jax.arithmetic import divide, multiply, total
+from daq_jax.numerics.arithmetic import divide, multiply, total
 
 F32 = DTYPES["f32"]
 E4M3 = oracles.FORMATS["fp8_e4m3fn"]

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import BF16, Stored, assert_same_bits, is_qtensor, leaves, pair
+from cases import BF16, Stored, assert_same_bits, is_qtensor, leaves_of, pair
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import daq_jax as daq
-from daq_jax import trees
+from daq_jax import leaves, trees
 
 ABSMAX = daq.Recipe(search=daq.AbsMax())
 BASE, TUNED = (jnp.asarray(x) for x in pair("trees", (24, 16)))
@@ -73,8 +73,8 @@ def test_a_tree_keeps_its_structure_and_its_leaf_has_a_path(kind):
     alone = daq.quantize(BASE, TUNED, ABSMAX)
     assert type(q) is type(tuned) or kind == "bare array"
     assert jax.tree.structure(q, is_leaf=is_qtensor) == jax.tree.structure(tuned)
-    assert len(leaves(q)) == 1
-    assert_same_bits(leaves(q)[0], alone)
+    assert len(leaves_of(q)) == 1
+    assert_same_bits(leaves_of(q)[0], alone)
     assert set(daq.compare(base, tuned, q).leaves) == {path}
     params = daq.dequantize(q)
     assert jax.tree.structure(params) == jax.tree.structure(tuned)
@@ -273,7 +273,7 @@ def test_static_faults_are_found_inside_a_trace_too():
 def test_integer_and_complex_leaves_that_no_rule_uses_are_kept():
     base, tuned = trees_with({name: FAULTS[name] for name in ("integer", "complex", "vector")})
     q = daq.quantize(base, tuned, ABSMAX)
-    assert [is_qtensor(x) for x in leaves(q)].count(True) == 1
+    assert [is_qtensor(x) for x in leaves_of(q)].count(True) == 1
 
 
 def test_trees_of_different_structure_are_named_by_their_paths():
@@ -429,6 +429,16 @@ def test_weights_at_hand_may_be_used_inside_jit(closed_over):
     expected = daq.quantize(base, tuned, ABSMAX)
     assert_same_bits(q["kernel"].codes, expected["kernel"].codes)
     np.testing.assert_allclose(projection, daq.compare(base, tuned, expected).total.projection, rtol=1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_weights_at_hand_inside_jit_ask_for_no_options_of_the_compiler(count, monkeypatch):
+    base, tuned = ({str(i): {"kernel": x} for i in range(count)} for x in (BASE, TUNED))
+    expected = daq.quantize(base, tuned)
+    monkeypatch.setattr(leaves, "_multiplies_on_gpu", lambda tuned, recipe: True)
+    inside, outside = jax.jit(lambda: daq.quantize(base, tuned))(), daq.quantize(base, tuned)
+    for q in (inside, outside):
+        assert_same_bits(q["0"]["kernel"].scale, expected["0"]["kernel"].scale)
 
 
 def test_heads_that_no_rule_knows_are_warned_of():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import daq_jax as daq
-from daq_jax.io.folders import open_folder
+from daq_jax.io.hf.folders import open_folder
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("default")]
 

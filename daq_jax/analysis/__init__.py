@@ -1,0 +1,1 @@
+"""What a quantized tree keeps of a change, and what it would keep: numbers, no pictures."""

@@ -1,0 +1,92 @@
+"""Does a weight lie on the grid of a number format: is it codes times a scale, and with which scale?
+
+A model that was shipped in FP8 does, and rounding to that grid takes a small change of it back. When it is
+stored in bfloat16, each weight is `code * scale` rounded once more, so an element counts as lying on the grid
+if it is within half a unit in the last place of its own dtype.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from daq_jax.formats import Format
+from daq_jax.numerics.arithmetic import divide, multiply, power_below
+from daq_jax.scales import usable
+
+_MOST_TOPS = 16  # formats with more codes in their top octave are as fine as bfloat16 there: nothing to fit
+_NUDGES = np.arange(-4, 5) / 4  # of the scale, in units of what one rounding of the largest weight can do
+
+
+def lies_on_grid(
+    x: Float[Array, "..."],
+    scale: Float[Array, "..."],
+    fmt: Format,
+    dtype: np.dtype,
+    zero: Float[Array, "..."] | float = 0.0,
+) -> Bool[Array, "..."]:
+    """Whether each element is a code times the scale, to half a unit in the last place.
+
+    Args:
+        x: weights, float32.
+        scale: in a shape that broadcasts to `x`.
+        fmt: the format of the codes.
+        dtype: in which the weights were stored.
+        zero: what is taken off a code before it is scaled; in a shape that broadcasts to `x`.
+    """
+    nearest = multiply(fmt.round(divide(x, scale) + zero) - zero, scale)
+    half_unit = power_below(x) * 2.0 ** -(1 + jnp.finfo(dtype).nmant)
+    return jnp.abs(x - nearest) <= half_unit
+
+
+def lies_on_fitted_grid(
+    tiles: Float[Array, "..."],
+    scale: Float[Array, "..."],
+    axes: tuple[int, int],
+    fmt: Format,
+    dtype: np.dtype,
+) -> Bool[Array, "..."]:
+    """Whether each element lies on the grid of the scale that puts most elements of its tile on it.
+
+    The AbsMax scale of a base that was shipped in FP8 need not be its own: rounding to bfloat16 moved its
+    largest weight, and a scale may have been chosen so that the largest code is not used. Tried are the
+    scales that make the tile's largest weight any code of the top octave, a little up and down.
+
+    Args:
+        tiles: weights, float32, cut into tiles.
+        scale: AbsMax scale of each tile.
+        axes: the axes of a tile's elements.
+        fmt: the format of the codes.
+        dtype: in which the weights were stored.
+    """
+    ratios = jnp.asarray(fitting_ratios(fmt, np.dtype(dtype).name))
+
+    def better(best: Array, ratio: Array) -> tuple[Array, None]:
+        on = lies_on_grid(tiles, usable(scale * ratio), fmt, dtype)
+        more = jnp.sum(on, axes, keepdims=True) > jnp.sum(best, axes, keepdims=True)
+        return jnp.where(more, on, best), None
+
+    found, _ = lax.scan(better, jnp.zeros(tiles.shape, bool), ratios)
+    return found
+
+
+@functools.cache
+def fitting_ratios(fmt: Format, dtype: str) -> np.ndarray:
+    """Scales to try, as float32 ratios to the AbsMax scale; the first is 1, which wins ties."""
+    with jax.ensure_compile_time_eval():
+        octave = fmt.round(jnp.linspace(fmt.largest / 2, fmt.largest, 1025))
+    tops = np.unique(np.asarray(octave))[1:]  # the lowest is the highest, an octave down
+    tops = tops if len(tops) <= _MOST_TOPS else tops[-1:]
+    unit = max(2.0 ** -(jnp.finfo(dtype).nmant + 2), 2.0**-23)
+    ratios = np.outer(fmt.largest / tops[::-1], 1 + unit * _NUDGES[np.argsort(abs(_NUDGES))])
+    return ratios.ravel().astype(np.float32)
+
+
+def step_towards(x: Float[Array, "..."], up: Bool[Array, "..."], fmt: Format) -> Float[Array, "..."]:
+    """Distance from the code nearest to `x` to the next one above, or below it; 0 beyond the last code."""
+    here = fmt.round(x)
+    nudge = jnp.maximum(jnp.abs(here) * 2.0**-12, fmt.largest * 2.0**-40)  # less than any step
+    return jnp.where(up, fmt.ceil(here + nudge) - here, here - fmt.floor(here - nudge))

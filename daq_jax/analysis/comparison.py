@@ -1,0 +1,223 @@
+"""What was kept: a quantized tree beside the change that tuning made.
+
+Everything is counted from the stored codes. `d = tuned - base` is the true change and
+`q = code * scale - base` the kept one, both float32. Figures are ratios of sums over elements, so pooling the
+sums of several leaves gives the figures of all of them together.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
+from jaxtyping import Array
+
+from daq_jax.analysis import sheets
+from daq_jax.analysis.base_grids import lies_on_grid
+from daq_jax.analysis.figures import Figures
+from daq_jax.analysis.histograms import Details, details_of
+from daq_jax.numerics.arithmetic import sum_of_runs, total
+from daq_jax.numerics.sharding import run_sharded, sharding_of
+from daq_jax.qtensor import QTensor
+from daq_jax.scales import absmax_scale
+from daq_jax.trees import is_qtensor, named_leaves
+
+SMALLEST_CHANGE = 1e-5  # weight units; smaller changes are left out of the sign figures
+BIN_EDGES = (1e-5, 1e-4, 1e-3)  # of |d|, weight units
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, repr=False)
+class Comparison:
+    """What `compare` found. Prints as a table, and shows itself as one in a notebook.
+
+    Attributes:
+        leaves: figures of each quantized leaf, by path.
+        total: figures of all of them together, from pooled sums.
+        details: what the pictures of `daq_jax.display.plots` need, by path; empty unless asked for. A
+            comparison of folders has one entry for all leaves together, under the path "".
+    """
+
+    leaves: dict[str, Figures]
+    total: Figures
+    details: dict[str, Details] = dataclasses.field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, ready for JSON."""
+        return {"total": self.total.to_dict(), "leaves": {p: f.to_dict() for p, f in self.leaves.items()}}
+
+    def worst(self, n: int = 10, *, by: str = "projection") -> dict[str, Figures]:
+        """The `n` leaves that one figure speaks worst of, the worst first; leaves without it come last.
+
+        Args:
+            n: how many.
+            by: the name of a figure: of `projection` and `norm_ratio` the farthest from 1 is the worst, of
+                `flipped`, `lost`, `unchanged`, `mse` and `on_grid` the highest, of all others the lowest.
+
+        Raises:
+            ValueError: if there is no such figure.
+        """
+        ranked = sorted(self.leaves.items(), key=lambda item: item[1].badness(by), reverse=True)
+        return dict(ranked[:n])
+
+    def _shown(self, how: Callable[[sheets.Sheet], str]) -> str:
+        if not all(figures.is_concrete for figures in (self.total, *self.leaves.values())):
+            return f"Comparison of {len(self.leaves)} leaves, traced"
+        return how(sheets.compared(self))
+
+    def __repr__(self) -> str:
+        return self._shown(sheets.text)
+
+    def _repr_html_(self) -> str:
+        return self._shown(sheets.html)
+
+
+def compare(base: Any, tuned: Any, quantized: Any, *, details: bool = False) -> Comparison:
+    """Compares a quantized tree with the change that tuning made.
+
+    Sums are taken in short runs and hold to 1e-5 relative on leaves of 64M elements and more. Eagerly the
+    figures are float64 and exact counts; under `jax.jit` they are float32 arrays.
+
+    Args:
+        base: tree of weights before tuning.
+        tuned: tree of weights after tuning.
+        quantized: what `quantize` returned; other leaves than QTensors are passed over.
+        details: also collect what the pictures of `daq_jax.display.plots` need; not under a trace.
+
+    Raises:
+        ValueError: naming every quantized leaf that has no partner of its shape in `base` or `tuned`.
+
+    >>> base = {"kernel": jnp.zeros((2, 2))}
+    >>> tuned = {"kernel": jnp.ones((2, 2))}
+    >>> from daq_jax.trees import quantize
+    >>> float(compare(base, tuned, quantize(base, tuned)).total.projection)
+    1.0
+    """
+    before, after = named_leaves(base), named_leaves(tuned)
+    found = {path: q for path, q in named_leaves(quantized).items() if is_qtensor(q)}
+    _refuse_strangers(before, after, found)
+    leaves = {path: compare_leaf(before[path], after[path], q) for path, q in found.items()}
+    closer = {path: details_of(before[path], after[path], q) for path, q in found.items()} if details else {}
+    return Comparison(leaves, pool(leaves.values()), closer)
+
+
+def compare_leaf(base: ArrayLike | QTensor, tuned: ArrayLike | QTensor, quantized: QTensor) -> Figures:
+    """Figures of one leaf; all three have one shape. See `compare`."""
+    return _figures(_sums(base, tuned, quantized), quantized)
+
+
+def pool(figures: Iterable[Figures]) -> Figures:
+    """Figures of several leaves together."""
+    figures = list(figures)
+    return jax.tree.map(lambda *x: sum(x), *figures) if figures else _none()
+
+
+def _refuse_strangers(before: dict[str, Any], after: dict[str, Any], found: dict[str, QTensor]) -> None:
+    problems = []
+    for path, q in found.items():
+        for word, leaves in (("base", before), ("tuned", after)):
+            if path not in leaves:
+                problems.append(f"{path!r} is quantized but not in {word}")
+            elif tuple(np.shape(leaves[path])) != q.shape:
+                problems.append(f"{path!r} is {q.shape} but in {word} it is {tuple(np.shape(leaves[path]))}")
+    if problems:
+        raise ValueError(
+            "the three trees do not belong together:"
+            + "".join(f"\n  {p}" for p in problems)
+            + "\nPass the trees that were given to `quantize`, and its result."
+        )
+
+
+def _none() -> Figures:
+    zeros = {field.name: np.float64(0) for field in dataclasses.fields(Figures)}
+    return Figures(**zeros | {"elements": 0, "counts": np.zeros(4, np.int64)})
+
+
+def _figures(sums: dict[str, Array], q: QTensor) -> Figures:
+    """On the host in float64 and whole numbers; under a trace in float32, which pools without overflow."""
+    if any(isinstance(x, Tracer) for x in sums.values()):
+        return Figures(elements=jnp.float32(q.size), **{k: x.astype(jnp.float32) for k, x in sums.items()})
+    host = jax.device_get(sums)  # all at once: each alone would wait for the device
+    wide = {
+        k: x.astype(np.int64 if np.issubdtype(x.dtype, np.integer) else np.float64)[()]
+        for k, x in host.items()
+    }
+    return Figures(elements=q.size, **wide)
+
+
+@jax.jit
+def _sums(base: Any, tuned: Any, q: QTensor) -> dict[str, Array]:
+    sharding = sharding_of(q.codes)
+    everywhere = None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec())
+    return run_sharded(sums_of_leaf, everywhere)(base, tuned, q)
+
+
+def sums_of_leaf(base: Any, tuned: Any, q: QTensor) -> dict[str, Array]:
+    """The sums that `Figures` holds, all but `elements`; whole numbers are int32 where they fit."""
+    on_grid = _on_grid(base, q)
+    base, tuned = (
+        jnp.asarray(x.dequantize() if is_qtensor(x) else x).astype(jnp.float32) for x in (base, tuned)
+    )
+    weight = q.view.join(q.values())
+    change, kept, error = tuned - base, weight - base, weight - tuned
+    size, zero = jnp.abs(change), kept == 0
+    counted = size > SMALLEST_CHANGE
+    same = counted & (((change > 0) & (kept > 0)) | ((change < 0) & (kept < 0)))
+    flags = (counted, same, counted & zero, zero, on_grid, *(size >= edge for edge in BIN_EDGES))
+    counted, same, erased, zero, on_grid, *above = _counts(flags)
+    above = [jnp.full_like(zero, size.size), *above, jnp.zeros_like(zero)]
+    return {
+        "counted": counted,
+        "same_sign": same,
+        "opposite_sign": counted - same - erased,
+        "erased": erased,
+        "zero": zero,
+        "dd": _total(change * change),
+        "qq": _total(kept * kept),
+        "dq": _total(change * kept),
+        "ee": _total(error * error),
+        "counts": jnp.stack([a - b for a, b in itertools.pairwise(above)]),
+        "base_on_grid": on_grid,
+    }
+
+
+def _total(x: Array) -> Array:
+    return total(x, tuple(range(x.ndim))[::-1]).reshape(())  # along rows first: a third faster on a CPU
+
+
+def _counts(flags: Sequence[Array]) -> list[Array]:
+    """How often each of some arrays of truth values, of one shape, is true.
+
+    Four are counted at a time, in the bytes of one word: a run of 128 does not overflow a byte. On a CPU,
+    which takes each sum alone and computes what it adds up anew, that is three times as fast.
+    """
+    whole = flags[0].size < 2**31  # beyond that int32 would overflow, and float32 sums hold to 1e-7
+    found = []
+    for i in range(0, len(flags), 4):
+        four = flags[i : i + 4]
+        word = functools.reduce(jnp.bitwise_or, (f.astype(jnp.uint32) << 8 * k for k, f in enumerate(four)))
+        runs = sum_of_runs(word, word.ndim - 1)
+        for k in range(len(four)):
+            found.append(_total((runs >> 8 * k & 255).astype(jnp.int32 if whole else jnp.float32)))
+    return found
+
+
+def _on_grid(base: Any, q: QTensor) -> Array:
+    """Whether each base element lies on the grid of the base's stored scale, else of its AbsMax scale."""
+    owner = base if is_qtensor(base) else q
+    view, fmt = owner.view, owner.format
+    weight = jnp.asarray(base.dequantize() if is_qtensor(base) else base)
+    tiles = view.cut(weight).astype(jnp.float32)
+    if is_qtensor(base):
+        scale = view.spread(base.scale)
+    else:
+        scale = absmax_scale(tiles, view.tile_axes, largest=fmt.largest)
+    zero = view.spread(base.zero) if is_qtensor(base) and base.zero is not None else 0.0
+    return view.join(lies_on_grid(tiles, scale, fmt, weight.dtype, zero))

@@ -1,0 +1,82 @@
+"""What an inspection comes to, in one or two sentences for someone who has never heard of a projection.
+
+Every sentence claims no more than its bounds allow: "erased" and "kept" are said when the whole interval of
+the estimate lies on that side of the line.
+"""
+
+import math
+from typing import TYPE_CHECKING
+
+from daq_jax.analysis.sheets import ON_GRID
+
+if TYPE_CHECKING:
+    from daq_jax.analysis.estimates import Estimate, Findings
+
+# Two unrelated models differ by sqrt(|base|^2 + |tuned|^2), that is by at least the size of the base; no
+# fine-tune comes near.
+UNRELATED = 0.9  # |d| / |base|
+# A bfloat16 base that was never on a grid has one weight in sixteen on it by chance, so AbsMax keeps 94 % of
+# a small change there, and behaviour shows no loss: what the default still gains, a KL of 0.57 to 0.61 times
+# that of AbsMax, is the rounding noise of any weights (`benchmarks/results/behaviour/gpu_fp8-block.md`).
+KEPT = 0.9  # projection
+
+
+def verdict_of(found: "Findings", recipe: str, *, format_name: str = "FP8") -> str:
+    """The verdict on all leaves together.
+
+    Args:
+        found: their findings.
+        recipe: what to call the recipe that was tried.
+        format_name: what to call its number format.
+    """
+    if found.unmoved.value == 1:
+        everywhere = found.sampled == found.elements
+        where = "" if everywhere else f" in any of the {found.sampled:,} weights that were looked at"
+        return f"The two models do not differ{where}: there is no change to keep."
+    if found.change.value >= UNRELATED:
+        return (
+            f"These two models look unrelated: the change is {found.change.value:.0%} of the weights. "
+            "Is this the base that the tuned model was made from?"
+        )
+    grid = _grid(found, format_name)
+    plain, kept = found.absmax_projection, found.projection
+    if not math.isfinite(plain.bound):
+        return f"{grid} The change lies in too few of the weights looked at to say what is kept of it."
+    if plain.high < KEPT:
+        lost = f"AbsMax would erase about {1 - plain.value:.0%} of this fine-tune{_span(plain)}"
+        return f"{grid} {lost}; {recipe} {_keeps(kept)}."
+    if plain.low < KEPT:
+        return (
+            f"{grid} AbsMax would keep {_interval(plain)} of this fine-tune, {recipe} {_interval(kept)}: "
+            "the sample is too small to say more."
+        )
+    only_noise = found.on_fitted_grid.value <= ON_GRID and plain.high <= 2 - KEPT
+    noise = "the default only lowers the ordinary noise of rounding somewhat"
+    rest = noise if only_noise else f"{recipe} {_keeps(kept)}"
+    return f"{grid} Plain AbsMax keeps the change, {_interval(plain)} of it; {rest}."
+
+
+def _grid(found: "Findings", name: str) -> str:
+    if not math.isnan(found.on_stored_grid.value):
+        return f"This base is stored in {name}."
+    word = "is" if found.on_fitted_grid.value > ON_GRID else "is not"
+    return f"This base {word} on an {name} grid."
+
+
+def _interval(x: "Estimate") -> str:
+    if not math.isfinite(x.bound):
+        return f"about {x.value:.0%}"
+    low, high = f"{max(x.low, 0):.0%}".rstrip("%"), f"{x.high:.0%}"
+    return high if f"{low}%" == high else f"{low} to {high}"
+
+
+def _span(x: "Estimate") -> str:
+    """The bounds of what is erased, where they are wide enough to be seen."""
+    low, high = 1 - x.high, 1 - x.low
+    return f" ({low:.0%} to {high:.0%})" if f"{low:.0%}" != f"{high:.0%}" else ""
+
+
+def _keeps(x: "Estimate") -> str:
+    if x.low > 2 - KEPT:
+        return f"would overshoot to {_interval(x)} of it"
+    return f"keeps {_interval(x)} of it"

@@ -1,0 +1,234 @@
+"""Density-aware quantization: 4-bit codes laid over where the weights are dense, then tuned by the output.
+
+Stage 1 (`alignment`) places the code line of each group by its weights alone, stage 2 (`adjustment`) moves it
+by the loss of the layer's output, and `output_rounding` chooses codes by that loss. Source: arXiv:2410.12187
+for the stages; rounding by the output is not part of it.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+from jax.sharding import NamedSharding
+from jaxtyping import Array
+
+from daq_jax import recipes
+from daq_jax.density.centring import align
+from daq_jax.density.code_lines import Groups, Line, Loss
+from daq_jax.density.grams import Grams
+from daq_jax.density.group_layout import GroupLayout
+from daq_jax.density.output_rounding import Islands, round_by_output
+from daq_jax.metrics import Metric
+from daq_jax.numerics.sharding import run_sharded, scale_sharding, sharding_of
+from daq_jax.qtensor import QTensor
+from daq_jax.recipes import DensityRecipe
+from daq_jax.rules import DEFAULT_RULES, Rule
+from daq_jax.tilings import Matrix, TileView
+from daq_jax.trees import Pair, pair_leaves, refuse_unquantizable, warn_unused, with_leaves
+
+PyTree = Any
+_IN_CACHE = 2**18  # weights that a CPU works on at a time
+_NARROWEST = 64  # outputs: fewer leave vector lanes empty
+
+
+def quantize_density(
+    params: PyTree,
+    grams: Grams | None = None,
+    recipe: DensityRecipe = recipes.density,
+    *,
+    base: PyTree | None = None,
+    rules: Sequence[Rule] = DEFAULT_RULES,
+    check_finite: bool = True,
+) -> PyTree:
+    """Quantizes the weights of a model, to 4 bits as a rule, with as little effect on its layers' outputs.
+
+    Pure; works eagerly and under `jax.jit`, on NumPy arrays, and on sharded arrays, whose sharding the result
+    keeps. The result of a layer depends on that layer alone.
+
+    Args:
+        params: tree of weights: bfloat16, float16 or float32 arrays `[..., in, out]`.
+        grams: from `calibrate`; None for no calibration data: then the loss is the squared error of weights.
+        recipe: how to.
+        base: weights before tuning, a tree like `params`; only for a recipe with a `metric`.
+        rules: which leaves are quantized, in place of `DEFAULT_RULES`.
+        check_finite: look for NaN and infinity first.
+
+    Returns:
+        A tree like `params`, with a `QTensor` that has a `zero` for each leaf that was quantized.
+
+    Raises:
+        ValueError: before any work, naming every leaf at fault: what `quantize` refuses, a kernel without a
+            Gram matrix, or one of another group size.
+
+    Source: arXiv:2410.12187, and see `DensityRecipe`.
+
+    >>> weight = jax.random.normal(jax.random.key(0), (128, 8)) + 1
+    >>> q = quantize_density({"kernel": weight})["kernel"]
+    >>> q.codes.shape, q.scale.shape, q.zero.shape
+    ((128, 8), (1, 8), (1, 8))
+    """
+    _refuse_mismatch(recipe, base)
+    pairs = pair_leaves(params if base is None else base, params, recipes.default, rules)
+    warn_unused(pairs, rules)
+    refuse_unquantizable(pairs, check_finite)
+    _refuse_uncalibrated(pairs, grams, recipe)
+    return with_leaves(
+        params, [_quantize_leaf(p, grams, recipe) if p.decision.quantize else p.tuned for p in pairs]
+    )
+
+
+def _refuse_mismatch(recipe: DensityRecipe, base: PyTree | None) -> None:
+    if (recipe.metric is None) != (base is None):
+        raise ValueError(
+            "a metric of the change needs a base, and a base serves nothing else: "
+            f"`recipe.metric` is {recipe.metric} and `base` is {'not ' if base is None else ''}given."
+        )
+
+
+def _view(pair: Pair, recipe: DensityRecipe) -> TileView:
+    return TileView(tuple(pair.tuned.shape), pair.decision.matrix, recipe.tiling)
+
+
+def _refuse_uncalibrated(pairs: Sequence[Pair], grams: Grams | None, recipe: DensityRecipe) -> None:
+    """Raises one ValueError that names every leaf that is to be quantized and whose inputs are not known."""
+    row = recipe.loss == "row"
+    if grams is None:
+        if row:
+            raise ValueError(
+                "a loss over the whole row needs Gram matrices: pass calibrate(..., joint=True)."
+            )
+        return
+    problems = {
+        p.path: why
+        for p in pairs
+        if p.decision.quantize and (why := grams.problem(p.path, _view(p, recipe), recipe.group, row=row))
+    }
+    if problems:
+        lines = "".join(f"\n  {path!r}: {why}." for path, why in problems.items())
+        raise ValueError(
+            f"{len(problems)} of the leaves cannot be quantized by the output of their layers:{lines}\n"
+            "Calibrate with the model and the group size that are to be quantized, or keep these leaves by "
+            "a rule: put keep('^PATH$') before your other rules."
+        )
+
+
+def _quantize_leaf(pair: Pair, grams: Grams | None, recipe: DensityRecipe) -> QTensor:
+    gram = None if grams is None else grams.products[pair.path]
+    base = None if recipe.metric is None else pair.base
+    sharding = sharding_of(pair.tuned)
+    split = sharding is None and (not isinstance(pair.tuned, Tracer) or jax.device_count() == 1)
+    return _quantize(pair.tuned, base, gram, how=_How(recipe, pair.decision.matrix, sharding, split))
+
+
+@dataclasses.dataclass(frozen=True)
+class _How:
+    """What shapes the compiled program, beside the arrays."""
+
+    recipe: DensityRecipe
+    matrix: Matrix
+    sharding: NamedSharding | None
+    split: bool
+
+
+@functools.partial(jax.jit, static_argnames="how")
+def _quantize(weight: Array, base: Array | None, gram: Array | None, *, how: _How) -> QTensor:
+    recipe = how.recipe
+    view = TileView(tuple(weight.shape), how.matrix, recipe.tiling)
+
+    layout = GroupLayout(view)
+
+    def run(weight: Array, base: Array | None, gram: Array | None) -> tuple[Array, Array, Array]:
+        group_grams, islands = _damped(layout, gram, recipe)
+
+        def place(weight: Array, base: Array | None) -> tuple[Array, Line]:
+            groups = Groups(weight, jnp.asarray(layout.real), group_grams, recipe.format, recipe.shift)
+            values, line = _place(groups, islands, base, recipe)
+            return recipe.format.encode(values), line
+
+        before = None if base is None else layout.cut(base)
+        codes, line = _by_columns(place, layout.cut(weight), before, split=how.split)
+        scale, zero = (x.reshape(view.grid) for x in line)
+        return layout.join(codes), scale, zero
+
+    of_scale = scale_sharding(how.sharding, view)
+    codes, scale, zero = run_sharded(run, (how.sharding, of_scale, of_scale))(weight, base, gram)
+    dtype, zero = np.dtype(weight.dtype), zero if recipe.shift else None
+    return QTensor(codes, scale, recipe.format, recipe.tiling, dtype, how.matrix, zero)
+
+
+def _damped(layout: GroupLayout, gram: Array | None, recipe: DensityRecipe) -> tuple[Array, Islands | None]:
+    """Gram matrix of each group, and the islands of the recipe's loss, with a larger diagonal."""
+
+    def damped(gram: Array, inputs: np.ndarray) -> Array:
+        mean = jnp.trace(gram, axis1=-2, axis2=-1) / jnp.asarray(inputs, jnp.float32)
+        return gram + recipe.damping * mean[..., None, None] * jnp.eye(gram.shape[-1], dtype=jnp.float32)
+
+    groups = damped(layout.group_grams(gram), layout.real.sum((1, 2)))
+    if not recipe.sweeps:
+        return groups, None
+    if recipe.loss == "group" or gram is None:
+        return groups, Islands.of(groups)
+    return groups, Islands.of(damped(layout.row_gram(gram)[None], layout.real.sum(keepdims=True)[0, 0]))
+
+
+def _by_columns(place: Callable[..., Any], weight: Array, base: Array | None, *, split: bool) -> Any:
+    """`place` on all outputs of all matrices; a CPU takes some at a time, to find them in its cache."""
+    batch, count, size, columns = weight.shape
+
+    def in_parts(width: int, *matrices: Array | None) -> Any:
+        parts = -(-columns // width)
+
+        def cut(x: Array) -> Array:
+            x = jnp.pad(x, [(0, 0), (0, 0), (0, 0), (0, parts * width - columns)])
+            x = jnp.moveaxis(x.reshape(batch, count, size, parts, width), 3, 1)
+            return x.reshape(-1, count, size, width)
+
+        def join(x: Array) -> Array:
+            x = x.reshape(batch, parts, *x.shape[1:])
+            x = jnp.moveaxis(x, 1, -2)
+            return x.reshape(*x.shape[:-2], parts * width)[..., :columns]
+
+        done = lax.map(lambda parts: place(*parts), jax.tree.map(cut, matrices))
+        return jax.tree.map(join, done)
+
+    whole = functools.partial(in_parts, columns)
+    if not split:
+        return whole(weight, base)
+    width = min(columns, max(_NARROWEST, _IN_CACHE // (count * size)))
+    return lax.platform_dependent(weight, base, cpu=functools.partial(in_parts, width), default=whole)
+
+
+def _place(
+    groups: Groups, islands: Islands | None, base: Array | None, recipe: DensityRecipe
+) -> tuple[Array, Line]:
+    """The stages: values of the codes, and their lines."""
+    line = Line(*align(groups.weight, groups.real, groups.format, recipe.centre, recipe.coverage))
+    loss = groups.loss
+    if recipe.metric is not None and base is not None:
+        loss = _loss_of_change(groups, base, recipe.metric)
+    if recipe.adjust is not None:
+        line = recipe.adjust(groups, loss, line)
+    if islands is not None:
+        return round_by_output(groups, islands, line, sweeps=recipe.sweeps)
+    return groups.nearest(line), line
+
+
+def _loss_of_change(groups: Groups, base: Array, metric: Metric) -> Loss:
+    """Minus a metric of the change, group by group."""
+
+    def tiles(x: Array) -> Array:
+        return jnp.moveaxis(x, 1, 2).reshape(-1, x.shape[1])
+
+    change = tiles(groups.weight - base)
+
+    def loss(values: Array, line: Line) -> Array:
+        kept = jnp.where(groups.real, line.weights(values) - base, 0)
+        return -metric(change, tiles(kept)).reshape(line.scale.shape)
+
+    return loss

@@ -1,0 +1,72 @@
+"""Sheets as people see them in a terminal, and as programs read them."""
+
+import csv
+import io
+from typing import Any
+
+from rich.box import HORIZONTALS
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from daq_jax.analysis import sheets
+from daq_jax.analysis.figures import FIGURES
+
+_WIDE = 200  # characters, where no terminal says how many there are
+_NAME = 24  # characters of a leaf's path on a line, at least, before columns are left out
+_BETWEEN, _EDGES = 2, 3  # characters around a column, and around the table and its first column
+
+
+def console() -> Console:
+    """A console whose lines do not break where nobody looks at a terminal."""
+    found = Console()
+    return found if found.is_terminal else Console(width=_WIDE)
+
+
+def show(sheet: sheets.Sheet, on: Console) -> None:
+    """Prints a sheet: what stands above it, the table, what stands below; numbers are whole or left out."""
+    fitting = _fitting(sheet, on.width)
+    table = Table(box=HORIZONTALS, padding=(0, 1, 0, 0))
+    table.add_column("leaf", overflow="fold")
+    for i, width in fitting.items():
+        table.add_column(sheet.header[i].title, justify="right", width=width)
+    totals = sum(name in sheets.TOTALS for name, _ in sheet.rows)
+    for number, (name, row) in enumerate(sheet.rows, 1):
+        table.add_row(Text(name), *(row[i] for i in fitting), end_section=number == totals)
+    for line in sheet.before:
+        on.print(Text(line, style="bold"))
+    on.print(table)
+    hidden = len(sheet.header) - len(fitting)
+    missing = [f"{hidden} columns do not fit into this terminal; `--json` gives all"] if hidden else []
+    for line in [*missing, *sheet.after]:
+        on.print(Text(line))
+
+
+def _fitting(sheet: sheets.Sheet, width: int) -> dict[int, int]:
+    """The columns that fit beside the names, and their widths; those of projections are the last to go."""
+    columns = range(len(sheet.header))
+    titles = [column.title for column in sheet.header]
+    cells = [max(len(row[i]) for _, row in sheet.rows) for i in columns]
+    name = max(len(name) for name, _ in sheet.rows)
+    whole = [max(len(titles[i]), cells[i]) for i in columns]
+    if name + sum(n + _BETWEEN for n in whole) + _EDGES <= width:
+        return dict(enumerate(whole))
+    wrapped = [max(cells[i], *map(len, titles[i].split())) for i in columns]
+    room, found = width - min(name, _NAME) - _EDGES, {}
+    for i in sorted(columns, key=lambda i: "projection" not in sheet.header[i].figure):
+        room -= wrapped[i] + _BETWEEN
+        if room < 0:
+            break
+        found[i] = wrapped[i]
+    return dict(sorted(found.items()))
+
+
+def comma_separated(table: Any) -> str:
+    """A comparison as CSV: the total, then every leaf in its order, with plain numbers."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["leaf", *FIGURES])
+    for path, figures in [("total", table.total), *table.leaves.items()]:
+        plain = figures.to_dict()
+        writer.writerow([path, *("" if plain[name] is None else plain[name] for name in FIGURES)])
+    return file.getvalue()

@@ -1,0 +1,1 @@
+"""Hugging Face folders: tensor files, names of weights, stored forms of codes and scales."""

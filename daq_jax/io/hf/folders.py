@@ -1,0 +1,251 @@
+"""A checkpoint folder as named tensors that are read when asked for.
+
+    folder = open_folder("some/model")
+    folder.tensors["model.layers.0.mlp.up_proj.weight"]  # shape, dtype, bytes, and whether it is quantized
+    folder.read("model.layers.0.mlp.up_proj.weight")  # a NumPy array, or a QTensor of the stored codes
+
+A folder is checked when it is opened, from headers, index and config alone. No pickle is ever read, and no
+path that leads out of the folder is followed.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from daq_jax.io.hf.codings import HF_MATRIX, Coding, Matrix, find_codings, find_packed, stored_scale
+from daq_jax.io.hf.packed_int4 import unpack
+from daq_jax.io.hf.tensor_files import TensorReader, TensorSpec, read_json
+from daq_jax.qtensor import QTensor
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_DTYPES = {
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+    "float32": np.dtype(np.float32),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A tensor of a folder, before it is read.
+
+    Attributes:
+        name: as the folder has it; for Orbax the path, joined by "/".
+        spec: dtype and shape as stored: for a quantized weight those of its codes, unpacked.
+        file: name of the file it is in, relative to the folder.
+        coding: how codes and scale make a weight; None for a tensor that is not quantized. The scale itself
+            is not listed as a tensor of its own.
+        matrix: input and output axes, for those that are matrices.
+    """
+
+    name: str
+    spec: TensorSpec
+    file: str
+    coding: Coding | None
+    matrix: Matrix
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Number of elements along each axis."""
+        return self.spec.shape
+
+    @property
+    def dtype(self) -> np.dtype | None:
+        """As stored; None for floats of 4 and 6 bits, which are copied but not read."""
+        return self.spec.numpy_dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes, without those of a scale."""
+        return self.spec.nbytes
+
+
+class Folder(abc.ABC):
+    """What any checkpoint folder offers. Reading is safe from several threads.
+
+    Attributes:
+        path: where it is.
+        tensors: all of its tensors by name, in the order of its files.
+        config: its `config.json`; empty where it has none.
+        dtype: what quantized weights dequantize to unless told otherwise: the config's dtype.
+    """
+
+    path: Path
+    tensors: dict[str, Tensor]
+    config: dict[str, Any]
+    dtype: np.dtype
+
+    @abc.abstractmethod
+    def read(
+        self, name: str, part: slice = slice(None), dtype: np.dtype | None = None
+    ) -> np.ndarray | QTensor:
+        """A tensor, or a part of its first axis, in memory of its own.
+
+        Args:
+            name: one of `tensors`.
+            part: of the first axis; of a quantized matrix it must not cut through a tile.
+            dtype: that a quantized weight dequantizes to; None for that of the folder.
+
+        Returns:
+            An array as stored, or for a quantized weight a QTensor of the stored codes and scales.
+
+        Raises:
+            ValueError: naming the file and the tensor, if its bytes or its scales make no sense.
+        """
+
+    @abc.abstractmethod
+    def chunks(self, name: str) -> Iterator[np.ndarray]:
+        """The stored bytes of a tensor of any dtype, in runs of at most 16 MiB."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Closes all files."""
+
+
+def open_folder(path: str | Path) -> Folder:
+    """Opens a checkpoint folder: Hugging Face safetensors, in one file or in shards.
+
+    Raises:
+        ValueError: in one sentence that names the file, and the tensor where one is at fault.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"{path}: not a folder; needed one that holds a checkpoint.")
+    return HuggingFaceFolder(path)
+
+
+def is_orbax(path: Path) -> bool:
+    """Whether a folder looks like an Orbax checkpoint."""
+    return any((path / name).exists() for name in ("_CHECKPOINT_METADATA", "_METADATA"))
+
+
+class HuggingFaceFolder(Folder):
+    """A `Folder` of safetensors files with a `config.json`, as Hugging Face lays them out."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        config = path / "config.json"
+        self.config = read_json(config, "the config") if config.is_file() else {}
+        self.dtype = _dtype_of(self.config)
+        self._readers: dict[str, TensorReader] = {}
+        files = _weight_files(path)
+        try:
+            for name in sorted(set(files.values())) if files else [SINGLE]:
+                self._readers[name] = TensorReader(path / name)
+            self._file_of = files or dict.fromkeys(self._readers[SINGLE].entries, SINGLE)
+            self.tensors = self._tensors()
+        except BaseException:
+            self.close()
+            raise
+
+    def _tensors(self) -> dict[str, Tensor]:
+        missing = [n for n, file in self._file_of.items() if n not in self._readers[file].entries]
+        if missing:
+            raise ValueError(
+                f"{self.path / INDEX}: says that {missing[0]!r} is in {self._file_of[missing[0]]!r}, which "
+                f"has no tensor of that name, nor {len(missing) - 1} others; the folder is incomplete."
+            )
+        placed = sorted(self._file_of, key=lambda n: (self._file_of[n], self._entry(n).start))
+        specs = {name: self._entry(name).spec for name in placed}
+        try:
+            codings = find_codings(specs, self.config)
+            packed = find_packed(specs, self._stored)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}.") from error
+        parts = {coding.scale for coding in codings.values()}
+        parts |= {part for coding, _ in packed.values() for part in (coding.scale, coding.shape)}
+        weight_of = {coding.words: name for name, (coding, _) in packed.items()}
+        found: dict[str, Tensor] = {}
+        for stored in (name for name in specs if name not in parts):
+            name, spec, coding = weight_of.get(stored, stored), specs[stored], codings.get(stored)
+            if stored in weight_of:
+                coding, shape = packed[name]
+                spec = TensorSpec("I8", shape)  # as it is read
+            found[name] = Tensor(name, spec, self._file_of[stored], coding, HF_MATRIX)
+        return found
+
+    def _stored(self, name: str, part: slice = slice(None)) -> np.ndarray:
+        return self._readers[self._file_of[name]].read(name, part)
+
+    def _entry(self, name: str) -> Any:
+        return self._readers[self._file_of[name]].entries[name]
+
+    def read(
+        self, name: str, part: slice = slice(None), dtype: np.dtype | None = None
+    ) -> np.ndarray | QTensor:
+        """See `Folder.read`."""
+        tensor = self.tensors[name]
+        coding = tensor.coding
+        if coding is None:
+            return self._stored(name, part)
+        values = self._stored(coding.words or name, part)
+        values = unpack(values, tensor.shape[1]).astype(coding.format.dtype) if coding.words else values
+        try:
+            stored = self._stored(coding.scale, coding.scale_part(tensor.shape, part))
+            scale = stored_scale(stored, values.shape, coding.tiling)
+        except ValueError as error:
+            raise ValueError(f"{self.path / tensor.file}: tensor {name!r}: {error}.") from error
+        codes = jnp.asarray(values)
+        return QTensor(
+            codes, jnp.asarray(scale), coding.format, coding.tiling, dtype or self.dtype, HF_MATRIX
+        )
+
+    def chunks(self, name: str) -> Iterator[np.ndarray]:
+        """See `Folder.chunks`."""
+        return self._readers[self.tensors[name].file].chunks(name)
+
+    def close(self) -> None:
+        """See `Folder.close`."""
+        for reader in self._readers.values():
+            reader.close()
+
+
+def _dtype_of(config: Mapping[str, Any]) -> np.dtype:
+    inner = config.get("text_config")
+    for place in (config, inner if isinstance(inner, dict) else {}):
+        for key in ("dtype", "torch_dtype"):
+            word = place.get(key)
+            if isinstance(word, str) and word.removeprefix("torch.") in _DTYPES:
+                return _DTYPES[word.removeprefix("torch.")]
+    return _DTYPES["bfloat16"]
+
+
+def _weight_files(path: Path) -> dict[str, str] | None:
+    """Tensor name -> file name by the folder's index; None where all tensors are in the one file."""
+    if (path / INDEX).is_file():
+        return _weight_map(path / INDEX)
+    if not (path / SINGLE).is_file():
+        raise ValueError(_nothing_to_read(path))
+    return None
+
+
+def _nothing_to_read(path: Path) -> str:
+    if (path / "adapter_config.json").exists() or (path / "adapter_model.safetensors").exists():
+        return (
+            f"{path}: a LoRA adapter, not a whole model; merge it into its base first "
+            "(`merge_and_unload` and `save_pretrained` of peft) and pass the merged folder."
+        )
+    if any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth")):
+        return f"{path}: holds only pickled weights, which are never read; save it as safetensors first."
+    return f"{path}: holds neither {INDEX} nor {SINGLE}; needed a Hugging Face folder of safetensors."
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    found = read_json(index, "the index").get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise ValueError(f"{index}: `weight_map` must be an object of tensor names and file names.")
+    for name, file in found.items():
+        if not isinstance(file, str) or set(file) & set("/\\\0") or not file.endswith(".safetensors"):
+            raise ValueError(
+                f"{index}: tensor {name!r} is said to be in {file!r}; needed a .safetensors file in it."
+            )
+        if not (index.parent / file).is_file():
+            raise ValueError(f"{index}: tensor {name!r} is in {file!r}, which is not in the folder.")
+    return found

@@ -1,0 +1,1 @@
+"""Work on whole checkpoints: plan, carry out, resume, complete."""

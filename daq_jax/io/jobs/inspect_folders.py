@@ -1,0 +1,89 @@
+"""`inspect` for two checkpoint folders: reads the bands of rows that hold the sample, and nothing else."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from daq_jax import recipes
+from daq_jax.analysis.inspection import MOST_ELEMENTS, Inspection, Source, inspect_sources
+from daq_jax.analysis.sampling import Index, Patches, scales, take
+from daq_jax.io.hf.folders import Tensor
+from daq_jax.io.hf.layouts import LAYOUTS
+from daq_jax.io.hf.row_bands import band_around, band_step, open_for_bands
+from daq_jax.io.jobs.planning import Job, Plan, make_plan
+from daq_jax.qtensor import QTensor
+from daq_jax.recipes import Recipe
+from daq_jax.tilings import TileView
+
+_Leaf = NDArray | QTensor
+_Pair = tuple[_Leaf, _Leaf]
+_NO_LIMIT = 2**60  # bytes: nothing is quantized whole here
+
+
+def inspect_folder(
+    base: str | Path,
+    tuned: str | Path,
+    recipe: Recipe = recipes.default,
+    *,
+    format: str = "fp8-block",
+    most_elements: int = MOST_ELEMENTS,
+) -> Inspection:
+    """Says before any quantizing whether there is a change to lose between two checkpoint folders.
+
+    Looks at the weights that `quantize_folder` would quantize; see `inspect`. Memory and time depend on the
+    size of the sample, hardly on that of the folders.
+
+    Args:
+        base: folder before tuning.
+        tuned: folder after tuning.
+        recipe: what to hold against AbsMax; its format and tiling are those of `format`.
+        format: as of `quantize_folder`.
+        most_elements: how many elements to look at, at most.
+
+    Raises:
+        ValueError: in one sentence: what a folder has wrong, weights without a base, NaN or infinity in the
+            sample.
+    """
+    if format not in LAYOUTS:
+        raise ValueError(f"`format` must be one of {', '.join(LAYOUTS)}; got {format!r}.")
+    before, after = open_for_bands(base), open_for_bands(tuned)
+    try:
+        layout = LAYOUTS[format]
+        stored_so = dataclasses.replace(recipe, format=layout.format, tiling=layout.tiling)
+        plan = make_plan(before, after, stored_so, layout, memory=_NO_LIMIT)
+
+        @functools.lru_cache(maxsize=1)  # patches of one band come one after another
+        def band(name: str, first: int, last: int) -> _Pair:
+            old, new = (folder.read(name, slice(first, last), plan.dtype) for folder in (before, after))
+            return old, new
+
+        sources = {job.name: _source(job, plan, band) for job in plan.jobs if job.quantize}
+        return inspect_sources(sources, recipe, most_elements=most_elements)
+    finally:
+        before.close()
+        after.close()
+
+
+def _source(job: Job, plan: Plan, band: Callable[[str, int, int], _Pair]) -> Source:
+    partner = job.base
+    assert partner is not None  # the plan refuses weights without
+    stored = partner.coding is not None and partner.coding.format == plan.recipe.format
+    step, length = band_step(partner, job.tuned), job.tuned.shape[0]
+
+    def read(index: Index) -> tuple[NDArray, NDArray, NDArray | None]:
+        rows = np.asarray(index[0])
+        part = band_around(int(rows.min()), int(rows.max()) + 1, step, length)
+        old, new = band(job.name, part.start, part.stop)
+        inside = (rows - part.start, *index[1:])
+        spread = scales(old, inside) if stored and isinstance(old, QTensor) else None
+        return take(old, inside), take(new, inside), spread
+
+    def dtype(tensor: Tensor) -> np.dtype:
+        return plan.dtype if tensor.coding or tensor.dtype is None else tensor.dtype
+
+    view = TileView(job.tuned.shape, job.tuned.matrix, plan.recipe.tiling)
+    return Source(Patches(view), (dtype(partner), dtype(job.tuned)), plan.recipe, read)

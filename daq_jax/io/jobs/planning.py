@@ -1,0 +1,326 @@
+"""What will be done with a pair of folders, decided from headers and configs before any weight is read.
+
+A plan is data: shards of the result, and in each the tensors with what becomes of them. `streaming` carries
+it out. All that can be known to fail is found here, for all tensors at once.
+"""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+
+from daq_jax.io.hf.folders import Folder, Tensor
+from daq_jax.io.hf.layouts import (
+    Layout,
+    fused_with,
+    is_matrix,
+    skipped_modules,
+)
+from daq_jax.io.hf.tensor_files import TensorSpec, plan_file
+from daq_jax.recipes import Recipe
+from daq_jax.roundings.feedback import UnbiasedFeedback
+from daq_jax.roundings.nearest import Nearest
+from daq_jax.rules import DEFAULT_RULES, decide, keep
+from daq_jax.tilings import Block
+
+MissingBase = Literal["error", "absmax"]
+
+# The heads of classifiers, by the name that transformers gives them.
+RULES = (keep(r"(^|\.)score\."), *DEFAULT_RULES)
+# Bytes that quantizing takes for each element of a matrix, two inputs of 16 bits included: choices within a
+# tile, error feedback (33 by XLA's own account), other roundings of whole matrices (57).
+_BY_TILE, _FEEDBACK, _WHOLE = 24, 38, 64
+_WRITING = 2  # bytes for each element of the matrix before it, which is being written
+RUNTIME = 700 * 10**6  # bytes of the interpreter, JAX, its compiled programs, and the figures of a band
+_SHOWN = 8  # problems listed in full
+_CONV1D = ("gpt2", "gpt_bigcode", "openai-gpt")  # whose matrices are stored [in, out]
+_FLOATS = ("BF16", "F16", "F32")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One tensor of the result.
+
+    Attributes:
+        tuned: the tensor of the tuned model.
+        base: its partner; None if it is not quantized, or has no partner and takes AbsMax scales.
+        quantize: whether it is quantized.
+        why: why it is not, or "no base"; "" for the common case.
+        outputs: name -> spec of what is written.
+        rows: a matrix, or a stack of them, is worked on by that many of its first axis at a time.
+    """
+
+    tuned: Tensor
+    base: Tensor | None
+    quantize: bool
+    why: str
+    outputs: Mapping[str, TensorSpec]
+    rows: int
+
+    @property
+    def name(self) -> str:
+        """Of the tensor in the tuned model."""
+        return self.tuned.name
+
+    @property
+    def parts(self) -> list[slice]:
+        """The parts of the first axis that are worked on one after another."""
+        n = self.tuned.shape[0] if self.tuned.shape else 1
+        return [slice(i, min(i + self.rows, n)) for i in range(0, n, self.rows)]
+
+    @property
+    def unit(self) -> int:
+        """Most elements that are worked on at a time."""
+        return self.rows * math.prod(self.tuned.shape[1:])
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One file of the result."""
+
+    file: str
+    jobs: tuple[Job, ...]
+
+    @property
+    def outputs(self) -> dict[str, TensorSpec]:
+        """Every tensor of the file."""
+        return {name: spec for job in self.jobs for name, spec in job.outputs.items()}
+
+    @property
+    def tuned_bytes(self) -> int:
+        """Bytes that the tuned model has for it."""
+        return sum(job.tuned.nbytes for job in self.jobs)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the file."""
+        header, _ = plan_file(self.outputs)
+        return len(header) + sum(spec.nbytes for spec in self.outputs.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What will be done with a pair of folders.
+
+    Attributes:
+        shards: files of the result, in order.
+        recipe: how weights are quantized, the layout's format and tiling put in.
+        layout: how they are stored.
+        dtype: that quantized inputs are dequantized to, and kept ones stored in.
+        skipped: modules named in the config as not quantized.
+        dropped: tensors of the tuned model that are left out, and why.
+        memory: bytes the work will take at most, the process itself included.
+    """
+
+    shards: tuple[Shard, ...]
+    recipe: Recipe
+    layout: Layout
+    dtype: np.dtype
+    skipped: tuple[str, ...]
+    dropped: dict[str, str]
+    memory: int
+
+    @property
+    def jobs(self) -> list[Job]:
+        """Every tensor of the result."""
+        return [job for shard in self.shards for job in shard.jobs]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the result's shards."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    @property
+    def share(self) -> float:
+        """Of the tuned model's elements, the share that is quantized."""
+        sizes = collections.Counter[bool]()
+        for job in self.jobs:
+            sizes[job.quantize] += job.tuned.spec.size
+        return sizes[True] / max(sizes.total(), 1)
+
+    @property
+    def kept(self) -> dict[str, list[Job]]:
+        """Tensors that stay as they are, by the reason why, without its particulars."""
+        reasons: dict[str, list[Job]] = collections.defaultdict(list)
+        for job in self.jobs:
+            if not job.quantize:
+                reasons[job.why.partition(":")[0]].append(job)
+        return dict(reasons)
+
+
+def make_plan(
+    base: Folder,
+    tuned: Folder,
+    recipe: Recipe,
+    layout: Layout,
+    *,
+    memory: int,
+    missing_base: MissingBase = "error",
+    tp: int = 1,
+    dtype: np.dtype | None = None,
+) -> Plan:
+    """Plans the quantization of one folder against another.
+
+    Args:
+        base: before tuning.
+        tuned: after.
+        recipe: how to quantize, with the format and the tiling of the layout.
+        layout: how to store the result.
+        memory: bytes that the work may take.
+        missing_base: what becomes of weights whose base is missing or has another shape.
+        tp: number of devices over which a server will divide each weight.
+        dtype: that quantized inputs are dequantized to; None for that of the tuned model's weights.
+
+    Raises:
+        ValueError: naming every tensor that has no base, or what does not fit into the memory.
+    """
+    kept, dropped = _kept(tuned, layout, tp), _dropped(tuned)
+    dtype = dtype or _stored_dtype(tuned)
+    problems = {}
+    for name, tensor in tuned.tensors.items():
+        if name not in kept and name not in dropped and (why := _problem(base.tensors.get(name), tensor)):
+            problems[name] = why
+    if problems and missing_base == "error":
+        raise ValueError(_report(base, problems))
+    shards: dict[str, list[Job]] = {}
+    for name, tensor in tuned.tensors.items():
+        if name in dropped:
+            continue
+        if name in kept:
+            spec = tensor.spec if tensor.coding is None else TensorSpec.of(dtype, tensor.shape)
+            job = Job(tensor, None, False, kept[name], {name: spec}, rows=max(1, *tensor.shape[:1], 1))
+        else:
+            partner = None if name in problems else base.tensors[name]
+            job = _quantized(tensor, partner, recipe, layout, memory)
+        shards.setdefault(tensor.file, []).append(job)
+    skipped = skipped_modules((n for n in kept if is_matrix(n, len(tuned.tensors[n].shape))), _is_tied(tuned))
+    plan = Plan(
+        shards=tuple(Shard(file, tuple(jobs)) for file, jobs in shards.items()),
+        recipe=recipe,
+        layout=layout,
+        dtype=dtype,
+        skipped=tuple(skipped),
+        dropped=dropped,
+        memory=_memory([job for jobs in shards.values() for job in jobs], recipe),
+    )
+    if not any(job.quantize for job in plan.jobs):
+        raise ValueError(f"{tuned.path}: no tensor of it can be quantized: {_reasons(plan)}.")
+    return plan
+
+
+def _quantized(tensor: Tensor, base: Tensor | None, recipe: Recipe, layout: Layout, memory: int) -> Job:
+    rows = _rows_at_a_time(tensor, recipe, layout, memory)
+    why = "" if base else "no base"
+    return Job(tensor, base, True, why, layout.specs(tensor.name, tensor.shape), rows)
+
+
+def _rows_at_a_time(tensor: Tensor, recipe: Recipe, layout: Layout, memory: int) -> int:
+    """Whole matrices one by one; a matrix too large for the memory in bands, if its tiles are independent."""
+    *batch, outputs, inputs = tensor.shape
+    each = _bytes_each(tensor, recipe)
+    room = (memory - RUNTIME) // each
+    whole = 1 if batch else outputs
+    if outputs * inputs <= room:
+        return whole
+    step = layout.tiling.c if isinstance(layout.tiling, Block) else 1
+    rows = room // inputs // step * step
+    if batch or rows < step or not isinstance(recipe.rounding, Nearest):
+        needed = (RUNTIME + outputs * inputs * each) / 10**9
+        raise ValueError(
+            f"{tensor.file}: {tensor.name!r} is {outputs} x {inputs}, which takes {needed:.1f} GB at once; "
+            f"the memory given is {memory / 10**9:.1f} GB: raise it (--memory {math.ceil(10 * needed) / 10})."
+        )
+    return rows
+
+
+def _memory(jobs: Sequence[Job], recipe: Recipe) -> int:
+    units = [job.unit * _bytes_each(job.tuned, recipe) for job in jobs if job.quantize]
+    return RUNTIME + max(units, default=0)
+
+
+def work_of(recipe: Recipe) -> int:
+    """Bytes that quantizing takes for each element, two inputs of 16 bits included."""
+    if isinstance(recipe.rounding, Nearest):
+        return _BY_TILE
+    return _FEEDBACK if isinstance(recipe.rounding, UnbiasedFeedback) else _WHOLE
+
+
+def _bytes_each(tensor: Tensor, recipe: Recipe) -> int:
+    """Bytes of memory for each element of the largest matrix: while one is worked on, the next is read."""
+    wide = max(2, tensor.dtype.itemsize if tensor.dtype else 2)
+    return work_of(recipe) + _WRITING + 2 * wide + 2 * (wide - 2)
+
+
+def _stored_dtype(folder: Folder) -> np.dtype:
+    """Of its weights; where they are codes, the one its config names."""
+    plain = (t for name, t in folder.tensors.items() if is_matrix(name, len(t.shape)) and not t.coding)
+    return next((t.dtype for t in plain if t.dtype and t.spec.dtype in _FLOATS), folder.dtype)
+
+
+def _is_tied(folder: Folder) -> bool:
+    return folder.config.get("tie_word_embeddings") is True
+
+
+def _dropped(tuned: Folder) -> dict[str, str]:
+    """A tied head stored beside the embedding, which loaders ignore."""
+    head, tables = "lm_head.weight", [n for n in tuned.tensors if n.endswith("embed_tokens.weight")]
+    if _is_tied(tuned) and head in tuned.tensors and len(tables) == 1:
+        return {head: f"tied to {tables[0]!r}, which is stored once"}
+    return {}
+
+
+def _kept(tuned: Folder, layout: Layout, tp: int) -> dict[str, str]:
+    """Tensors that stay as they are, and why."""
+    own = {name: _why_kept(tuned, tensor, layout, tp) for name, tensor in tuned.tensors.items()}
+    groups: dict[str, list[str]] = collections.defaultdict(list)
+    for name, tensor in tuned.tensors.items():
+        if is_matrix(name, len(tensor.shape)):
+            groups[fused_with(name)].append(name)
+    kept = {name: why for name, why in own.items() if why}
+    for names in groups.values():
+        at_fault = next((n for n in names if own[n]), None)
+        if at_fault is not None:
+            kept |= {n: own[n] or f"servers fuse it with a weight that is kept: {at_fault}" for n in names}
+    return kept
+
+
+def _why_kept(tuned: Folder, tensor: Tensor, layout: Layout, tp: int) -> str:
+    name, shape = tensor.name, tensor.shape
+    if not is_matrix(name, len(shape)):
+        return "not the weight of a linear layer"
+    if tensor.coding is None and tensor.spec.dtype not in _FLOATS:
+        return f"{tensor.spec.dtype} without a scale"
+    if tuned.config.get("model_type") in _CONV1D:
+        return "stored [in, out], which servers do not read quantized"
+    if 0 in shape:
+        return "empty"
+    if not decide(name, len(shape), True, RULES, Recipe()).quantize:
+        return "embedding, norm, head or router"
+    heads = tuned.config.get("num_key_value_heads")
+    return layout.why_not(name, shape, tp, heads if type(heads) is int and heads > 0 else None)
+
+
+def _problem(base: Tensor | None, tuned: Tensor) -> str:
+    if base is None:
+        return "is missing"
+    if base.shape != tuned.shape:
+        return f"is {base.shape} but tuned is {tuned.shape}"
+    if base.coding is None and base.spec.dtype not in _FLOATS:
+        return f"is {base.spec.dtype} without a scale"
+    return ""
+
+
+def _report(base: Folder, problems: Mapping[str, str]) -> str:
+    listed = "; ".join(f"{name!r} {why}" for name, why in list(problems.items())[:_SHOWN])
+    more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    return (
+        f"{base.path}: {len(problems)} weights of the tuned model have no partner in base: {listed}{more}. "
+        "Pass the base that was tuned, or --missing-base absmax to quantize these without it."
+    )
+
+
+def _reasons(plan: Plan) -> str:
+    return ", ".join(f"{len(jobs)} are {why}" for why, jobs in list(plan.kept.items())[:4]) or "it is empty"

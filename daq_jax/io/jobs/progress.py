@@ -1,0 +1,143 @@
+"""What people see of the work on a folder: the plan as a table, progress, and what was kept at the end."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from rich.box import HORIZONTALS
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+from daq_jax.analysis.comparison import Figures
+from daq_jax.io.jobs.planning import Plan
+
+_LOW_SHARE = 0.5  # of the elements: fewer quantized is worth a warning
+_SECONDS = 10.0  # between two plain lines
+
+
+def plain_sums(figures: Figures) -> dict[str, Any]:
+    """The sums behind figures, ready for JSON, from which `figures_of` makes them again exactly."""
+    return {f.name: np.asarray(getattr(figures, f.name)).tolist() for f in dataclasses.fields(figures)}
+
+
+def figures_of(sums: Mapping[str, Any]) -> Figures:
+    """The inverse of `plain_sums`."""
+    return Figures(
+        **{k: np.asarray(v) if isinstance(v, list) else np.asarray(v)[()] for k, v in sums.items()}
+    )
+
+
+def pooled(figures: Mapping[str, Figures]) -> Figures | None:
+    """Figures of several leaves together."""
+    return jax.tree.map(lambda *x: sum(x), *figures.values()) if figures else None
+
+
+def _size(nbytes: float | int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"
+
+
+def table_of(plan: Plan, note: str) -> Table:
+    """A plan as a table: what is quantized, what is kept and why, bytes and memory."""
+    jobs = [job for job in plan.jobs if job.quantize]
+    table = Table("what", "tensors", "stored now", "example", box=HORIZONTALS)
+    groups = {f"quantize to {plan.layout.name}": [job for job in jobs if job.base]}
+    groups["quantize without base"] = [job for job in jobs if not job.base]
+    groups |= {f"keep: {why}": kept for why, kept in plan.kept.items()}
+    for what, group in groups.items():
+        if group:
+            now = sum(job.tuned.nbytes for job in group)
+            table.add_row(escape(what), str(len(group)), _size(now), escape(group[0].name))
+    for name, why in plan.dropped.items():
+        table.add_row(escape(f"leave out: {why}"), "1", "", escape(name))
+    now = sum(job.tuned.nbytes for job in plan.jobs)
+    table.add_section()
+    table.add_row("all", str(len(plan.jobs)), _size(now), f"{len(plan.shards)} files")
+    table.caption = (
+        f"writes {_size(plan.nbytes)}, needs {_size(plan.memory)} of memory; "
+        f"{plan.share:.1%} of the elements are quantized\n{note}"
+    )
+    return table
+
+
+def warning_of(plan: Plan) -> str:
+    """A sentence where little is quantized; "" otherwise."""
+    if plan.share >= _LOW_SHARE:
+        return ""
+    return (
+        f"warning: only {plan.share:.1%} of the elements are quantized; the table says why others are kept."
+    )
+
+
+class Running:
+    """Bytes done and figures so far, told by one thread and shown by another."""
+
+    def __init__(self, total: int, show: Any) -> None:
+        self.total, self.done = total, 0
+        self._show = show
+        self._finished: Figures | None = None  # of all tensors but the one at hand
+        self._at_hand: tuple[str, Figures] | None = None
+
+    def tell(self, name: str, nbytes: int, figures: Figures | None) -> None:
+        """Takes note that more of a tensor is done; `figures` are those of all of it so far."""
+        self.done += nbytes
+        if figures is not None:
+            if self._at_hand and self._at_hand[0] != name:
+                self._finished = self.pooled
+            self._at_hand = name, figures
+        self._show(self)
+
+    @property
+    def pooled(self) -> Figures | None:
+        """Figures of everything so far."""
+        parts = [x for x in (self._finished, self._at_hand and self._at_hand[1]) if x is not None]
+        return jax.tree.map(lambda *x: sum(x), *parts) if parts else None
+
+    @property
+    def words(self) -> str:
+        """Sign rate and projection so far."""
+        found = self.pooled
+        if found is None:
+            return ""
+        return f"sign rate {float(found.sign_rate):.1%}, projection {float(found.projection):.3f}"
+
+
+@contextlib.contextmanager
+def progress_on(console: Console, total: int) -> Iterator[Running]:
+    """Yields what takes note of progress: a bar on a terminal, plain lines elsewhere."""
+    start = last = time.monotonic()
+
+    def plain(running: Running) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= _SECONDS or running.done >= running.total:
+            last = now
+            rate = running.done / max(now - start, 1e-9)
+            left = (running.total - running.done) / max(rate, 1e-9)
+            share = running.done / max(running.total, 1)
+            words = f"{share:.0%} of {_size(total)}, {_size(rate)}/s, {left:.0f} s left", running.words
+            console.print(", ".join(filter(None, words)), highlight=False)
+
+    if not console.is_terminal:
+        yield Running(total, plain)
+        return
+    columns = BarColumn(), TransferSpeedColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("", total=total)
+        yield Running(total, lambda r: bar.update(task, completed=r.done, description=r.words))
+
+
+def result_of(total: Figures | None, plan: Plan, seconds: float, peak: int) -> str:
+    """What was done, in one line."""
+    kept = ""
+    if total is not None:
+        kept = (
+            f"; of the change, sign rate {float(total.sign_rate):.1%}, cosine {float(total.cosine):.3f}, "
+            f"projection {float(total.projection):.3f}"
+        )
+    return f"wrote {_size(plan.nbytes)} in {seconds:.1f} s, at most {_size(peak)} of memory{kept}"

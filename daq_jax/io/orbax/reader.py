@@ -1,0 +1,187 @@
+"""An Orbax checkpoint, open for reading: what is in it, and some of its leaves at a time.
+
+A quantized tree is an ordinary Orbax checkpoint, nested dicts of arrays named by the words of each leaf's
+path, with a dict of `codes` and `scale` where a QTensor stood. What is static stands in its custom metadata,
+under "daq_jax", with a version.
+"""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from etils import epath
+from jax.sharding import NamedSharding, Sharding
+from orbax.checkpoint import v1 as ocp
+
+from daq_jax.numerics.sharding import scale_sharding
+from daq_jax.qtensor import QTensor
+from daq_jax.records import WHOLE, Record, leaf_of
+from daq_jax.trees import PyTree, keyed_leaves, word_of
+
+OURS = "daq_jax"  # where our part of the custom metadata stands
+VERSION = 1  # of that part; goes up when an older reader would misread
+Words = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """An Orbax checkpoint: what is in it, known without its arrays; and its leaves, some at a time.
+
+    Attributes:
+        path: absolute.
+        is_ours: whether `save` wrote it.
+        records: of each leaf by its path: see `leaf_records`, with the "keys" that lead to the leaf and the
+            names of its "arrays".
+        tree: the checkpoint's own tree, with shape and dtype of each array.
+    """
+
+    path: str
+    is_ours: bool
+    records: Mapping[str, Record]
+    tree: Any
+
+    @classmethod
+    def open(cls, path: str | os.PathLike) -> "Checkpoint":
+        """Reads what is in a checkpoint.
+
+        Raises:
+            FileNotFoundError, ValueError: as in `load`.
+        """
+        where = absolute_path(path)
+        _refuse_nothing(where)
+        try:
+            found: Any = ocp.metadata(where)
+        except ocp.errors.InvalidLayoutError as error:
+            raise ValueError(
+                f"{where}: not an Orbax checkpoint, or one whose saving was cut off: save it again."
+            ) from error
+        except Exception as error:  # Orbax and TensorStore raise errors of many kinds
+            raise _damaged(where, error) from error
+        ours = (found.custom_metadata or {}).get(OURS)
+        if ours is None:
+            return cls(where, False, _records_of_arrays(found.metadata), found.metadata)
+        if ours["version"] > VERSION:
+            raise ValueError(
+                f"{where}: written in version {ours['version']} of daq_jax's checkpoints, and this daq_jax "
+                f"reads up to version {VERSION}; upgrade daq_jax."
+            )
+        checkpoint = cls(where, True, ours["leaves"], found.metadata)
+        missing = [
+            p for p, r in checkpoint.records.items() if not set(array_names(r)) <= set(checkpoint.arrays)
+        ]
+        if missing:
+            raise _damaged(where, ValueError(f"no arrays for {', '.join(missing[:5])}"))
+        return checkpoint
+
+    @functools.cached_property
+    def arrays(self) -> dict[Words, Any]:
+        """Shape and dtype of each array, by the words of its name."""
+        return _by_words(self.tree)
+
+    def abstract(self, path: str) -> Any:
+        """A leaf with shapes and dtypes in place of arrays."""
+        record = self.records[path]
+        shapes = {name: _shape_of(self.arrays[words]) for words, name in array_names(record).items()}
+        if record["kind"] == "key":  # whose shape is not that of its data
+            return jax.eval_shape(lambda x: self._leaf(path, x), shapes)
+        return self._leaf(path, shapes)
+
+    def read(self, places: Mapping[str, Sharding]) -> dict[str, Any]:
+        """Leaves by path, read onto the given shardings; that of a QTensor is of its codes."""
+        wanted: dict[Words, Any] = {}
+        for path, sharding in places.items():
+            wanted |= self._wanted(path, sharding)
+        arrays = self._read(wanted) if wanted else {}
+        return {
+            path: self._leaf(
+                path, {name: arrays[words] for words, name in array_names(self.records[path]).items()}
+            )
+            for path in places
+        }
+
+    def _read(self, wanted: Mapping[Words, Any]) -> dict[Words, Any]:
+        # Orbax reads no array whose place in the tree is taken by an ellipsis.
+        tree = jax.tree_util.tree_map_with_path(lambda keys, _: wanted.get(_words(keys), ...), self.tree)
+        try:
+            return _by_words(ocp.load(self.path, tree))
+        except Exception as error:
+            raise _damaged(self.path, error) from error
+
+    def _leaf(self, path: str, arrays: Mapping[str, Any]) -> Any:
+        try:
+            return leaf_of(self.records[path], arrays)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {path!r}: {error}.") from error
+
+    def _wanted(self, path: str, sharding: Sharding) -> dict[Words, Any]:
+        """What is to be read of a leaf: shape, dtype and sharding of each array, by its words."""
+        whole = self.abstract(path)
+        wanted: dict[Words, Any] = {}
+        for words, name in array_names(self.records[path]).items():
+            found, place = self.arrays[words], sharding
+            if isinstance(whole, QTensor) and name != "codes" and isinstance(sharding, NamedSharding):
+                place = scale_sharding(sharding, whole.view)
+            if not hasattr(found, "shape") or jax.dtypes.canonicalize_dtype(found.dtype) != found.dtype:
+                wanted[words] = found  # a scalar, or 64 bits where JAX has 32: as Orbax gives them
+            else:
+                wanted[words] = jax.ShapeDtypeStruct(found.shape, found.dtype, sharding=place)
+        return wanted
+
+
+def key_record(key: Any) -> list[Any]:
+    """One key of a JAX key path as JSON: whether it is an index, and its value."""
+    if hasattr(key, "idx"):
+        return ["index", key.idx]
+    key = getattr(key, "key", word_of(key))
+    return ["key", key if isinstance(key, (int, str)) else str(key)]
+
+
+def array_names(record: Record) -> dict[Words, str]:
+    """The name of each of a leaf's arrays by its words in the Orbax tree."""
+    words = tuple(str(key) for _, key in record["keys"])
+    return {(*words, name) if name or not words else words: name for name in record["arrays"]}
+
+
+def _records_of_arrays(tree: PyTree) -> dict[str, Record]:
+    """Records for a checkpoint of another's: every leaf is as Orbax has it."""
+    return {
+        path: {"kind": "array", "keys": [key_record(k) for k in keys], "arrays": [WHOLE]}
+        for path, (keys, leaf) in keyed_leaves(tree).items()
+        if leaf is not None
+    }
+
+
+def _words(keys: Sequence[Any]) -> Words:
+    return tuple(map(word_of, keys)) or (WHOLE,)
+
+
+def _by_words(tree: PyTree) -> dict[Words, Any]:
+    return {_words(keys): x for keys, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _shape_of(found: Any) -> Any:
+    return jax.ShapeDtypeStruct(found.shape, found.dtype) if hasattr(found, "shape") else found
+
+
+def absolute_path(path: str | os.PathLike) -> str:
+    """A path as Orbax wants it."""
+    path = os.fspath(path)
+    return path if "://" in path else os.path.abspath(path)
+
+
+def _refuse_nothing(where: str) -> None:
+    path = epath.Path(where)
+    remains = [p.name for p in path.parent.glob(f"{path.name}.orbax-checkpoint-tmp*")]
+    if not path.exists():
+        also = f" A save to it was cut off and left {remains[0]!r}: save again." if remains else ""
+        raise FileNotFoundError(f"{where}: there is no such checkpoint.{also}")
+
+
+def _damaged(where: str, error: Exception) -> ValueError:
+    why = str(error).strip().partition("\n")[0].partition(" See full")[0][:300]
+    return ValueError(
+        f"{where}: this checkpoint is damaged, some of it cannot be read ({why}). Save it again."
+    )

@@ -1,0 +1,1 @@
+"""Running a model on quantized weights, and other libraries' quantized arrays."""

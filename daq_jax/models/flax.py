@@ -1,0 +1,259 @@
+"""Flax models on quantized weights, without a change to their code.
+
+Codes and scales stay in device memory; where a model reads a weight it gets an array, decoded at that place.
+Inside `jax.jit` (or `nnx.jit`) that array lives from there to its use. Call models that way: outside of it
+every read decodes anew.
+"""
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array
+
+from daq_jax.qtensor import QTensor
+from daq_jax.records import QTENSOR_ARRAYS, qtensor_of, static_record
+from daq_jax.tilings import Matrix
+from daq_jax.trees import PyTree, is_box, is_qtensor, named_leaves
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class InPlace(nn.meta.AxisMetadata):
+    """A QTensor as a model holds it: a box that Flax opens where the weight is read.
+
+    Every array has the rank of the weight, with length 1 where a scale does not vary, so that the slice of a
+    layer or of an expert, which `nn.scan`, `nnx.scan` and `vmap` take along one axis of all arrays, is the
+    weight of that layer.
+
+    Attributes:
+        codes: as in the QTensor, or a slice of them along batch axes.
+        spread: its other arrays by name: "scale", and what else a QTensor holds.
+        static: the QTensor without arrays.
+        roles: of each axis of the whole weight: "b" for a batch axis, else "r" or "c" and the axis's position
+            among the input or the output axes.
+    """
+
+    codes: Any
+    spread: dict[str, Any]
+    static: QTensor = dataclasses.field(metadata={"static": True})
+    roles: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, q: QTensor) -> "InPlace":
+        """The box of a QTensor."""
+        batch, rows, columns = q.view.axes
+        roles = ["b"] * q.ndim
+        for letter, axes in (("r", rows), ("c", columns)):
+            for position, axis in enumerate(axes):
+                roles[axis] = f"{letter}{position}"
+        lengths = {axis: q.shape[axis] for axis in batch}
+        lengths |= {rows[0]: q.view.grid[-2], columns[0]: q.view.grid[-1]}
+        order = (*batch, rows[0], columns[0])
+
+        def spread(x: Array) -> Array:
+            x = x.transpose(sorted(range(len(order)), key=order.__getitem__))
+            return jnp.expand_dims(x, [a for a in range(q.ndim) if a not in lengths])
+
+        fields = {f.name: getattr(q, f.name) for f in dataclasses.fields(q) if not f.metadata.get("static")}
+        spreads = {k: spread(x) for k, x in fields.items() if k != "codes" and x is not None}
+        static = dataclasses.replace(q, **dict.fromkeys(fields))
+        return cls(q.codes, spreads, static, tuple(roles))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        return self.codes.shape
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the weight."""
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> Any:
+        """Dtype of the weight when it is read."""
+        return self.static.dtype
+
+    def qtensor(self) -> QTensor:
+        """The QTensor again, or that of a slice."""
+        rows, columns = matrix = self._matrix()
+        batch = [a for a in range(self.ndim) if a not in rows + columns]
+
+        def gather(x: Array) -> Array:
+            grid = [math.prod(x.shape[a] for a in axes) for axes in matrix]
+            return x.transpose([*batch, *rows, *columns]).reshape(*(x.shape[a] for a in batch), *grid)
+
+        fields = {name: gather(x) for name, x in self.spread.items()}
+        return dataclasses.replace(self.static, codes=self.codes, matrix=matrix, **fields)
+
+    def _matrix(self) -> Matrix:
+        """Input and output axes of the weight, less the batch axes that were sliced away."""
+        gone = len(self.roles) - self.ndim
+        batch = [a for a, role in enumerate(self.roles) if role == "b"]
+        first, last = batch[:gone], batch[len(batch) - gone :]
+        left, other = ([r for a, r in enumerate(self.roles) if a not in axes] for axes in (first, last))
+        if len(first) < gone or left != other:
+            raise ValueError(
+                f"a weight with axes {self.roles} was sliced to {self.shape}, and which axes are left is "
+                "unclear; stack layers and experts on axes side by side, or dequantize this weight."
+            )
+        rows, columns = (sorted((r, a) for a, r in enumerate(left) if r[0] == x) for x in "rc")
+        return tuple(a for _, a in rows), tuple(a for _, a in columns)
+
+    def unbox(self) -> Array:
+        """The weight, decoded."""
+        return self.qtensor().dequantize()
+
+    def replace_boxed(self, val: Any) -> Any:
+        """What stands for a new value: the value, as nobody quantized it."""
+        return val
+
+    def add_axis(self, index: int, params: dict[Any, Any]) -> "InPlace":
+        """The same box: arrays tell of their axes."""
+        return self
+
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> "InPlace":
+        """The same box: arrays tell of their axes."""
+        return self
+
+
+def linen_variables(variables: PyTree) -> PyTree:
+    """Quantized variables in the form that `model.apply` takes, of any Linen model.
+
+    Args:
+        variables: as `model.init` returns them, with QTensors; other leaves are passed on.
+
+    Returns:
+        The tree with each QTensor boxed, to use in `jax.jit(model.apply)(variables, x)`, time and again.
+
+    >>> import flax.linen as nn
+    >>> model, x = nn.Dense(8), jnp.ones((2, 4))
+    >>> variables = model.init(jax.random.key(0), x)
+    >>> from daq_jax import quantize
+    >>> q = quantize(variables, variables)
+    >>> jax.jit(model.apply)(linen_variables(q), x).shape
+    (2, 8)
+    """
+
+    def boxed(node: Any) -> Any:
+        # A box of Flax's own, such as nn.Partitioned, gives way: the arrays lie where they lie.
+        inner = jax.tree.leaves(node, is_leaf=is_qtensor)[0] if is_box(node) else node
+        return InPlace.of(inner) if is_qtensor(inner) else node
+
+    return jax.tree.map(boxed, variables, is_leaf=lambda x: is_qtensor(x) or is_box(x))
+
+
+def linen_apply(model: nn.Module, variables: PyTree, *args: Any, **kwargs: Any) -> Any:
+    """`model.apply(variables, *args, **kwargs)` with quantized variables; call it inside `jax.jit`."""
+    return model.apply(linen_variables(variables), *args, **kwargs)
+
+
+class QuantizedParam(nnx.Param):
+    """An `nnx.Param` that holds codes and scales, and gives the decoded weight where it is read."""
+
+    def get_value(self, *, index: Any = ...) -> Any:
+        """The weight, decoded, or a part of it."""
+        raw = self.get_raw_value()
+        # Not so while Flax handles its metadata, or prints the model.
+        value: Any = raw
+        if isinstance(raw, InPlace) and isinstance(raw.codes, jax.Array | np.ndarray):
+            value = raw.unbox()
+        return value if isinstance(index, type(...)) or not hasattr(value, "shape") else value[index]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # of an array, such as `T`
+            return getattr(self.get_value(), name)
+
+
+def nnx_with(model: nnx.Module, q: PyTree) -> nnx.Module:
+    """An NNX model on quantized weights.
+
+    Args:
+        model: left as it is. It may be abstract, from `nnx.eval_shape`, where `q` has all it needs.
+        q: its quantized state, or that of its parameters: what `quantize` made of `nnx.state(model)`, or
+            `load` of that. A nested dict with the same paths will do.
+
+    Returns:
+        A model of the same class for any use that only reads weights, under `nnx.jit` or not.
+
+    Raises:
+        ValueError: naming the leaves of `q` that the model lacks, those of other shape, and those of an
+            abstract model that `q` lacks.
+
+    >>> from daq_jax import quantize
+    >>> from flax import nnx
+    >>> model = nnx.Linear(4, 8, rngs=nnx.Rngs(0))
+    >>> state = nnx.state(model)
+    >>> quantized = nnx_with(model, quantize(state, state))
+    >>> nnx.jit(lambda model, x: model(x))(quantized, jnp.ones((2, 4))).shape
+    (2, 8)
+    """
+    graph, state = nnx.split(model)
+    leaves, variables = named_leaves(q), dict(nnx.to_flat_state(state))
+    named = {"/".join(map(str, keys)): keys for keys in variables}
+    _refuse_misfits(leaves, {path: variables[keys].get_raw_value() for path, keys in named.items()})
+    for path, leaf in leaves.items():
+        variable = variables[named[path]]
+        new = QuantizedParam(InPlace.of(leaf)) if is_qtensor(leaf) else variable.replace(leaf)
+        variables[named[path]] = new
+    return nnx.merge(graph, nnx.from_flat_state(variables))
+
+
+def _refuse_misfits(leaves: dict[str, Any], model: dict[str, Any]) -> None:
+    problems = [f"{p!r} is not in the model" for p in leaves if p not in model]
+    for path, value in model.items():
+        if path in leaves and value.shape != leaves[path].shape:
+            problems.append(f"{path!r} is {leaves[path].shape} but {value.shape} in the model")
+        if path not in leaves and isinstance(value, jax.ShapeDtypeStruct):
+            problems.append(f"{path!r} is missing, and the model is abstract there")
+    if problems:
+        lines = "".join(f"\n  {p}" for p in problems)
+        raise ValueError(
+            f"these quantized weights do not fit the model:{lines}\nPass the state of this model."
+        )
+
+
+# --- Exported programs --------------------------------------------------------------------------------------
+# `jax.export` writes the types of a program's arguments; those of ours it has to be told how to write.
+
+
+def _to_bytes(static: QTensor, *roles: str) -> bytes:
+    return json.dumps([static_record(static), *roles]).encode()
+
+
+def _from_bytes(data: bytes | bytearray) -> tuple[QTensor, tuple[str, ...]]:
+    record, *roles = json.loads(bytes(data))
+    return qtensor_of(record, dict.fromkeys(QTENSOR_ARRAYS)), tuple(roles)
+
+
+def _static_fields(q: QTensor) -> tuple[Any, ...]:
+    return tuple(getattr(q, f.name) for f in dataclasses.fields(q) if f.metadata.get("static"))
+
+
+def _qtensor_to_bytes(fields: tuple[Any, ...]) -> bytes:
+    names = [f.name for f in dataclasses.fields(QTensor) if f.metadata.get("static")]
+    return _to_bytes(QTensor(**dict.fromkeys(QTENSOR_ARRAYS), **dict(zip(names, fields, strict=True))))
+
+
+jax.export.register_pytree_node_serialization(
+    InPlace,
+    serialized_name="daq_jax.InPlace",
+    serialize_auxdata=lambda fields: _to_bytes(fields[0], *fields[1]),
+    deserialize_auxdata=_from_bytes,
+)
+jax.export.register_pytree_node_serialization(
+    QTensor,
+    serialized_name="daq_jax.QTensor",
+    serialize_auxdata=_qtensor_to_bytes,
+    deserialize_auxdata=lambda data: _static_fields(_from_bytes(data)[0]),
+)

@@ -1,0 +1,83 @@
+"""Products of activations and quantized weights.
+
+A scale that does not vary along the inputs of a weight can wait until after the product, and then the codes
+themselves are what is multiplied: exactly, since codes of 8 bits and fewer are bfloat16 and float16 numbers.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from daq_jax.formats import Format, Integer, SmallFloat
+from daq_jax.numerics.arithmetic import divide
+from daq_jax.qtensor import QTensor
+from daq_jax.scales import absmax_scale
+
+
+def dot(x: Float[Array, "..."], q: QTensor, *, activations: Format | None = None) -> Float[Array, "..."]:
+    """`x` times a quantized weight, decoded within the product; for use inside `jax.jit`.
+
+    Args:
+        x: `[..., inputs]`, of the input axes of the weight in their order, float; a weight with batch axes
+            shares them with `x`, whose first axes they are.
+        q: the weight.
+        activations: None, or a format to round `x` to, one AbsMax scale for each row of inputs, so that both
+            sides of the product are narrow: on hardware with FP8 units this is an FP8 product. For weights
+            with one scale per output (`Channel`) or per matrix (`PerTensor`), and formats whose codes are
+            numbers.
+
+    Returns:
+        `[batch..., ..., outputs]` in the dtype of `x`, summed in float32.
+
+    Raises:
+        ValueError: if the shapes do not match, or for `activations` with other tilings or formats.
+
+    >>> from daq_jax import quantize
+    >>> weight = quantize(jnp.ones((4, 8)), jnp.full((4, 8), 0.5))
+    >>> dot(jnp.ones((2, 4)), weight)[0, 0]
+    Array(2., dtype=float32)
+    """
+    batch, rows, columns = q.view.axes
+    first = x.ndim - len(rows)
+    shared = tuple(q.shape[a] for a in batch)
+    inputs = tuple(q.shape[a] for a in rows)
+    if first < len(batch) or x.shape[first:] != inputs or x.shape[: len(batch)] != shared:
+        raise ValueError(f"x is {x.shape}; for this weight it must be {(*shared, '...', *inputs)}.")
+    contracted = (tuple(range(first, x.ndim)), rows), (tuple(range(len(batch))), batch)
+    late = _scale_can_wait(q)
+    if activations is not None and not (late and isinstance(activations, (SmallFloat, Integer))):
+        raise ValueError(
+            f"activations={activations.name} needs a weight in Channel() or PerTensor() and formats whose "
+            f"codes are numbers; the weight is in {q.tiling}, {q.format.name}."
+        )
+    if activations is not None:
+        codes, scale = _rounded(x, activations, first)
+        product = lax.dot_general(codes, q.codes, contracted, preferred_element_type=jnp.float32)
+        product *= scale.reshape(*x.shape[:first], *[1] * len(columns))
+    else:
+        weight = q.codes.astype(x.dtype) if late else q.dequantize(x.dtype)
+        product = lax.dot_general(x, weight, contracted, preferred_element_type=jnp.float32)
+    return (product * _after(q, first) if late else product).astype(x.dtype)
+
+
+def _scale_can_wait(q: QTensor) -> bool:
+    """Whether codes are numbers, exact in 16 bits, and no scale varies along the inputs."""
+    numbers = isinstance(q.format, (SmallFloat, Integer)) and getattr(q, "zero", None) is None
+    return numbers and q.view.grid[-2] == 1
+
+
+def _after(q: QTensor, first: int) -> Array:
+    """The scales of a weight, spread over its outputs, in a shape that broadcasts over the product."""
+    batch, _, columns = q.view.axes
+    outputs = [q.shape[a] for a in columns]
+    width = q.view.tile[1]
+    scale = jnp.repeat(q.scale[..., 0, :], width, axis=-1)[..., : q.view.columns]
+    return scale.reshape(*q.view.batch, *[1] * (first - len(batch)), *outputs)
+
+
+def _rounded(x: Array, number: Format, first: int) -> tuple[Array, Array]:
+    """Codes of activations and their scale for each row of inputs, which keeps the axes of those."""
+    axes = tuple(range(first, x.ndim))
+    x = x.astype(jnp.float32)
+    scale = absmax_scale(x, axes, largest=number.largest)
+    return number.encode(number.round(divide(x, scale))), scale

@@ -1,0 +1,1 @@
+"""Arithmetic, linear algebra and sharding. Nothing here knows of quantization."""

@@ -1,0 +1,381 @@
+"""Unbiased rounding: choose between neighbouring codes so that the kept change has the size of the true one.
+
+Rounding to the nearest code keeps a weight, not a change. Where a base lies on the grid of the codes, as one
+that was itself shipped in FP8 does, a change below half a step rounds to nothing. Here the target of rounding
+moves instead: the codes nearest to `base + g d`, with a gain `g` for each small set of elements such that the
+projection `<d, q> / <d, d>` of the set is 1. The gain is stored nowhere: format, scales and servers are the
+same as without it.
+
+`UnbiasedGain` is that. `UnbiasedSubspace` then drives the error of the whole matrix orthogonal to the
+directions in which the change acts: a small error that lines up with them does far more harm than the same
+error at random.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+from daq_jax.numerics.arithmetic import divide, in_runs, multiply, sum_as_computed
+from daq_jax.numerics.kernel_choice import has_fp8_gpu, kernel_or_plain
+from daq_jax.numerics.linalg import inverse_factor
+from daq_jax.roundings import gains_gpu
+from daq_jax.tiles import Tiles
+
+Per = Literal["row", "column", "tile"]
+
+_SMALLEST_SET = 64  # elements; the projection of fewer is too noisy to aim at
+_HALVINGS = 14  # of ten octaves of gain: the last step is 0.04 %
+_NO_GAIN = np.float32(1)
+_LARGEST_GAIN = np.float32(2**10)  # a change of a thousandth of a step still moves its codes
+_SMALLEST_REGION = 4096  # elements; over fewer, a bias does not stand out from the noise
+_WINDOW = 64  # tiles; no set, region or running sum reaches over the edge of a window
+_TOLERATED = 2.0  # standard deviations of a projection's own noise
+
+
+@dataclasses.dataclass(frozen=True)
+class Sets:
+    """The sets of elements that share a gain: rows, columns or the whole of a tile, or of a run of tiles.
+
+    In the matrix view a row is one input and a column one output. Where a tile gives a set fewer than 64
+    elements, as in narrow tiles of `Channel` and `Group`, the set reaches over several tiles in line.
+
+    Attributes:
+        axes: axes of a tile that a set sums over.
+        rest: the axis of a tile along which sets stand side by side, if there are several in a tile.
+        along: axis over tiles along which a set may reach.
+        across: the other axis over tiles.
+        run: number of tiles that a set reaches over, a power of two.
+        region: number of runs, across, over which the bias of plain rounding is judged; a power of two.
+    """
+
+    axes: tuple[int, ...]
+    rest: int | None
+    along: int
+    across: int
+    run: int
+    region: int
+
+    @classmethod
+    def of(cls, per: Per, tiles: Tiles) -> "Sets":
+        """The sets of a weight."""
+        (r, c), (grid_r, grid_c) = tiles.axes, tiles.grid
+        height, width = tiles.shape[r], tiles.shape[c]
+        axes, rest, along, across = {
+            "row": ((c,), r, grid_c, grid_r),
+            "column": ((r,), c, grid_r, grid_c),
+            "tile": ((r, c), None, *((grid_r, grid_c) if height >= width else (grid_c, grid_r))),
+        }[per]
+        if rest is not None and tiles.shape[rest] == 1:
+            rest = None
+        run = _power_of_two(_SMALLEST_SET / math.prod(tiles.shape[a] for a in axes))
+        region = _power_of_two(_SMALLEST_REGION / (height * width * run))
+        return cls(axes, rest, along, across, run, region)
+
+    def total(self, x: Array) -> Array:
+        """Sum over each set, in a shape that broadcasts over the tiles."""
+        return _sum_of_runs(jnp.sum(x, self.axes, keepdims=True), self.along, self.run)
+
+    def total_on_cpu(self, x: Array, *, local: bool) -> Array:
+        """The same in the order that is quick on a CPU; `local` as in `Tiles`."""
+        for axis in reversed(self.axes):
+            x = sum_as_computed(x, axis, local)
+        return _sum_of_runs(x, self.along, self.run)
+
+    def region_total(self, sums: Array) -> Array:
+        """Sum over the whole region that each set lies in, of the totals of sets; in their shape."""
+        sums = sums if self.rest is None else jnp.sum(sums, self.rest, keepdims=True)
+        return _sum_of_runs(sums, self.across, self.region)
+
+    def spread_evenly(self, share: Array) -> Array:
+        """Picks sets so that, of those side by side, a fraction `share` is picked.
+
+        The running sum of shares is rounded: the number picked so far is never off by more than half a set.
+        """
+        if self.rest is not None:
+            running = jnp.cumsum(share, self.rest)
+        else:  # one set to a tile: tiles across share out among them
+            split = in_runs(share, self.across, _WINDOW)
+            running = _from_runs(jnp.cumsum(split, self.across + 1), self.across, share.shape[self.across])
+        return jnp.floor(running + 0.5) > jnp.floor(running - share + 0.5)
+
+    @property
+    def alignment(self) -> int:
+        """At multiples of how many tiles a weight may be taken apart, so that nothing is cut through."""
+        return 1 if self.rest is not None and self.run == self.region == 1 else _WINDOW
+
+
+def _power_of_two(least: float) -> int:
+    """Smallest power of two, from 1 to the window, that is not below `least`."""
+    return min(1 << max(0, math.ceil(math.log2(least))), _WINDOW)
+
+
+def _from_runs(x: Array, axis: int, length: int) -> Array:
+    """The inverse of `in_runs`."""
+    joined = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+    return lax.slice_in_dim(joined, 0, length, axis=axis)
+
+
+def _sum_of_runs(x: Array, axis: int, run: int) -> Array:
+    """Each element's sum over its run along an axis."""
+    if run == 1:
+        return x
+    split = in_runs(x, axis, run)
+    sums = jnp.broadcast_to(jnp.sum(split, axis + 1, keepdims=True), split.shape)
+    return _from_runs(sums, axis, x.shape[axis])
+
+
+def _between(low: Array, high: Array) -> Array:
+    """The float half-way between two positive floats in order of their bits: close to the geometric mean."""
+    a, b = (lax.bitcast_convert_type(x, jnp.int32) for x in (low, high))
+    return lax.bitcast_convert_type(a + ((b - a) >> 1), jnp.float32)
+
+
+class Bracket(NamedTuple):
+    """What is known of each set when its bisection ends, in a shape that broadcasts over the tiles.
+
+    Attributes:
+        size: `<d, d>`.
+        excess: `<d, e>`, with the error `e` of plain rounding.
+        squares: the sum of `(d e)^2`.
+        low: a gain that reaches no projection above 1,
+        high: and one that reaches none below, the next one.
+        at_low: `<d, q>` there,
+        at_high: and there.
+    """
+
+    size: Array
+    excess: Array
+    squares: Array
+    low: Array
+    high: Array
+    at_low: Array
+    at_high: Array
+
+
+def bracket(d: Array, kept: Callable[[Array | float], Array], total: Callable[[Array], Array]) -> Bracket:
+    """Bisects for the gain of each set.
+
+    Args:
+        d: the true change.
+        kept: the kept change under a gain.
+        total: sums over each set.
+    """
+    size, plain = total(d * d), kept(1.0)
+    excess, squares, at_one = total(d * (plain - d)), total((d * (plain - d)) ** 2), total(d * plain)
+    short = excess < 0
+    far = jnp.where(short, _LARGEST_GAIN, 1 / _LARGEST_GAIN)
+    at_far = total(d * kept(far))
+
+    def halve(_: Array, bracket: tuple[Array, ...]) -> tuple[Array, ...]:
+        low, high, at_low, at_high = bracket
+        middle = _between(low, high)
+        reached = total(d * kept(middle))
+        under = reached < size
+        return (
+            jnp.where(under, middle, low),
+            jnp.where(under, high, middle),
+            jnp.where(under, reached, at_low),
+            jnp.where(under, at_high, reached),
+        )
+
+    start = (
+        jnp.where(short, _NO_GAIN, far),
+        jnp.where(short, far, _NO_GAIN),
+        jnp.where(short, at_one, at_far),
+        jnp.where(short, at_far, at_one),
+    )
+    return Bracket(size, excess, squares, *lax.fori_loop(0, _HALVINGS, halve, start))
+
+
+@dataclasses.dataclass(frozen=True)
+class UnbiasedGain:
+    """The codes nearest to `base + g d`, with gains `g` that make the projection of each set of elements 1.
+
+    Found by bisection, since projection never falls as the gain grows. In a tile (of narrow ones, in several)
+    where the projection of plain rounding is 1 within two standard deviations of its own noise, the codes are
+    those of `Nearest`; so they are where nothing changed, or no gain up to 1024 reaches 1. Projection jumps
+    where an element takes its next code; sets take the gain before or after the jump nearest 1 in such shares
+    that their total is right.
+
+    Deterministic. Rounds about 18 times.
+
+    Attributes:
+        per: what shares a gain: a "row" (one input), a "column" (one output) or the whole of a "tile", in the
+            matrix view of the weight. Narrow tiles join up until a set has 64 elements.
+
+    >>> UnbiasedGain(per="row")
+    UnbiasedGain(per='row')
+    """
+
+    per: Per = "column"
+
+    def __post_init__(self) -> None:
+        if self.per not in ("row", "column", "tile"):
+            raise ValueError(f"`per` must be 'row', 'column' or 'tile'; got {self.per!r}.")
+
+    def __call__(self, tiles: Tiles, scale: Array) -> Array:
+        """Code values; see `roundings`."""
+        return _round_towards(tiles, scale, self.gains(tiles, scale))
+
+    def alignment(self, tiles: Tiles) -> int:
+        """At multiples of how many tiles a weight may be taken apart."""
+        return Sets.of(self.per, tiles).alignment
+
+    def gains(self, tiles: Tiles, scale: Array) -> Array:
+        """The gain of each set, in a shape that broadcasts over the tiles."""
+        if self.per != "column" or self._kernel_applies(tiles):
+            return self._gains(tiles, scale)
+        # Sums down a tile took twice the time of sums along it on an H200, so a set's elements are copied
+        # to lie side by side.
+        r, last = tiles.axes[0], len(tiles.shape) - 1
+
+        def side_by_side(tiles: Tiles, scale: Array) -> Array:
+            def move(x: Array) -> Array:
+                return jnp.moveaxis(x, r, last)
+
+            def position(axis: int) -> int:
+                return last if axis == r else axis - (axis > r)
+
+            axes, grid = (tuple(map(position, pair)) for pair in (tiles.axes, tiles.grid))
+            moved, scale = lax.optimization_barrier(jax.tree.map(move, (tiles, scale)))
+            return jnp.moveaxis(self._gains(dataclasses.replace(moved, axes=axes, grid=grid), scale), last, r)
+
+        return lax.platform_dependent(tiles, scale, cpu=self._gains, default=side_by_side)
+
+    def _kernel_applies(self, tiles: Tiles) -> bool:
+        sets = Sets.of(self.per, tiles)
+        return tiles.local and has_fp8_gpu() and gains_gpu.applies(tiles, sets.axes, sets.run)
+
+    def _gains(self, tiles: Tiles, scale: Array) -> Array:
+        sets = Sets.of(self.per, tiles)
+
+        def bisect(base: Array, tuned: Array, scale: Array, *, total: Callable[[Array], Array]) -> Bracket:
+            pair = dataclasses.replace(tiles, stored_base=base, stored_tuned=tuned)
+
+            def kept(gain: Array | float) -> Array:
+                return pair.kept(_round_towards(pair, scale, jnp.asarray(gain)), scale)
+
+            return bracket(pair.change, kept, total)
+
+        def plain(*arrays: Array) -> Bracket:
+            total_on_cpu = functools.partial(sets.total_on_cpu, local=tiles.local)
+            on_cpu, elsewhere = (functools.partial(bisect, total=t) for t in (total_on_cpu, sets.total))
+            return lax.platform_dependent(*arrays, cpu=on_cpu, default=elsewhere)
+
+        kernel = functools.partial(gains_gpu.per_set, bracket, tiles.format, sets.axes)
+        arrays = (tiles.stored_base, tiles.stored_tuned, scale)
+        found = kernel_or_plain(kernel, plain, *arrays) if self._kernel_applies(tiles) else plain(*arrays)
+        size, excess, squares, low, high, at_low, at_high = found
+        noise = jnp.sqrt(sets.region_total(squares))
+        unbiased = jnp.abs(sets.region_total(excess)) <= _TOLERATED * noise
+        reachable = (at_low <= size) & (at_high >= size) & (size > 0)
+        left_alone = unbiased | ~reachable
+        share = jnp.where(left_alone, 0, (size - at_low) / jnp.where(at_high > at_low, at_high - at_low, 1))
+        return jnp.where(left_alone, 1, jnp.where(sets.spread_evenly(share), high, low))
+
+
+def target_of(tiles: Tiles, gain: Array) -> Array:
+    """`base + gain * d`; exactly `tuned` where the gain is 1."""
+    return jnp.where(gain == 1, tiles.tuned, tiles.base + multiply(gain, tiles.change))
+
+
+def _round_towards(tiles: Tiles, scale: Array, gain: Array, correction: Array | float = 0.0) -> Array:
+    """Values of the codes nearest to `base + gain * d + correction`."""
+    return tiles.format.round(divide(target_of(tiles, gain) + correction, scale))
+
+
+def check_whole_number(name: str, value: object) -> None:
+    """Raises ValueError unless `value`, called `name`, is an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"`{name}` must be a whole number above 0; got {value!r}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class UnbiasedSubspace:
+    """`UnbiasedGain`, and then little error in the directions in which the change acts.
+
+    With `U` and `V` the leading singular directions of the matrix's change and the gains fixed, it repeats:
+    round `base + g d + U C V'`, take the error `e` against the tuned weights, and subtract `U' e V` from `C`.
+    Little of the error is left there. The directions come from a randomized range finder (Halko,
+    Martinsson and Tropp, arXiv:0909.4061), as orthonormal bases; no full SVD is taken.
+
+    Works on whole matrices: on a sharded weight its products are collectives. A search scores the gain alone.
+    Products may run in bfloat16 or TF32: an error in a correction is corrected on the next turn.
+
+    Deterministic.
+
+    Attributes:
+        rank: number of directions, at most a quarter of the matrix's shorter side.
+        per: as in `UnbiasedGain`.
+        turns: number of corrections.
+    """
+
+    rank: int = 128
+    per: Per = "column"
+    turns: int = 12
+
+    def __post_init__(self) -> None:
+        UnbiasedGain(self.per)  # checks `per`
+        check_whole_number("rank", self.rank)
+        check_whole_number("turns", self.turns)
+
+    @property
+    def scored_as(self) -> UnbiasedGain:
+        """The rounding that a search scores, tile by tile."""
+        return UnbiasedGain(self.per)
+
+    def __call__(self, tiles: Tiles, scale: Array) -> Array:
+        """Code values; see `roundings`."""
+        gain = self.scored_as.gains(tiles, scale)
+        change = tiles.as_matrix(tiles.change)
+        rank = min(self.rank, max(1, min(change.shape[-2:]) // 4))
+        left, right = leading_directions(change, rank)
+        moved = jnp.any(tiles.change != 0, tiles.axes, keepdims=True)  # a tile without change is left alone
+
+        def values(core: Array) -> Array:
+            correction = tiles.from_matrix(left @ core @ right.mT)
+            return _round_towards(tiles, scale, gain, jnp.where(moved, correction, 0.0))
+
+        def turn(_: Array, core: Array) -> Array:
+            error = tiles.kept(values(core), scale) - tiles.change
+            return core - left.mT @ tiles.as_matrix(error) @ right
+
+        # Zeros of a product, and so inside `shard_map` as device-varying as the loop makes them.
+        core = jnp.zeros_like(left[:, :1].mT @ right[:, :1])
+        return values(lax.fori_loop(0, self.turns, turn, core))
+
+
+def leading_directions(
+    matrix: Float[Array, "B R C"], rank: int, *, iterations: int = 2
+) -> tuple[Float[Array, "B R k"], Float[Array, "B C k"]]:
+    """Orthonormal bases of about the leading `rank` left and right singular directions, for each matrix.
+
+    Subspace iteration from a fixed random start. In float32, at the machine's default matmul precision.
+    """
+    right = jax.random.normal(jax.random.key(0), (matrix.shape[-1], rank), jnp.float32)
+    left = right
+    for _ in range(iterations):
+        left = _orthonormalized(matrix @ right)
+        right = _orthonormalized(matrix.mT @ left)
+    return _orthonormalized(left), _orthonormalized(right)
+
+
+def _orthonormalized(x: Float[Array, "B n k"]) -> Float[Array, "B n k"]:
+    """About orthonormal columns spanning those of `x`, by the triangular factor of their Gram matrix.
+
+    Exactly orthonormal the second time. The shift keeps the factorization alive where columns depend on one
+    another, and gives zero for zero.
+    """
+    gram = jnp.matmul(x.mT, x, precision=lax.Precision.HIGHEST)
+    size = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
+    shift = jnp.maximum(1e-6 * size, 1e-37) * jnp.eye(gram.shape[-1], dtype=jnp.float32)
+    # The small inverse and a product: solving for all of `x` took three times as long on an H200.
+    return jnp.matmul(x, inverse_factor(gram + shift).mT, precision=lax.Precision.HIGHEST)

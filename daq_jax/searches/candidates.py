@@ -1,0 +1,209 @@
+"""Which scale each tile gets: candidates around AbsMax, scored by the codes they would store.
+
+A search takes `Trials` and returns one scale per tile. `Trials` holds the AbsMax scale and scores any other;
+a candidate is a ratio to the AbsMax scale. All searches here also try AbsMax itself. Of equal scores the
+ratio nearest 1 wins, then the smaller, so a tile in which nothing changed keeps its AbsMax scale.
+
+A search of one's own is any callable of that signature.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from daq_jax.metrics import neg_bias, neg_error
+from daq_jax.numerics.arithmetic import divide
+from daq_jax.roundings.nearest import Nearest
+from daq_jax.scales import usable
+from daq_jax.searches.trials import Trial, Trials, better
+from daq_jax.tiles import Tiles
+
+Search = Callable[[Trials], Array]  # -> scale per tile, in the shape of `Trials.absmax`
+
+
+def _check_range(search: object, low: float, high: float, **counts: int) -> None:
+    name = type(search).__name__
+    if not 0 < low <= high < float("inf"):
+        raise ValueError(f"{name}: ratios must satisfy 0 < low <= high; got low={low}, high={high}.")
+    for word, n in counts.items():
+        if isinstance(n, bool) or not isinstance(n, int) or n < 2:
+            raise ValueError(f"{name}: `{word}` must be a whole number of at least 2; got {n!r}.")
+
+
+def _one(trials: Trials) -> Trial:
+    return trials.at_ratio(jnp.float32(1))
+
+
+@dataclasses.dataclass(frozen=True)
+class AbsMax:
+    """No search: the smallest scale at which nothing saturates."""
+
+    def __call__(self, trials: Trials) -> Array:
+        """One scale per tile."""
+        return trials.recipe.scales(trials.absmax)
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """`n` ratios evenly spaced from `low` to `high`, both included, and AbsMax."""
+
+    low: float
+    high: float
+    n: int
+
+    def __post_init__(self) -> None:
+        _check_range(self, self.low, self.high, n=self.n)
+
+    @property
+    def ratios(self) -> np.ndarray:
+        """`[n]` float32."""
+        return np.linspace(self.low, self.high, self.n).astype(np.float32)
+
+    def __call__(self, trials: Trials) -> Array:
+        """One scale per tile."""
+        return trials.best(jnp.asarray(self.ratios), _one(trials)).scale
+
+
+@dataclasses.dataclass(frozen=True)
+class CoarseToFine:
+    """A coarse grid of ratios, then a fine one around its winner, which stays in play, and AbsMax.
+
+    The fine points run from half a coarse step below the winner to half a step above, within the range.
+    With 5 and 10 points a tile is scored 16 times. Source: arXiv:2603.22324.
+    """
+
+    low: float
+    high: float
+    coarse: int
+    fine: int
+
+    def __post_init__(self) -> None:
+        _check_range(self, self.low, self.high, coarse=self.coarse, fine=self.fine)
+
+    @property
+    def coarse_ratios(self) -> np.ndarray:
+        """`[coarse]` float32."""
+        return np.linspace(self.low, self.high, self.coarse).astype(np.float32)
+
+    @property
+    def fine_ratios(self) -> np.ndarray:
+        """`[fine, coarse]` float32: the fine points for each winner of the coarse grid."""
+        winners = np.linspace(self.low, self.high, self.coarse)
+        half = (self.high - self.low) / (self.coarse - 1) / 2
+        lows, highs = np.maximum(winners - half, self.low), np.minimum(winners + half, self.high)
+        return np.linspace(lows, highs, self.fine).astype(np.float32)
+
+    def around(self, winner: Array) -> Array:
+        """`[fine, ...]`: the fine points of each tile, given the ratio that won its coarse grid."""
+        index = jnp.searchsorted(jnp.asarray(self.coarse_ratios), winner)
+        return jnp.asarray(self.fine_ratios)[:, index]
+
+    def __call__(self, trials: Trials) -> Array:
+        """One scale per tile."""
+        winner = trials.best(jnp.asarray(self.coarse_ratios))
+        return trials.best(self.around(winner.ratio), better(_one(trials), winner)).scale
+
+
+@dataclasses.dataclass(frozen=True)
+class WithBaseScale:
+    """Another search, with the scale of the base as one more candidate.
+
+    That is the scale the base was stored with if it came as a `QTensor` of the same tiling and format, and
+    its AbsMax scale otherwise. On a base that was shipped in FP8 this is the very grid the base lies on.
+    """
+
+    search: Search
+
+    def __call__(self, trials: Trials) -> Array:
+        """One scale per tile."""
+        return better(trials.at_scale(self.search(trials)), trials.at_scale(trials.base)).scale
+
+
+@dataclasses.dataclass(frozen=True)
+class OffGrid:
+    """AbsMax, or a larger scale where the base lies on the grid of AbsMax and that works against the change.
+
+    On such a grid plain rounding favours the base. On another it rounds base and change alike, at the price
+    of the format's ordinary noise. A tile in which AbsMax keeps the change at its size, within the noise of
+    rounding, stays as it is. So does one whose change is small beside that noise, for there an unbiased
+    rounding on the base's own grid costs less: it gets the AbsMax scale or the base's, whichever leaves less
+    error.
+
+    Attributes:
+        low: smallest ratio to the AbsMax scale that is tried.
+        high: largest.
+        n: how many, evenly spaced; the least biased is taken.
+        noise: how many times the change ordinary noise may be, as mean squares.
+    """
+
+    low: float = 1.05
+    high: float = 1.5
+    n: int = 4
+    noise: float = 8.0
+
+    def __post_init__(self) -> None:
+        _check_range(self, self.low, self.high, n=self.n)
+        if not self.noise >= 0:
+            raise ValueError(f"OffGrid: `noise` must be 0 or more; got {self.noise!r}.")
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """What is tried beside AbsMax."""
+        return tuple(float(r) for r in np.linspace(self.low, self.high, self.n).astype(np.float32))
+
+    def __call__(self, trials: Trials) -> Array:
+        """One scale per tile."""
+        biased, wrong = (trials.judged_by(metric, Nearest()) for metric in (neg_bias, neg_error))
+        least_biased = biased.best(jnp.asarray(self.ratios, jnp.float32), _one(biased))
+        on_grid = better(_one(wrong), wrong.at_scale(trials.base))
+        noisy = wrong.at_ratio(least_biased.ratio).score < -self.noise
+        return jnp.where(noisy, on_grid.scale, least_biased.scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class Released:
+    """The coarse-to-fine search of the program released with arXiv:2603.22324, as it is, for comparison.
+
+    It differs from `CoarseToFine` in three ways that cost quality: candidates are scored with weights that
+    were rounded to whole numbers before they were rounded to the format; the lowest ratio wins a tie, so a
+    tile without change is clipped; and the winner of the coarse grid is not tried again among the fine ones.
+    """
+
+    low: float = 0.8
+    high: float = 1.5
+    coarse: int = 5
+    fine: int = 10
+
+    def __call__(self, trials: Trials) -> Array:
+        """One scale per tile."""
+
+        def trial(ratio: Array) -> Trial:
+            return self._trial(trials, ratio)
+
+        def first_best(ratios: Array) -> Trial:
+            return trials.fold(_higher, trial(ratios[0]), ratios[1:], trial)
+
+        grid = CoarseToFine(self.low, self.high, self.coarse, self.fine)
+        winner = first_best(grid.around(first_best(jnp.asarray(grid.coarse_ratios)).ratio))
+        one = trial(jnp.float32(1))
+        return jnp.where(winner.score < one.score, one.scale, winner.scale)
+
+    def _trial(self, trials: Trials, ratio: Array) -> Trial:
+        scale = trials.recipe.scales(usable(ratio * trials.absmax))
+        return Trial(scale, jnp.broadcast_to(ratio, scale.shape), trials.score(scale, _twice))
+
+
+def _higher(a: Trial, b: Trial) -> Trial:
+    """Tile by tile the one with the higher score, the first of equals."""
+    return Trial(*(jnp.where(b.score > a.score, y, x) for x, y in zip(a, b, strict=True)))
+
+
+def _twice(tiles: Tiles, scale: Array) -> Array:
+    """Rounds to whole numbers first and then to the format."""
+    return tiles.format.round(jnp.round(divide(tiles.tuned, scale)))
+
+
+OURS = (AbsMax, Grid, CoarseToFine, Released)  # known to look at one tile at a time

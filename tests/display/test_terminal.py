@@ -1,0 +1,44 @@
+"""Tables in a terminal: numbers are whole or left out, however narrow it is."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from daq_jax.analysis import sheets
+from daq_jax.display import terminal
+
+LEAF = "model.layers.0.self_attn.o_proj.weight"
+SHEETS = {
+    name: sheets.Sheet([], list(columns), [(row, ["123.4567"] * len(columns)) for row in ("total", LEAF)], [])
+    for name, columns in {"compared": sheets.COLUMNS, "inspected": sheets.INSPECTED}.items()
+}
+
+
+def shown(sheet, width):
+    console = Console(file=io.StringIO(), width=width)
+    terminal.show(sheet, console)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120, 150, 200, 260])
+@pytest.mark.parametrize("name", SHEETS)
+def test_numbers_are_never_cut_and_projections_always_there(name, width):
+    sheet = SHEETS[name]
+    said = shown(sheet, width)
+    assert max(map(len, said.splitlines())) <= width
+    assert "\N{HORIZONTAL ELLIPSIS}" not in said
+    fitting = said.count("123.4567") // 2
+    projections = [column for column in sheet.header if "projection" in column.figure]
+    assert len(projections) <= fitting <= len(sheet.header)
+    assert "".join(said.split()).count("projection") >= len(projections)
+    hidden = len(sheet.header) - fitting
+    assert (f"{hidden} columns do not fit" in said) == bool(hidden)
+    assert hidden == 0 or width < 200
+
+
+@pytest.mark.parametrize("name", SHEETS)
+def test_in_a_wide_terminal_every_row_is_a_line(name):
+    said = shown(SHEETS[name], 260)
+    assert all(any(column.title in line for line in said.splitlines()) for column in SHEETS[name].header)
+    assert sum(LEAF in line for line in said.splitlines()) == 1

@@ -1,0 +1,204 @@
+"""Killed, shared among processes, or asked of a folder that is not ours: what is on the disk stays right."""
+
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from hf_folders import in_shards, llama, tuned_from, write_folder
+
+import daq_jax as daq
+from daq_jax.io.jobs import streaming
+
+ABSMAX = daq.recipes.absmax
+
+
+@pytest.fixture
+def pair(tmp_path) -> tuple[pathlib.Path, pathlib.Path]:
+    base = llama()
+    tuned = write_folder(tmp_path / "tuned", in_shards(tuned_from(base), 4))
+    return write_folder(tmp_path / "base", [base]), tuned
+
+
+def run(pair, out, recipe=ABSMAX, **options) -> dict:
+    return daq.quantize_folder(*pair, out, recipe, memory_gb=2, **options)
+
+
+def contents(path: pathlib.Path) -> dict[str, bytes]:
+    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+class Stopped(BaseException):
+    """Stands for whatever ends a process."""
+
+
+@pytest.fixture
+def stop_at_third_file(monkeypatch):
+    seen = []
+
+    def verify(*args):
+        seen.append(args)
+        if len(seen) == 3:
+            raise Stopped
+        return original(*args)
+
+    original = streaming.verify
+    monkeypatch.setattr(streaming, "verify", verify)
+
+
+@pytest.mark.parametrize("layout", ["fp8-block", pytest.param("int4-group", marks=pytest.mark.slow)])
+def test_the_same_call_goes_on_where_it_stopped(layout, pair, tmp_path, stop_at_third_file):
+    with pytest.raises(Stopped):
+        run(pair, tmp_path / "out", format=layout)
+    assert not (tmp_path / "out" / "config.json").exists()
+    done = [tmp_path / "out" / f"model-0000{i}-of-00004.safetensors" for i in (1, 2)]
+    before = [path.stat().st_mtime_ns for path in done]
+    run(pair, tmp_path / "out", format=layout)
+    run(pair, tmp_path / "whole", format=layout)
+    assert [path.stat().st_mtime_ns for path in done] == before
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_other_work_than_that_begun_is_refused(pair, tmp_path, stop_at_third_file):
+    with pytest.raises(Stopped):
+        run(pair, tmp_path / "out")
+    with pytest.raises(ValueError, match="other inputs, settings or versions"):
+        run(pair, tmp_path / "out", daq.Recipe(search=daq.Grid(0.9, 1.1, 2)))
+    os.utime(pair[0] / "model.safetensors")
+    with pytest.raises(ValueError, match="other inputs, settings or versions"):
+        run(pair, tmp_path / "out")
+    run(pair, tmp_path / "out", overwrite=True)
+    run(pair, tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_complete_work_is_not_done_again(pair, tmp_path, monkeypatch):
+    report = run(pair, tmp_path / "out")
+    monkeypatch.setattr(streaming, "quantize_pair", None)
+    assert run(pair, tmp_path / "out")["crc32"] == report["crc32"]
+
+
+def test_shares_give_the_bytes_of_one_process_and_the_last_completes_the_folder(pair, tmp_path):
+    run(pair, tmp_path / "whole")
+    for i in (3, 1):
+        assert "total" not in run(pair, tmp_path / "out", shard=(i, 3))
+        assert not (tmp_path / "out" / "config.json").exists()
+    assert "total" in run(pair, tmp_path / "out", shard=(2, 3))
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_file_that_another_process_is_writing_is_left_to_it(pair, tmp_path, stop_at_third_file):
+    with pytest.raises(Stopped):
+        run(pair, tmp_path / "out")
+    lock = tmp_path / "out" / ".daq" / "model-00003-of-00004.safetensors.lock"
+    words = (
+        f"import fcntl; f = open({str(lock)!r}); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True); input()"
+    )
+    other = subprocess.Popen([sys.executable, "-c", words], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        other.stdout.readline()
+        with pytest.raises(ValueError, match="another process is at work on model-00003"):
+            run(pair, tmp_path / "out")
+    finally:
+        other.communicate(b"\n")
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(pair, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds other files; pass an empty folder, or --overwrite"):
+        run(pair, tmp_path / "out")
+    run(pair, tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("where", ["base", "tuned", "base/inside", "."])
+def test_out_may_have_nothing_to_do_with_the_inputs(where, pair, tmp_path):
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="must neither be an input, nor lie in one, nor hold one"):
+        run(pair, tmp_path / where, overwrite=True)
+    assert contents(tmp_path) == before
+
+
+def test_a_full_disk_is_noticed_before_any_work(pair, tmp_path, monkeypatch):
+    usage = type("usage", (), {"free": 10**6})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    with pytest.raises(ValueError, match=r"needs 0\.1 GB of disk and 0\.0 GB are free"):
+        run(pair, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_on_the_disk_is_held_to_what_was_written(pair, tmp_path, monkeypatch):
+    def damage(file, sums):
+        data = bytearray(file.path.read_bytes())
+        data[-1] ^= 1
+        file.path.write_bytes(data)
+        original(file, sums)
+
+    original = streaming.verify
+    monkeypatch.setattr(streaming, "verify", damage)
+    with pytest.raises(
+        OSError, match=r"model-00001-of-00004\.safetensors: tensor .* is not what was written"
+    ):
+        run(pair, tmp_path / "out")
+
+
+PROCESS = "import sys; from daq_jax.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+def start(pair, out, *words: str) -> subprocess.Popen:
+    command = ["quantize", *map(str, pair), str(out), "--recipe", "absmax", "--memory", "2", *words]
+    return subprocess.Popen([sys.executable, "-c", PROCESS, *command], stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_moments_the_folder_is_that_of_an_undisturbed_run(tmp_path):
+    base = llama(layers=12)
+    pair = (
+        write_folder(tmp_path / "base", in_shards(base, 3)),
+        write_folder(tmp_path / "tuned", in_shards(tuned_from(base), 8)),
+    )
+    begun = time.monotonic()
+    assert start(pair, tmp_path / "whole").wait() == 0
+    seconds = time.monotonic() - begun
+    draw, kills, rounds = random.Random(0), 0, 0
+    while kills < 20:
+        out, written, status = tmp_path / f"out{rounds}", {}, None
+        while status is None:
+            process = start(pair, out)
+            # Once enough was killed, one run is left in peace, so that what it finds is completed.
+            limit = draw.uniform(0.3, 1.1) * seconds if kills < 20 else None
+            status = wait_or_kill(process, limit)
+            kills += status is None
+            for name, when in finished(out).items():
+                assert written.setdefault(name, when) == when, f"{name} was done again"
+        assert status == 0
+        assert contents(out) == contents(tmp_path / "whole")
+        rounds += 1
+
+
+def wait_or_kill(process: subprocess.Popen, limit: float | None) -> int | None:
+    try:
+        return process.wait(limit)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        return None
+
+
+def finished(out: pathlib.Path) -> dict[str, int]:
+    """When each file with a record was written."""
+    records = out.glob(".daq/*.safetensors.json")
+    return {r.stem: (out / r.stem).stat().st_mtime_ns for r in records if not r.name.startswith(".")}
+
+
+@pytest.mark.slow
+def test_two_processes_at_once_give_the_bytes_of_one(pair, tmp_path):
+    both = [start(pair, tmp_path / "out", "--shard", f"{i}/2") for i in (1, 2)]
+    assert [process.wait() for process in both] == [0, 0]
+    run(pair, tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
