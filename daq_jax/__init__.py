@@ -14,6 +14,7 @@ from daq_jax.analysis.comparison import Comparison, Figures, compare
 from daq_jax.density.adjustment import LeastSquares, SignSteps
 from daq_jax.density.grams import Grams
 from daq_jax.density.quantizer import quantize_density
+from daq_jax.errors import DaqError
 from daq_jax.formats import fp4_bnb, fp4_e2m1, fp8_e4m3fn, fp8_e5m2, int4, int8, nf4
 from daq_jax.metrics import SignRate, cosine, neg_mse
 from daq_jax.qtensor import QTensor
@@ -35,6 +36,7 @@ from daq_jax.scales import AnyScale, PowerOfTwo
 from daq_jax.searches.candidates import AbsMax, CoarseToFine, Grid, OffGrid, WithBaseScale
 from daq_jax.tilings import Block, Channel, Group, PerTensor
 from daq_jax.trees import dequantize, quantize
+from daq_jax.version import __version__ as __version__
 
 if typing.TYPE_CHECKING:  # the names of `_EDGES`, for editors and type checkers
     from daq_jax.analysis.inspection import Inspection, inspect
@@ -46,8 +48,6 @@ if typing.TYPE_CHECKING:  # the names of `_EDGES`, for editors and type checkers
     from daq_jax.models.flax import linen_apply, linen_variables, nnx_with
     from daq_jax.models.matmul import dot
     from daq_jax.models.qwix import from_qwix, to_qwix
-
-__version__ = "0.1.0"
 
 # Names at the edges, by the module that holds them; loaded when first used: the core imports none of it.
 _EDGES: dict[str, str] = {
@@ -79,6 +79,7 @@ __all__ = [
     "Channel",
     "CoarseToFine",
     "Comparison",
+    "DaqError",
     "DensityRecipe",
     "Figures",
     "Grams",

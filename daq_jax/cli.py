@@ -16,8 +16,9 @@ from typing import Annotated, Literal, NoReturn
 
 import tyro
 
-from daq_jax import __version__
+from daq_jax.errors import DaqError
 from daq_jax.recipes import DENSITY_RECIPES, RECIPES
+from daq_jax.version import __version__
 
 
 def demo(*, seed: int = 0, json: bool = False) -> None:
@@ -173,7 +174,7 @@ def compare(
         _wrong("`--json` and `--csv` exclude each other.")
     try:
         floors = floors_of(fail_under)
-    except ValueError as error:
+    except DaqError as error:
         _wrong(f"`--fail-under`: {error}")
     page = (
         importlib.import_module("daq_jax.display.page").page if html else None
@@ -203,7 +204,7 @@ def _wrong(message: str) -> NoReturn:
 def _share(words: str) -> tuple[int, int]:
     first, slash, last = words.partition("/")
     if not (slash and first.isdecimal() and last.isdecimal()):
-        raise ValueError(f"`--shard` must be I/N, such as 1/4; got {words!r}.")
+        raise DaqError(f"`--shard` must be I/N, such as 1/4; got {words!r}.")
     return int(first), int(last)
 
 
@@ -239,10 +240,7 @@ def main(args: Sequence[str] | None = None) -> int:
             args=words,
             config=(tyro.conf.FlagCreatePairsOff,),
         )
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # what was passed in is at fault; all else is shown whole
+    except (OSError, DaqError) as error:  # what was passed in is at fault; all else is shown whole
         print(f"daq-jax: {error}", file=sys.stderr)
         return 1
     return 0

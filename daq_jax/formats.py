@@ -30,6 +30,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from daq_jax.errors import DaqError
+from daq_jax.numerics.arithmetic import multiply
+
 
 @runtime_checkable
 class Format(Protocol):
@@ -127,7 +130,7 @@ class Codebook:
 
     def __post_init__(self) -> None:
         if len(self.levels) < 2 or any(a >= b for a, b in zip(self.levels, self.levels[1:], strict=False)):
-            raise ValueError(f"{self.name}: `levels` must be two or more, ascending; got {self.levels}.")
+            raise DaqError(f"{self.name}: `levels` must be two or more, ascending; got {self.levels}.")
 
     @property
     def largest(self) -> float:
@@ -216,6 +219,28 @@ def dither(number: Format, x: Float[Array, "..."], thresholds: Float[Array, "...
     """
     low, high = number.floor(x), number.ceil(x)
     return jnp.where(thresholds * (high - low) < x - low, high, low)
+
+
+def weights_of(
+    values: Float[Array, "..."],
+    scale: Float[Array, "..."],
+    zero: Float[Array, "..."] | float | None = None,
+) -> Float[Array, "..."]:
+    """The weights that code values stand for: `(values - zero) * scale`, the product rounded once.
+
+    Every product that a weight is later subtracted from goes through this function. A product and the sum
+    after it may otherwise be fused into one rounding: the kept change of a weight that was rounded back to
+    its base then comes out as a tiny number in place of 0, and a change that was lost looks kept.
+
+    Args:
+        values: of the codes, float32.
+        scale: weight units per code unit, float32; broadcasts against `values`.
+        zero: code value that stands for weight 0, float32; broadcasts. None for 0.
+
+    >>> weights_of(jnp.array([3.0, -1.0]), jnp.float32(0.5), jnp.float32(1.0))
+    Array([ 1., -1.], dtype=float32)
+    """
+    return multiply(values if zero is None else values - zero, scale)
 
 
 def round_to_dtype(x: Float[Array, "..."], dtype: np.dtype) -> Float[Array, "..."]:

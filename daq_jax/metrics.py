@@ -15,6 +15,8 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from daq_jax.errors import DaqError
+
 Metric = Callable[[Array, Array], Array]  # (d, q) -> one score per tile, higher is better
 
 
@@ -81,7 +83,7 @@ class SignRate(Additive):
 
     def __post_init__(self) -> None:
         if not self.threshold >= 0:  # also refuses NaN
-            raise ValueError(f"`threshold` must be 0 or more; got {self.threshold}.")
+            raise DaqError(f"`threshold` must be 0 or more; got {self.threshold}.")
 
     def fixed_terms(self, d: Array) -> tuple[Array, ...]:
         return ((jnp.abs(d) > self.threshold).astype(jnp.int32),)  # int32: exact in any order of summation

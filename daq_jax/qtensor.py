@@ -8,8 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from daq_jax.formats import Format, round_to_dtype
-from daq_jax.numerics.arithmetic import multiply
+from daq_jax.formats import Format, round_to_dtype, weights_of
 from daq_jax.numerics.sharding import run_sharded, sharding_of
 from daq_jax.tilings import DEFAULT_MATRIX, Matrix, TileView, Tiling
 
@@ -69,10 +68,9 @@ class QTensor:
 
     def values(self) -> Array:
         """Float32 weights, before the cast to a dtype, cut into tiles by `view`."""
-        values = self.format.decode(self.view.cut(self.codes))
-        if self.zero is not None:
-            values = values - self.view.spread(self.zero)
-        return multiply(values, self.view.spread(self.scale))
+        view = self.view
+        zero = None if self.zero is None else view.spread(self.zero)
+        return weights_of(self.format.decode(view.cut(self.codes)), view.spread(self.scale), zero)
 
     def dequantize(self, dtype: jax.typing.DTypeLike | None = None) -> Array:
         """The weight as an array again: one product and one cast.

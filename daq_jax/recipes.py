@@ -18,6 +18,7 @@ from jaxtyping import Array
 from daq_jax.density.adjustment import LeastSquares, SignSteps
 from daq_jax.density.centring import CENTRES, Centre
 from daq_jax.density.code_lines import Groups, Line, Loss
+from daq_jax.errors import DaqError
 from daq_jax.formats import Format, fp4_bnb, fp8_e4m3fn, nf4
 from daq_jax.metrics import Metric, SignRate, cosine, neg_mse
 from daq_jax.roundings.feedback import UnbiasedFeedback
@@ -51,16 +52,16 @@ class Recipe:
         for part, word in (("format", "round"), ("tiling", "tile")):
             value = getattr(self, part)
             if isinstance(value, type) or not hasattr(value, word):
-                raise ValueError(f"Recipe: `{part}` has no `{word}` method; got {value!r}.")
+                raise DaqError(f"Recipe: `{part}` has no `{word}` method; got {value!r}.")
         for part in ("metric", "search", "rounding", "scales"):
             value = getattr(self, part)
             if isinstance(value, type) or not callable(value):
                 hint = f"; did you mean {value.__name__}()?" if isinstance(value, type) else "."
-                raise ValueError(f"Recipe: `{part}` must be a callable value; got {value!r}{hint}")
+                raise DaqError(f"Recipe: `{part}` must be a callable value; got {value!r}{hint}")
         try:
             hash(self)
         except TypeError as error:
-            raise ValueError(
+            raise DaqError(
                 f"Recipe: every part must be hashable ({error}); use frozen dataclasses."
             ) from error
 
@@ -113,7 +114,7 @@ class DensityRecipe:
         ]
         found = [words for wrong, words in problems if wrong]
         if found:
-            raise ValueError(f"DensityRecipe: {'; '.join(found)}.")
+            raise DaqError(f"DensityRecipe: {'; '.join(found)}.")
 
     @property
     def tiling(self) -> Tiling:

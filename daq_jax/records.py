@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from daq_jax.errors import DaqError
 from daq_jax.formats import FORMATS
 from daq_jax.qtensor import QTensor
 from daq_jax.tilings import Block, Channel, Group, PerTensor
@@ -28,16 +29,16 @@ def record_of(leaf: Any) -> tuple[Record, dict[str, Any]]:
     """A leaf as its record and its arrays by name.
 
     Raises:
-        ValueError: saying what cannot be written.
+        DaqError: saying what cannot be written.
     """
     if isinstance(leaf, QTensor):
         arrays = {name: getattr(leaf, name) for name in QTENSOR_ARRAYS}
         arrays = {name: x for name, x in arrays.items() if x is not None}
         if any(isinstance(x, Tracer) or not hasattr(x, "dtype") for x in arrays.values()):
-            raise ValueError("it is a QTensor without arrays; call this outside jit")
+            raise DaqError("it is a QTensor without arrays; call this outside jit")
         return static_record(leaf), arrays
     if isinstance(leaf, Tracer):
-        raise ValueError("it is traced; call this outside jit")
+        raise DaqError("it is traced; call this outside jit")
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return {"kind": "key", "impl": str(jax.random.key_impl(leaf))}, {WHOLE: jax.random.key_data(leaf)}
     if isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
@@ -46,21 +47,19 @@ def record_of(leaf: Any) -> tuple[Record, dict[str, Any]]:
         return {"kind": "array"}, {WHOLE: np.asarray(leaf) if isinstance(leaf, np.generic) else leaf}
     if leaf is None or isinstance(leaf, (bool, int, float, str)):
         return {"kind": "value", "value": leaf}, {}
-    raise ValueError(
-        f"it is a {type(leaf).__name__}; a leaf must be an array, a QTensor, a number or a string"
-    )
+    raise DaqError(f"it is a {type(leaf).__name__}; a leaf must be an array, a QTensor, a number or a string")
 
 
 def static_record(q: QTensor) -> Record:
     """The static fields of a QTensor.
 
     Raises:
-        ValueError: if its format or tiling has no name.
+        DaqError: if its format or tiling has no name.
     """
     if FORMATS.get(q.format.name) != q.format:
-        raise ValueError(f"its format {q.format!r} is none of daq_jax's own, which alone have names in files")
+        raise DaqError(f"its format {q.format!r} is none of daq_jax's own, which alone have names in files")
     if type(q.tiling) not in TILINGS.values():
-        raise ValueError(f"its tiling {q.tiling!r} is none of daq_jax's own, which alone have names in files")
+        raise DaqError(f"its tiling {q.tiling!r} is none of daq_jax's own, which alone have names in files")
     return {
         "kind": "qtensor",
         "format": q.format.name,
@@ -74,7 +73,7 @@ def leaf_of(record: Record, arrays: Mapping[str, Any]) -> Any:
     """The inverse of `record_of`; `arrays` may also hold what stands for an array, such as shapes.
 
     Raises:
-        ValueError: if the record speaks of what this version of daq_jax does not have.
+        DaqError: if the record speaks of what this version of daq_jax does not have.
     """
     kind = record["kind"]
     if kind == "qtensor":
@@ -87,7 +86,7 @@ def leaf_of(record: Record, arrays: Mapping[str, Any]) -> Any:
         return jnp.zeros(record["shape"], record["dtype"])
     if kind == "value":
         return record["value"]
-    raise ValueError(f"it is a {kind!r}, of which this version of daq_jax knows nothing; upgrade daq_jax")
+    raise DaqError(f"it is a {kind!r}, of which this version of daq_jax knows nothing; upgrade daq_jax")
 
 
 def qtensor_of(record: Record, arrays: Mapping[str, Any]) -> QTensor:
@@ -95,7 +94,7 @@ def qtensor_of(record: Record, arrays: Mapping[str, Any]) -> QTensor:
     tiling = dict(record["tiling"])
     name = tiling.pop("name")
     if record["format"] not in FORMATS or name not in TILINGS:
-        raise ValueError(
+        raise DaqError(
             f"format {record['format']!r} or tiling {name!r} is unknown to this version; upgrade daq_jax"
         )
     rows, columns = (tuple(axes) for axes in record["matrix"])

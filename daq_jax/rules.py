@@ -9,6 +9,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
+from daq_jax.errors import DaqError
 from daq_jax.recipes import Recipe
 from daq_jax.tilings import DEFAULT_MATRIX, Matrix
 
@@ -43,7 +44,7 @@ class Rule:
         try:
             re.compile(self.pattern)
         except re.error as error:
-            raise ValueError(f"`{self.pattern}` is not a regular expression: {error}.") from error
+            raise DaqError(f"`{self.pattern}` is not a regular expression: {error}.") from error
 
     def matches(self, path: str, ndim: int) -> bool:
         """Whether this rule speaks of a leaf."""
@@ -54,7 +55,7 @@ def keep(pattern: str) -> Rule:
     """Leaves whose path matches stay as they are.
 
     Raises:
-        ValueError: if `pattern` is not a regular expression.
+        DaqError: if `pattern` is not a regular expression.
 
     >>> keep("lm_head").matches("decoder/lm_head/kernel", ndim=2)
     True
@@ -72,14 +73,14 @@ def use(pattern: str, recipe: Recipe | None = None, *, matrix: Matrix | None = N
             a weight `[out, in]` as Hugging Face stores it, `((-3,), (-2, -1))` for a kernel `[D, heads, hd]`.
 
     Raises:
-        ValueError: if `pattern` is not a regular expression or `matrix` is not two tuples of axes.
+        DaqError: if `pattern` is not a regular expression or `matrix` is not two tuples of axes.
     """
     if matrix is not None:
         try:
             rows, columns = matrix
             matrix = (tuple(int(a) for a in rows), tuple(int(a) for a in columns))
         except (TypeError, ValueError) as error:
-            raise ValueError(
+            raise DaqError(
                 f"`matrix` must be (input axes, output axes), such as ((1,), (0,)); got {matrix!r}."
             ) from error
     return Rule(pattern, quantize=True, recipe=recipe, matrix=matrix)

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from daq_jax.formats import Format
-from daq_jax.numerics.arithmetic import divide, divide_short, multiply
+from daq_jax.formats import Format, weights_of
+from daq_jax.numerics.arithmetic import divide, divide_short
 
 
 @functools.partial(
@@ -73,7 +73,7 @@ class Tiles:
 
     def kept(self, values: Array, scale: Array) -> Array:
         """The kept change q of codes with these values."""
-        return multiply(values, scale) - self.base
+        return weights_of(values, scale) - self.base
 
     def flat(self, x: Array) -> Array:
         """An array of the tiles' shape as `[T, K]`."""

@@ -21,6 +21,8 @@ from typing import Protocol, runtime_checkable
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from daq_jax.errors import DaqError
+
 Matrix = tuple[tuple[int, ...], tuple[int, ...]]  # (input axes, output axes) of a weight
 DEFAULT_MATRIX: Matrix = ((-2,), (-1,))  # as Flax stores a kernel; all other axes are a batch
 
@@ -35,9 +37,7 @@ class Tiling(Protocol):
 def _check_sizes(tiling: object, **sizes: int) -> None:
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(
-                f"{type(tiling).__name__}: `{name}` must be a whole number above 0; got {size!r}."
-            )
+            raise DaqError(f"{type(tiling).__name__}: `{name}` must be a whole number above 0; got {size!r}.")
 
 
 @dataclasses.dataclass(frozen=True)

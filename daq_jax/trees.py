@@ -15,6 +15,7 @@ import numpy as np
 from jax.core import Tracer
 
 from daq_jax import recipes
+from daq_jax.errors import DaqError
 from daq_jax.leaves import better_together, is_finite, is_staged, quantize_alike, quantize_and_look
 from daq_jax.numerics.sharding import committed_sharding, lie_apart, place_of
 from daq_jax.qtensor import QTensor
@@ -62,7 +63,7 @@ def keyed_leaves(
         is_whole: which nodes are one leaf, whatever they hold.
 
     Raises:
-        ValueError: if two leaves have the same path, such as `{"a/b": x, "a": {"b": y}}`.
+        DaqError: if two leaves have the same path, such as `{"a/b": x, "a": {"b": y}}`.
     """
     leaves: dict[str, tuple[tuple[Any, ...], Any]] = {}
     outer, _ = jax.tree_util.tree_flatten_with_path(
@@ -72,13 +73,13 @@ def keyed_leaves(
         path = "/".join(map(word_of, keys))
         found = [None] if node is None else jax.tree.leaves(node, is_leaf=is_whole)
         if len(found) > 1:
-            raise ValueError(
+            raise DaqError(
                 f"{path!r} is a {type(node).__name__} of {len(found)} arrays, not a weight. If it comes from "
                 "`nnx_with` or `linen_variables`, pass what `quantize` returned instead."
             )
         for leaf in found:
             if path in leaves:
-                raise ValueError(f"two leaves have the path {path!r}; rename one so that paths are unique.")
+                raise DaqError(f"two leaves have the path {path!r}; rename one so that paths are unique.")
             leaves[path] = keys, leaf
     return leaves
 
@@ -87,7 +88,7 @@ def named_leaves(tree: PyTree) -> dict[str, Any]:
     """Leaves of a tree by path, in the tree's order; a QTensor is one leaf, a box adds nothing to a path.
 
     Raises:
-        ValueError: if two leaves have the same path, such as `{"a/b": x, "a": {"b": y}}`.
+        DaqError: if two leaves have the same path, such as `{"a/b": x, "a": {"b": y}}`.
     """
     return {path: leaf for path, (_, leaf) in keyed_leaves(tree).items() if leaf is not None}
 
@@ -111,13 +112,13 @@ def pair_leaves(base: PyTree, tuned: PyTree, recipe: Recipe, rules: Sequence[Rul
     """Pairs the leaves of two trees by path, in the order of `tuned`, and applies the rules.
 
     Raises:
-        ValueError: naming every path that only one of the trees has.
+        DaqError: naming every path that only one of the trees has.
     """
     before, after = named_leaves(base), named_leaves(tuned)
     problems = [f"{p!r} is in base but not in tuned" for p in before if p not in after]
     problems += [f"{p!r} is in tuned but not in base" for p in after if p not in before]
     if problems:
-        raise ValueError(
+        raise DaqError(
             _report("base and tuned must have one structure", problems)
             + "\nPass two trees of the same model, or cut both down to the leaves they share."
         )
@@ -130,7 +131,7 @@ def pair_leaves(base: PyTree, tuned: PyTree, recipe: Recipe, rules: Sequence[Rul
         if p.decision.rule is None and _hides_arrays(p.tuned)
     ]
     if hidden:
-        raise ValueError(
+        raise DaqError(
             _report("JAX does not look for arrays inside these leaves", hidden)
             + "\nRegister their class, as with jax.tree_util.register_dataclass, or keep(...) them."
         )
@@ -230,7 +231,7 @@ def _not_finite(pairs: Sequence[Pair]) -> dict[str, str]:
 
 
 def refuse_unquantizable(pairs: Sequence[Pair], check_finite: bool, *, later: bool = False) -> None:
-    """Raises one ValueError that names every pair that is to be quantized and cannot be.
+    """Raises one DaqError that names every pair that is to be quantized and cannot be.
 
     Args:
         pairs: of both trees.
@@ -251,7 +252,7 @@ def refuse_unquantizable(pairs: Sequence[Pair], check_finite: bool, *, later: bo
             f"Or leave it as it is: put keep({f'^{re.escape(path)}$'!r}) before your other rules."
             for path, why in problems.items()
         ]
-        raise ValueError(_report(f"{len(problems)} of the leaves cannot be quantized", lines))
+        raise DaqError(_report(f"{len(problems)} of the leaves cannot be quantized", lines))
 
 
 def warn_unused(pairs: Sequence[Pair], rules: Sequence[Rule]) -> None:
@@ -306,7 +307,7 @@ def quantize(
         A tree like `tuned`, with a `QTensor` for each leaf that was quantized.
 
     Raises:
-        ValueError: naming every leaf at fault: other structure, shape or dtype, an empty leaf, a rule that
+        DaqError: naming every leaf at fault: other structure, shape or dtype, an empty leaf, a rule that
             quantizes what cannot be quantized, all before any work, or NaN or infinity.
 
     Source: arXiv:2603.22324 for the question; see `Recipe` for the answers.

@@ -13,8 +13,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from daq_jax.formats import Format
-from daq_jax.numerics.arithmetic import divide, multiply, power_below
+from daq_jax.formats import Format, weights_of
+from daq_jax.numerics.arithmetic import divide, power_below
 from daq_jax.scales import usable
 
 _MOST_TOPS = 16  # formats with more codes in their top octave are as fine as bfloat16 there: nothing to fit
@@ -37,7 +37,7 @@ def lies_on_grid(
         dtype: in which the weights were stored.
         zero: what is taken off a code before it is scaled; in a shape that broadcasts to `x`.
     """
-    nearest = multiply(fmt.round(divide(x, scale) + zero) - zero, scale)
+    nearest = weights_of(fmt.round(divide(x, scale) + zero), scale, zero)
     half_unit = power_below(x) * 2.0 ** -(1 + jnp.finfo(dtype).nmant)
     return jnp.abs(x - nearest) <= half_unit
 

@@ -23,6 +23,7 @@ from daq_jax.analysis import sheets
 from daq_jax.analysis.base_grids import lies_on_grid
 from daq_jax.analysis.figures import Figures
 from daq_jax.analysis.histograms import Details, details_of
+from daq_jax.errors import DaqError
 from daq_jax.numerics.arithmetic import sum_of_runs, total
 from daq_jax.numerics.sharding import run_sharded, sharding_of
 from daq_jax.qtensor import QTensor
@@ -62,7 +63,7 @@ class Comparison:
                 `flipped`, `lost`, `unchanged`, `mse` and `on_grid` the highest, of all others the lowest.
 
         Raises:
-            ValueError: if there is no such figure.
+            DaqError: if there is no such figure.
         """
         ranked = sorted(self.leaves.items(), key=lambda item: item[1].badness(by), reverse=True)
         return dict(ranked[:n])
@@ -92,7 +93,7 @@ def compare(base: Any, tuned: Any, quantized: Any, *, details: bool = False) -> 
         details: also collect what the pictures of `daq_jax.display.plots` need; not under a trace.
 
     Raises:
-        ValueError: naming every quantized leaf that has no partner of its shape in `base` or `tuned`.
+        DaqError: naming every quantized leaf that has no partner of its shape in `base` or `tuned`.
 
     >>> base = {"kernel": jnp.zeros((2, 2))}
     >>> tuned = {"kernel": jnp.ones((2, 2))}
@@ -128,7 +129,7 @@ def _refuse_strangers(before: dict[str, Any], after: dict[str, Any], found: dict
             elif tuple(np.shape(leaves[path])) != q.shape:
                 problems.append(f"{path!r} is {q.shape} but in {word} it is {tuple(np.shape(leaves[path]))}")
     if problems:
-        raise ValueError(
+        raise DaqError(
             "the three trees do not belong together:"
             + "".join(f"\n  {p}" for p in problems)
             + "\nPass the trees that were given to `quantize`, and its result."

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from daq_jax.errors import DaqError
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -110,10 +112,10 @@ class Figures:
         Minus infinity where the figure has no meaning; infinity where it has none because nothing was kept.
 
         Raises:
-            ValueError: if there is no such figure.
+            DaqError: if there is no such figure.
         """
         if figure not in FIGURES:
-            raise ValueError(f"there is no figure {figure!r}; there are {', '.join(FIGURES)}.")
+            raise DaqError(f"there is no figure {figure!r}; there are {', '.join(FIGURES)}.")
         value = float(np.asarray(getattr(self, figure)))
         if np.isnan(value):
             return np.inf if figure == "cosine" and self.dd > 0 else -np.inf

@@ -4,13 +4,14 @@ import math
 from collections.abc import Mapping
 
 from daq_jax.analysis.figures import FIGURES, Figures
+from daq_jax.errors import DaqError
 
 
 def floors_of(words: str) -> dict[str, float]:
     """Floors by figure, from words such as `projection=0.95,cosine=0.3`; none from no words.
 
     Raises:
-        ValueError: if a part is not a figure and a number.
+        DaqError: if a part is not a figure and a number.
 
     >>> floors_of("projection=0.95,cosine=0.3")
     {'projection': 0.95, 'cosine': 0.3}
@@ -24,13 +25,13 @@ def floors_of(words: str) -> dict[str, float]:
             floors[name] = math.nan
         if name not in FIGURES or math.isnan(floors[name]):
             known = ", ".join(FIGURES)
-            raise ValueError(f"a floor is figure=number, with a figure out of {known}; got {part!r}.")
+            raise DaqError(f"a floor is figure=number, with a figure out of {known}; got {part!r}.")
     return floors
 
 
 def refuse_low(total: Figures, floors: Mapping[str, float]) -> None:
-    """Raises a ValueError that names every figure under its floor; a figure without meaning is under it."""
+    """Raises a DaqError that names every figure under its floor; a figure without meaning is under it."""
     found = {name: float(getattr(total, name)) for name in floors}
     low = [f"{n} is {x:.4g}, needed {floors[n]:g}" for n, x in found.items() if not x >= floors[n]]
     if low:
-        raise ValueError(f"the gate is not met: {'; '.join(low)}.")
+        raise DaqError(f"the gate is not met: {'; '.join(low)}.")

@@ -27,6 +27,7 @@ from daq_jax.analysis.comparison import sums_of_leaf
 from daq_jax.analysis.estimates import Findings, Sums, findings_of
 from daq_jax.analysis.sampling import Index, Patches, plan, scales, take
 from daq_jax.analysis.verdicts import verdict_of
+from daq_jax.errors import DaqError
 from daq_jax.leaves import quantize_pair
 from daq_jax.numerics.arithmetic import divide
 from daq_jax.qtensor import QTensor
@@ -118,7 +119,7 @@ def inspect(
         most_elements: how many elements to look at, at most, in all leaves together.
 
     Raises:
-        ValueError: for trees that `quantize` would refuse, for traced leaves, or for NaN or infinity in
+        DaqError: for trees that `quantize` would refuse, for traced leaves, or for NaN or infinity in
             the sample.
 
     >>> weight = jax.random.normal(jax.random.key(0), (128, 128))
@@ -127,7 +128,7 @@ def inspect(
     """
     pairs = [p for p in pair_leaves(base, tuned, recipe, rules) if p.decision.quantize]
     if not all(is_concrete((p.base, p.tuned)) for p in pairs):
-        raise ValueError("`inspect` looks at numbers and cannot run inside `jax.jit`; call it before.")
+        raise DaqError("`inspect` looks at numbers and cannot run inside `jax.jit`; call it before.")
     refuse_unquantizable(pairs, check_finite=False)
     return inspect_sources({pair.path: _source(pair) for pair in pairs}, recipe, most_elements=most_elements)
 
@@ -148,7 +149,7 @@ def inspect_sources(
 ) -> Inspection:
     """`inspect` for leaves wherever they lie."""
     if not sources:
-        raise ValueError("there is nothing to inspect: the rules leave every leaf as it is.")
+        raise DaqError("there is nothing to inspect: the rules leave every leaf as it is.")
     chosen = plan({path: source.patches for path, source in sources.items()}, most_elements)
     sums = _sums_by_leaf(sources, chosen)
     sizes = {path: math.prod(source.patches.view.shape) for path, source in sources.items()}
@@ -214,7 +215,7 @@ def _read(place: _Place) -> tuple[NDArray, NDArray, NDArray]:
     for word, x in (("base", base), ("tuned", tuned)):
         if not np.isfinite(x.astype(np.float32)).all():
             problem = f"{place.path!r}: {word} holds NaN or infinity"
-            raise ValueError(f"{problem}; every weight must be finite: mend the checkpoint.")
+            raise DaqError(f"{problem}; every weight must be finite: mend the checkpoint.")
     return base, tuned, np.full(base.shape, np.nan, np.float32) if stored is None else stored
 
 

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, UInt8
 
+from daq_jax.errors import DaqError
+
 Params = Any  # a nested dict of arrays, as Linen makes it
 
 
@@ -38,9 +40,9 @@ class ModelSize:
 
     def __post_init__(self) -> None:
         if min(dataclasses.astuple(self)) < 1:
-            raise ValueError(f"each size must be 1 or more; got {self}.")
+            raise DaqError(f"each size must be 1 or more; got {self}.")
         if self.width % (2 * self.heads):
-            raise ValueError(
+            raise DaqError(
                 f"`width` must be a multiple of 2 * `heads`, to rotate pairs within a head; got {self}."
             )
 

@@ -27,6 +27,7 @@ from daq_jax.demo.model import (
     train,
 )
 from daq_jax.demo.texts import Text
+from daq_jax.errors import DaqError
 
 Tell = Callable[[str, int, int], None]  # (what is being done, how much of it is done, how much there is)
 
@@ -61,9 +62,7 @@ class Study:
     def __post_init__(self) -> None:
         for steps in (self.base_steps, self.tune_steps):
             if min(steps, self.chunk) < 1 or steps % self.chunk:
-                raise ValueError(
-                    f"step counts must be multiples of `chunk`, to share one program; got {self}."
-                )
+                raise DaqError(f"step counts must be multiples of `chunk`, to share one program; got {self}.")
 
 
 class Pair(NamedTuple):

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from daq_jax.errors import DaqError
+
 
 class Text(NamedTuple):
     """One style, cut in two: what a model may learn from, and what it is judged on."""
@@ -21,5 +23,5 @@ def load_text(name: str, *, held_out: int) -> Text:
     """Reads `texts/{name}.txt` and holds out its last `held_out` bytes."""
     data = np.frombuffer(files("daq_jax.demo").joinpath("texts", f"{name}.txt").read_bytes(), np.uint8)
     if not 0 < held_out < len(data):
-        raise ValueError(f"{name} has {len(data)} bytes; cannot hold out {held_out}.")
+        raise DaqError(f"{name} has {len(data)} bytes; cannot hold out {held_out}.")
     return Text(name.capitalize(), data[:-held_out], data[-held_out:])

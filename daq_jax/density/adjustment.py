@@ -14,12 +14,13 @@ from jax import lax
 from jaxtyping import Array
 
 from daq_jax.density.code_lines import Groups, Line, Loss, across, better_line
+from daq_jax.errors import DaqError
 
 
 def _check_counts(adjustment: object, **counts: int) -> None:
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(
+            raise DaqError(
                 f"{type(adjustment).__name__}: `{name}` must be a whole number above 0; got {value!r}."
             )
 
@@ -62,7 +63,7 @@ class LeastSquares:
     def __post_init__(self) -> None:
         _check_counts(self, coarse=self.coarse, fine=self.fine, turns=self.turns)
         if not (0 < self.lowest <= 1 and self.farthest >= 0):
-            raise ValueError(
+            raise DaqError(
                 "LeastSquares: needs 0 < lowest <= 1 and farthest >= 0; "
                 f"got {self.lowest} and {self.farthest}."
             )
@@ -133,7 +134,7 @@ class SignSteps:
     def __post_init__(self) -> None:
         _check_counts(self, epochs=self.epochs, turns=self.turns, patience=self.patience)
         if not (self.step > 0 and self.spread >= 1 and self.growth >= 1 and 0 < self.decay <= 1):
-            raise ValueError(
+            raise DaqError(
                 "SignSteps: needs step > 0, spread >= 1, growth >= 1 and 0 < decay <= 1; "
                 f"got {self.step}, {self.spread}, {self.growth} and {self.decay}."
             )

@@ -28,6 +28,7 @@ from rich.progress import track
 
 from daq_jax import recipes
 from daq_jax.density.grams import Grams, KernelInputs
+from daq_jax.errors import DaqError
 from daq_jax.numerics.sharding import run_sharded, sharding_of
 from daq_jax.rules import DEFAULT_RULES, Rule, decide
 from daq_jax.trees import PyTree, named_leaves
@@ -60,7 +61,7 @@ def calibrate(
         progress: show a bar, if there is a terminal.
 
     Raises:
-        ValueError: if there are no batches, or `one_at_a_time` with an iterator.
+        DaqError: if there are no batches, or `one_at_a_time` with an iterator.
 
     >>> import flax.linen as nn
     >>> model, batch = nn.Dense(8), jax.numpy.ones((4, 16))
@@ -109,7 +110,7 @@ def calibrate_from(
         params, batches, group, joint, rules, one_at_a_time, progress: as in `calibrate`.
 
     Raises:
-        ValueError: as `calibrate` does.
+        DaqError: as `calibrate` does.
 
     >>> apply = lambda params, x: jax.nn.relu(x @ params["up"]) @ params["down"]
     >>> params = {"up": jax.numpy.ones((6, 4)), "down": jax.numpy.ones((4, 6))}
@@ -118,11 +119,11 @@ def calibrate_from(
     ((3, 2, 2), (2, 2, 2))
     """
     if one_at_a_time and iter(batches) is batches:
-        raise ValueError("`one_at_a_time` goes through `batches` once for each kernel: pass a list of them.")
+        raise DaqError("`one_at_a_time` goes through `batches` once for each kernel: pass a list of them.")
     remaining = iter(batches)
     first = next(remaining, None)
     if first is None:
-        raise ValueError("there are no batches to calibrate with.")
+        raise DaqError("there are no batches to calibrate with.")
     watch = _Watch(apply, _paths(params, rules), group, joint)
     kernels = watch.kernels(params, first)
     if one_at_a_time:
@@ -235,7 +236,7 @@ class _Seen:
     def plus(self, other: "_Seen") -> "_Seen":
         """A kernel may be used several times, but always in one way."""
         if self.axes != other.axes:
-            raise ValueError(f"a kernel is contracted over axes {self.axes} and also {other.axes}.")
+            raise DaqError(f"a kernel is contracted over axes {self.axes} and also {other.axes}.")
         return dataclasses.replace(self, gram=self.gram + other.gram, count=self.count + other.count)
 
 

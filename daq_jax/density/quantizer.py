@@ -24,6 +24,7 @@ from daq_jax.density.code_lines import Groups, Line, Loss
 from daq_jax.density.grams import Grams
 from daq_jax.density.group_layout import GroupLayout
 from daq_jax.density.output_rounding import Islands, round_by_output
+from daq_jax.errors import DaqError
 from daq_jax.metrics import Metric
 from daq_jax.numerics.sharding import run_sharded, scale_sharding, sharding_of
 from daq_jax.qtensor import QTensor
@@ -63,7 +64,7 @@ def quantize_density(
         A tree like `params`, with a `QTensor` that has a `zero` for each leaf that was quantized.
 
     Raises:
-        ValueError: before any work, naming every leaf at fault: what `quantize` refuses, a kernel without a
+        DaqError: before any work, naming every leaf at fault: what `quantize` refuses, a kernel without a
             Gram matrix, or one of another group size.
 
     Source: arXiv:2410.12187, and see `DensityRecipe`.
@@ -85,7 +86,7 @@ def quantize_density(
 
 def _refuse_mismatch(recipe: DensityRecipe, base: PyTree | None) -> None:
     if (recipe.metric is None) != (base is None):
-        raise ValueError(
+        raise DaqError(
             "a metric of the change needs a base, and a base serves nothing else: "
             f"`recipe.metric` is {recipe.metric} and `base` is {'not ' if base is None else ''}given."
         )
@@ -96,13 +97,11 @@ def _view(pair: Pair, recipe: DensityRecipe) -> TileView:
 
 
 def _refuse_uncalibrated(pairs: Sequence[Pair], grams: Grams | None, recipe: DensityRecipe) -> None:
-    """Raises one ValueError that names every leaf that is to be quantized and whose inputs are not known."""
+    """Raises one DaqError that names every leaf that is to be quantized and whose inputs are not known."""
     row = recipe.loss == "row"
     if grams is None:
         if row:
-            raise ValueError(
-                "a loss over the whole row needs Gram matrices: pass calibrate(..., joint=True)."
-            )
+            raise DaqError("a loss over the whole row needs Gram matrices: pass calibrate(..., joint=True).")
         return
     problems = {
         p.path: why
@@ -111,7 +110,7 @@ def _refuse_uncalibrated(pairs: Sequence[Pair], grams: Grams | None, recipe: Den
     }
     if problems:
         lines = "".join(f"\n  {path!r}: {why}." for path, why in problems.items())
-        raise ValueError(
+        raise DaqError(
             f"{len(problems)} of the leaves cannot be quantized by the output of their layers:{lines}\n"
             "Calibrate with the model and the group size that are to be quantized, or keep these leaves by "
             "a rule: put keep('^PATH$') before your other rules."

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from importlib import resources
 from typing import Any, NamedTuple
 
-from daq_jax import __version__
 from daq_jax.analysis import sheets
 from daq_jax.analysis.comparison import Comparison
+from daq_jax.version import __version__
 
 try:
     import jinja2

@@ -14,6 +14,7 @@ import numpy as np
 
 from daq_jax.analysis.comparison import Comparison
 from daq_jax.analysis.histograms import CHANGE_EDGES, RATIO_EDGES, SIZE_EDGES, Details
+from daq_jax.errors import DaqError
 
 try:
     from matplotlib.axes import Axes
@@ -37,9 +38,9 @@ def _picture(width: float = 6.0, height: float = 4.0) -> tuple[Picture, Axes]:
 def _details(comparison: Comparison, path: str | None) -> Details:
     """Details of one leaf, or of all added up."""
     if not comparison.details:
-        raise ValueError("this comparison has no details; make it by `compare(..., details=True)`.")
+        raise DaqError("this comparison has no details; make it by `compare(..., details=True)`.")
     if path is not None and path not in comparison.details:
-        raise ValueError(f"there is no leaf {path!r} in this comparison.")
+        raise DaqError(f"there is no leaf {path!r} in this comparison.")
     first, *rest = [comparison.details[path]] if path is not None else comparison.details.values()
     return sum(rest, first)
 
@@ -172,7 +173,7 @@ def recipes_side_by_side(comparisons: Mapping[str, Comparison]) -> Picture:
         comparisons: of one pair of models, by the name of the recipe.
     """
     if not comparisons:
-        raise ValueError("there is no comparison to draw.")
+        raise DaqError("there is no comparison to draw.")
     panels = (
         ("projection", 1.0, 1.0, "projection"),
         ("cosine", None, 1.0, "cosine"),

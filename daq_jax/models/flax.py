@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
+from daq_jax.errors import DaqError
 from daq_jax.qtensor import QTensor
 from daq_jax.records import QTENSOR_ARRAYS, qtensor_of, static_record
 from daq_jax.tilings import Matrix
@@ -101,7 +102,7 @@ class InPlace(nn.meta.AxisMetadata):
         first, last = batch[:gone], batch[len(batch) - gone :]
         left, other = ([r for a, r in enumerate(self.roles) if a not in axes] for axes in (first, last))
         if len(first) < gone or left != other:
-            raise ValueError(
+            raise DaqError(
                 f"a weight with axes {self.roles} was sliced to {self.shape}, and which axes are left is "
                 "unclear; stack layers and experts on axes side by side, or dequantize this weight."
             )
@@ -187,7 +188,7 @@ def nnx_with(model: nnx.Module, q: PyTree) -> nnx.Module:
         A model of the same class for any use that only reads weights, under `nnx.jit` or not.
 
     Raises:
-        ValueError: naming the leaves of `q` that the model lacks, those of other shape, and those of an
+        DaqError: naming the leaves of `q` that the model lacks, those of other shape, and those of an
             abstract model that `q` lacks.
 
     >>> from daq_jax import quantize
@@ -218,9 +219,7 @@ def _refuse_misfits(leaves: dict[str, Any], model: dict[str, Any]) -> None:
             problems.append(f"{path!r} is missing, and the model is abstract there")
     if problems:
         lines = "".join(f"\n  {p}" for p in problems)
-        raise ValueError(
-            f"these quantized weights do not fit the model:{lines}\nPass the state of this model."
-        )
+        raise DaqError(f"these quantized weights do not fit the model:{lines}\nPass the state of this model.")
 
 
 # --- Exported programs --------------------------------------------------------------------------------------

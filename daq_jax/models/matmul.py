@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from daq_jax.errors import DaqError
 from daq_jax.formats import Format, Integer, SmallFloat
 from daq_jax.numerics.arithmetic import divide
 from daq_jax.qtensor import QTensor
@@ -30,7 +31,7 @@ def dot(x: Float[Array, "..."], q: QTensor, *, activations: Format | None = None
         `[batch..., ..., outputs]` in the dtype of `x`, summed in float32.
 
     Raises:
-        ValueError: if the shapes do not match, or for `activations` with other tilings or formats.
+        DaqError: if the shapes do not match, or for `activations` with other tilings or formats.
 
     >>> from daq_jax import quantize
     >>> weight = quantize(jnp.ones((4, 8)), jnp.full((4, 8), 0.5))
@@ -42,11 +43,11 @@ def dot(x: Float[Array, "..."], q: QTensor, *, activations: Format | None = None
     shared = tuple(q.shape[a] for a in batch)
     inputs = tuple(q.shape[a] for a in rows)
     if first < len(batch) or x.shape[first:] != inputs or x.shape[: len(batch)] != shared:
-        raise ValueError(f"x is {x.shape}; for this weight it must be {(*shared, '...', *inputs)}.")
+        raise DaqError(f"x is {x.shape}; for this weight it must be {(*shared, '...', *inputs)}.")
     contracted = (tuple(range(first, x.ndim)), rows), (tuple(range(len(batch))), batch)
     late = _scale_can_wait(q)
     if activations is not None and not (late and isinstance(activations, (SmallFloat, Integer))):
-        raise ValueError(
+        raise DaqError(
             f"activations={activations.name} needs a weight in Channel() or PerTensor() and formats whose "
             f"codes are numbers; the weight is in {q.tiling}, {q.format.name}."
         )

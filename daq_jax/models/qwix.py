@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from daq_jax.errors import DaqError
 from daq_jax.formats import FORMATS, Format, nf4
 from daq_jax.qtensor import QTensor
 from daq_jax.recipes import Recipe
@@ -34,14 +35,14 @@ def to_qwix(tree: PyTree) -> PyTree:
     QArray would round the scale.
 
     Raises:
-        ValueError: naming every leaf that has no such form: partial tiles at an edge, tiles cut across axes,
+        DaqError: naming every leaf that has no such form: partial tiles at an edge, tiles cut across axes,
             a zero that the dtype of the codes lacks, or a format that qwix lacks.
     """
     import qwix
 
     def convert(q: QTensor) -> Any:
         if q.format.name not in _QTYPES:
-            raise ValueError(f"qwix has no {q.format.name}")
+            raise DaqError(f"qwix has no {q.format.name}")
         codes = q.codes.astype(jnp.uint4) if q.format == nf4 else q.codes
         zero = None if q.zero is None else _spread(q, _zero_point(q.zero, codes.dtype))
         return qwix.QArray(codes, _spread(q, q.scale), zero, _QTYPES[q.format.name])
@@ -60,7 +61,7 @@ def from_qwix(
         rules: tell the matrix of each weight by its path, as in `quantize`; nothing else of them counts.
 
     Raises:
-        ValueError: naming every leaf that a QTensor cannot hold: tiles that are not runs of inputs by runs of
+        DaqError: naming every leaf that a QTensor cannot hold: tiles that are not runs of inputs by runs of
             outputs, scales that part of a batch shares, zero points of other tiles than the scales', or a
             format that we lack.
     """
@@ -79,10 +80,10 @@ def _converted(tree: PyTree, is_ours: Callable[[Any], bool], convert: Callable[[
     for path, (_, leaf) in keyed_leaves(tree, is_ours).items():
         try:
             found.append(convert(path, leaf) if is_ours(leaf) else leaf)
-        except ValueError as error:
+        except DaqError as error:
             problems.append(f"{path!r}: {error}")
     if problems:
-        raise ValueError(
+        raise DaqError(
             f"{len(problems)} of the leaves cannot be converted:" + "".join(f"\n  {p}." for p in problems)
         )
     leaves = [x for x in found if x is not None]
@@ -92,11 +93,11 @@ def _converted(tree: PyTree, is_ours: Callable[[Any], bool], convert: Callable[[
 def _lengths(axes: Sequence[int], tile: int, tiles: int) -> list[int]:
     """Length of a scale on each of several axes, over which together run `tiles` tiles of `tile` elements."""
     if tile * tiles != math.prod(axes):
-        raise ValueError(f"{math.prod(axes)} inputs or outputs are not whole tiles of {tile}")
+        raise DaqError(f"{math.prod(axes)} inputs or outputs are not whole tiles of {tile}")
     lengths = []
     for n in reversed(axes):
         if max(n, tile) % min(n, tile):
-            raise ValueError(f"tiles of {tile} cut across the axes {tuple(axes)}")
+            raise DaqError(f"tiles of {tile} cut across the axes {tuple(axes)}")
         lengths.append(max(n // tile, 1))
         tile = max(tile // n, 1)
     return lengths[::-1]
@@ -116,10 +117,10 @@ def _spread(q: QTensor, scale: Array) -> Array:
 def _zero_point(zero: Array, dtype: np.dtype) -> Array:
     """A zero in the dtype of the codes, as qwix wants it, where that changes no value."""
     if not is_concrete(zero):
-        raise ValueError("whether qwix can hold its zero is seen from numbers alone: call this outside jit")
+        raise DaqError("whether qwix can hold its zero is seen from numbers alone: call this outside jit")
     held = zero.astype(dtype)
     if not jnp.array_equal(held.astype(zero.dtype), zero):
-        raise ValueError(f"its zero is no {dtype}, which qwix needs for codes of that dtype")
+        raise DaqError(f"its zero is no {dtype}, which qwix needs for codes of that dtype")
     return held
 
 
@@ -127,15 +128,15 @@ def _qtensor(array: Any, matrix: Matrix, dtype: np.dtype) -> QTensor:
     """The QTensor of a QArray."""
     qtype = str(array.qtype) if isinstance(array.qtype, str) else np.dtype(array.qtype).name
     if qtype not in _FORMATS:
-        raise ValueError(f"daq_jax has no {qtype}")
+        raise DaqError(f"daq_jax has no {qtype}")
     if why := matrix_problem(array.shape, matrix):
-        raise ValueError(f"it is {array.shape} and cannot be viewed as matrix={matrix}: {why}")
+        raise DaqError(f"it is {array.shape} and cannot be viewed as matrix={matrix}: {why}")
     whole = TileView(array.shape, matrix, PerTensor())
     batch, rows, columns = whole.axes
     lengths = list(array.scale.shape)
     for axis in batch:
         if lengths[axis] not in (1, array.shape[axis]):
-            raise ValueError(f"part of its axis {axis} shares a scale, which is a batch axis here")
+            raise DaqError(f"part of its axis {axis} shares a scale, which is a batch axis here")
         lengths[axis] = array.shape[axis]
     tiling, grid = _tiling(array.shape, lengths, whole)
 
@@ -152,7 +153,7 @@ def _repeated(x: Array, lengths: Sequence[int]) -> Array:
     """Scales or zero points that several tiles share, one for each tile."""
     for axis, n in enumerate(lengths):
         if n % x.shape[axis]:
-            raise ValueError(f"its zero points {x.shape} are not one for each scale, {tuple(lengths)}")
+            raise DaqError(f"its zero points {x.shape} are not one for each scale, {tuple(lengths)}")
         x = jnp.repeat(x, n // x.shape[axis], axis)
     return x
 
@@ -165,7 +166,7 @@ def _tiling(shape: Sequence[int], scale: Sequence[int], whole: TileView) -> tupl
         if _lengths([shape[a] for a in axes], n, math.prod(scale[a] for a in axes)) != [
             scale[a] for a in axes
         ]:
-            raise ValueError(
+            raise DaqError(
                 f"a scale {tuple(scale)} of a weight {tuple(shape)} is not one for each run of {n}"
             )
         tile.append(n)

@@ -18,7 +18,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from daq_jax.cpu_parts import in_parts
-from daq_jax.numerics.arithmetic import divide, multiply, power_below
+from daq_jax.errors import DaqError
+from daq_jax.formats import weights_of
+from daq_jax.numerics.arithmetic import divide, power_below
 from daq_jax.numerics.kernel_choice import has_fp8_gpu, kernel_or_plain
 from daq_jax.numerics.linalg import factor, inverse_factor
 from daq_jax.roundings import feedback_gpu
@@ -71,7 +73,7 @@ class UnbiasedFeedback:
         UnbiasedGain(self.per)  # checks `per`
         check_whole_number("rank", self.rank)
         if not (isinstance(self.damping, float | int) and 0 < self.damping < math.inf):
-            raise ValueError(f"`damping` must be a number above 0; got {self.damping!r}.")
+            raise DaqError(f"`damping` must be a number above 0; got {self.damping!r}.")
 
     @property
     def scored_as(self) -> UnbiasedGain:
@@ -131,7 +133,7 @@ def _as_stored(tiles: Tiles, scale: Array) -> Array:
     """Whether a tile holds bfloat16 numbers, in any dtype, that plain rounding moves by less than a step."""
     bits = lax.bitcast_convert_type(tiles.tuned, jnp.int32)  # a cast and back may be optimized away
     step = power_below(tiles.tuned) * 2.0**-7
-    error = multiply(tiles.format.round(divide(tiles.tuned, scale)), scale) - tiles.tuned
+    error = weights_of(tiles.format.round(divide(tiles.tuned, scale)), scale) - tiles.tuned
     excess = jnp.sum(error * error - _AS_STORED * step * step, tiles.axes, keepdims=True)
     return jnp.all(bits & 0xFFFF == 0, tiles.axes, keepdims=True) & (excess < 0)
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from daq_jax.formats import Format, dither
-from daq_jax.numerics.arithmetic import divide, multiply
+from daq_jax.formats import Format, dither, weights_of
+from daq_jax.numerics.arithmetic import divide
 
 STRIP = 128  # columns whose change is held to its size together
 _TOLERATED = 2.0  # standard deviations of what a strip keeps of its change, and
@@ -89,7 +89,7 @@ class Rows(NamedTuple):
 
     def error(self, values: Array) -> Array:
         """How far codes of these values are from the tuned weights."""
-        return multiply(values, self.scale) - self.tuned
+        return weights_of(values, self.scale) - self.tuned
 
 
 def lattice(rows: Array, columns: Array) -> Array:

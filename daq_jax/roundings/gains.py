@@ -23,6 +23,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from daq_jax.errors import DaqError
 from daq_jax.numerics.arithmetic import divide, in_runs, multiply, sum_as_computed
 from daq_jax.numerics.kernel_choice import has_fp8_gpu, kernel_or_plain
 from daq_jax.numerics.linalg import inverse_factor
@@ -219,7 +220,7 @@ class UnbiasedGain:
 
     def __post_init__(self) -> None:
         if self.per not in ("row", "column", "tile"):
-            raise ValueError(f"`per` must be 'row', 'column' or 'tile'; got {self.per!r}.")
+            raise DaqError(f"`per` must be 'row', 'column' or 'tile'; got {self.per!r}.")
 
     def __call__(self, tiles: Tiles, scale: Array) -> Array:
         """Code values; see `roundings`."""
@@ -293,9 +294,9 @@ def _round_towards(tiles: Tiles, scale: Array, gain: Array, correction: Array | 
 
 
 def check_whole_number(name: str, value: object) -> None:
-    """Raises ValueError unless `value`, called `name`, is an int of at least 1."""
+    """Raises DaqError unless `value`, called `name`, is an int of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"`{name}` must be a whole number above 0; got {value!r}.")
+        raise DaqError(f"`{name}` must be a whole number above 0; got {value!r}.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from daq_jax.errors import DaqError
 from daq_jax.metrics import neg_bias, neg_error
 from daq_jax.numerics.arithmetic import divide
 from daq_jax.roundings.nearest import Nearest
@@ -27,10 +28,10 @@ Search = Callable[[Trials], Array]  # -> scale per tile, in the shape of `Trials
 def _check_range(search: object, low: float, high: float, **counts: int) -> None:
     name = type(search).__name__
     if not 0 < low <= high < float("inf"):
-        raise ValueError(f"{name}: ratios must satisfy 0 < low <= high; got low={low}, high={high}.")
+        raise DaqError(f"{name}: ratios must satisfy 0 < low <= high; got low={low}, high={high}.")
     for word, n in counts.items():
         if isinstance(n, bool) or not isinstance(n, int) or n < 2:
-            raise ValueError(f"{name}: `{word}` must be a whole number of at least 2; got {n!r}.")
+            raise DaqError(f"{name}: `{word}` must be a whole number of at least 2; got {n!r}.")
 
 
 def _one(trials: Trials) -> Trial:
@@ -147,7 +148,7 @@ class OffGrid:
     def __post_init__(self) -> None:
         _check_range(self, self.low, self.high, n=self.n)
         if not self.noise >= 0:
-            raise ValueError(f"OffGrid: `noise` must be 0 or more; got {self.noise!r}.")
+            raise DaqError(f"OffGrid: `noise` must be 0 or more; got {self.noise!r}.")
 
     @property
     def ratios(self) -> tuple[float, ...]:

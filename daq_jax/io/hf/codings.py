@@ -14,6 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from daq_jax.errors import DaqError
 from daq_jax.formats import Format, fp8_e4m3fn, fp8_e5m2, int4, int8
 from daq_jax.io.hf.packed_int4 import WORD
 from daq_jax.io.hf.tensor_files import TensorSpec
@@ -49,13 +50,13 @@ class Coding:
         """Which part of the scale's first axis belongs to a part of the weight's.
 
         Raises:
-            ValueError: if the part cuts through a tile.
+            DaqError: if the part cuts through a tile.
         """
         if len(shape) > 2 or not isinstance(self.tiling, Block):
             return part if not isinstance(self.tiling, PerTensor) or len(shape) > 2 else slice(None)
         first, last, _ = part.indices(shape[0])
         if first % self.tiling.c or (last % self.tiling.c and last != shape[0]):
-            raise ValueError(f"rows {first} to {last} cut through a tile of {self.tiling.c} rows.")
+            raise DaqError(f"rows {first} to {last} cut through a tile of {self.tiling.c} rows.")
         return slice(first // self.tiling.c, -(-last // self.tiling.c))
 
 
@@ -67,7 +68,7 @@ def find_codings(specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> 
         config: the folder's `config.json`; its `quantization_config` may name the size of blocks.
 
     Raises:
-        ValueError: naming every weight whose scale fits no layout.
+        DaqError: naming every weight whose scale fits no layout.
     """
     block = _block_of(config)
     found, problems = {}, []
@@ -98,7 +99,7 @@ def find_packed(
         read: gives a tensor by name; called for `weight_shape` alone.
 
     Raises:
-        ValueError: naming every weight that is packed in another way.
+        DaqError: naming every weight that is packed in another way.
     """
     found, problems = {}, []
     for words, spec in specs.items():
@@ -134,9 +135,7 @@ def _group(outputs: int, inputs: int, words: TensorSpec, scale: TensorSpec) -> i
 
 def _raise(problems: Sequence[str]) -> None:
     if problems:
-        raise ValueError(
-            "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if problems[5:] else "")
-        )
+        raise DaqError("; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if problems[5:] else ""))
 
 
 def _block_of(config: Mapping[str, Any]) -> tuple[int, int]:
@@ -180,7 +179,7 @@ def stored_scale(scale: np.ndarray, weight: tuple[int, ...], tiling: Tiling) -> 
         Float32 `[..., in tiles, out tiles]`.
 
     Raises:
-        ValueError: if a scale is not a positive finite number.
+        DaqError: if a scale is not a positive finite number.
     """
     *batch, outputs, inputs = weight
     tile_in, tile_out = tiling.tile(inputs, outputs)
@@ -188,5 +187,5 @@ def stored_scale(scale: np.ndarray, weight: tuple[int, ...], tiling: Tiling) -> 
         scale = scale.view(ml_dtypes.float8_e8m0fnu)
     wide = scale.astype(np.float32).reshape(*batch, -(-outputs // tile_out), -(-inputs // tile_in))
     if not (np.isfinite(wide) & (wide > 0)).all():
-        raise ValueError("it has a scale that is not a positive finite number; mend the checkpoint")
+        raise DaqError("it has a scale that is not a positive finite number; mend the checkpoint")
     return np.ascontiguousarray(np.swapaxes(wide, -1, -2))

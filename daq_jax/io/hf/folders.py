@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from daq_jax.errors import DaqError
 from daq_jax.io.hf.codings import HF_MATRIX, Coding, Matrix, find_codings, find_packed, stored_scale
 from daq_jax.io.hf.packed_int4 import unpack
 from daq_jax.io.hf.tensor_files import TensorReader, TensorSpec, read_json
@@ -97,7 +98,7 @@ class Folder(abc.ABC):
             An array as stored, or for a quantized weight a QTensor of the stored codes and scales.
 
         Raises:
-            ValueError: naming the file and the tensor, if its bytes or its scales make no sense.
+            DaqError: naming the file and the tensor, if its bytes or its scales make no sense.
         """
 
     @abc.abstractmethod
@@ -113,11 +114,11 @@ def open_folder(path: str | Path) -> Folder:
     """Opens a checkpoint folder: Hugging Face safetensors, in one file or in shards.
 
     Raises:
-        ValueError: in one sentence that names the file, and the tensor where one is at fault.
+        DaqError: in one sentence that names the file, and the tensor where one is at fault.
     """
     path = Path(path)
     if not path.is_dir():
-        raise ValueError(f"{path}: not a folder; needed one that holds a checkpoint.")
+        raise DaqError(f"{path}: not a folder; needed one that holds a checkpoint.")
     return HuggingFaceFolder(path)
 
 
@@ -148,7 +149,7 @@ class HuggingFaceFolder(Folder):
     def _tensors(self) -> dict[str, Tensor]:
         missing = [n for n, file in self._file_of.items() if n not in self._readers[file].entries]
         if missing:
-            raise ValueError(
+            raise DaqError(
                 f"{self.path / INDEX}: says that {missing[0]!r} is in {self._file_of[missing[0]]!r}, which "
                 f"has no tensor of that name, nor {len(missing) - 1} others; the folder is incomplete."
             )
@@ -157,8 +158,8 @@ class HuggingFaceFolder(Folder):
         try:
             codings = find_codings(specs, self.config)
             packed = find_packed(specs, self._stored)
-        except ValueError as error:
-            raise ValueError(f"{self.path}: {error}.") from error
+        except DaqError as error:
+            raise DaqError(f"{self.path}: {error}.") from error
         parts = {coding.scale for coding in codings.values()}
         parts |= {part for coding, _ in packed.values() for part in (coding.scale, coding.shape)}
         weight_of = {coding.words: name for name, (coding, _) in packed.items()}
@@ -190,8 +191,8 @@ class HuggingFaceFolder(Folder):
         try:
             stored = self._stored(coding.scale, coding.scale_part(tensor.shape, part))
             scale = stored_scale(stored, values.shape, coding.tiling)
-        except ValueError as error:
-            raise ValueError(f"{self.path / tensor.file}: tensor {name!r}: {error}.") from error
+        except DaqError as error:
+            raise DaqError(f"{self.path / tensor.file}: tensor {name!r}: {error}.") from error
         codes = jnp.asarray(values)
         return QTensor(
             codes, jnp.asarray(scale), coding.format, coding.tiling, dtype or self.dtype, HF_MATRIX
@@ -222,7 +223,7 @@ def _weight_files(path: Path) -> dict[str, str] | None:
     if (path / INDEX).is_file():
         return _weight_map(path / INDEX)
     if not (path / SINGLE).is_file():
-        raise ValueError(_nothing_to_read(path))
+        raise DaqError(_nothing_to_read(path))
     return None
 
 
@@ -240,12 +241,12 @@ def _nothing_to_read(path: Path) -> str:
 def _weight_map(index: Path) -> dict[str, str]:
     found = read_json(index, "the index").get("weight_map")
     if not isinstance(found, dict) or not found:
-        raise ValueError(f"{index}: `weight_map` must be an object of tensor names and file names.")
+        raise DaqError(f"{index}: `weight_map` must be an object of tensor names and file names.")
     for name, file in found.items():
         if not isinstance(file, str) or set(file) & set("/\\\0") or not file.endswith(".safetensors"):
-            raise ValueError(
+            raise DaqError(
                 f"{index}: tensor {name!r} is said to be in {file!r}; needed a .safetensors file in it."
             )
         if not (index.parent / file).is_file():
-            raise ValueError(f"{index}: tensor {name!r} is in {file!r}, which is not in the folder.")
+            raise DaqError(f"{index}: tensor {name!r} is in {file!r}, which is not in the folder.")
     return found

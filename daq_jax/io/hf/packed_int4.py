@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Int32, Shaped
 from numpy.typing import NDArray
 
+from daq_jax.errors import DaqError
 from daq_jax.io.hf.tensor_files import TensorSpec
 from daq_jax.qtensor import QTensor
 from daq_jax.tilings import Group
@@ -83,11 +84,11 @@ def packed_tensors(q: QTensor) -> dict[str, np.ndarray]:
         q: int4 in groups, without zeros; `[in, out]`, or `[out, in]` if its matrix view says so.
 
     Raises:
-        ValueError: if it cannot be stored, with the reason.
+        DaqError: if it cannot be stored, with the reason.
     """
     why = packing_problem(q)
     if why:
-        raise ValueError(f"a weight cannot be stored as pack-quantized int4: {why}.")
+        raise DaqError(f"a weight cannot be stored as pack-quantized int4: {why}.")
     codes = np.asarray(q.codes)
     codes = codes if q.view.axes[2] == (0,) else np.ascontiguousarray(codes.T)
     scale = np.ascontiguousarray(np.asarray(q.scale).T)

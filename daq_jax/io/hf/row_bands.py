@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+from daq_jax.errors import DaqError
 from daq_jax.io.hf.folders import Folder, Tensor, is_orbax, open_folder
 from daq_jax.tilings import Block, PerTensor
 
@@ -36,10 +37,10 @@ def open_for_bands(path: str | Path) -> Folder:
     """Opens a folder whose weights can be read in bands.
 
     Raises:
-        ValueError: as `open_folder`, and for an Orbax checkpoint.
+        DaqError: as `open_folder`, and for an Orbax checkpoint.
     """
     if is_orbax(Path(path)):
-        raise ValueError(
+        raise DaqError(
             f"{path}: an Orbax checkpoint, which this does not read; load it by `daq_jax.load_weights`, a "
             "quantized one by `daq_jax.load`, and call `daq_jax.inspect` or `daq_jax.compare` on the trees."
         )

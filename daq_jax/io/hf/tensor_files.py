@@ -22,6 +22,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from daq_jax.errors import DaqError
+
 # The format's own names, as the reference writer ranks them: those further down come first in a file.
 _RANKED = {
     "BOOL": np.dtype(np.bool_),
@@ -71,11 +73,11 @@ class TensorSpec:
         """The spec of an array.
 
         Raises:
-            ValueError: if a file has no name for its dtype.
+            DaqError: if a file has no name for its dtype.
         """
         names = [name for name, known in _RANKED.items() if known is not None and known == dtype]
         if not names:
-            raise ValueError(f"a safetensors file cannot hold {dtype}; cast it to a dtype that it can.")
+            raise DaqError(f"a safetensors file cannot hold {dtype}; cast it to a dtype that it can.")
         return cls(names[0], tuple(shape))
 
     @property
@@ -108,27 +110,27 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        ValueError: naming the file, if it does not hold one.
+        DaqError: naming the file, if it does not hold one.
     """
     try:
         if path.stat().st_size > _LARGEST_HEADER:
-            raise ValueError(f"{path}: {what} is larger than {_LARGEST_HEADER // 10**6} MB.")
+            raise DaqError(f"{path}: {what} is larger than {_LARGEST_HEADER // 10**6} MB.")
         return parse_json(path.read_bytes(), f"{path}: {what}")
     except OSError as error:
-        raise ValueError(f"{path}: {what} cannot be read: {error.strerror or error}.") from error
+        raise DaqError(f"{path}: {what} cannot be read: {error.strerror or error}.") from error
 
 
 def parse_json(data: bytes, where: str) -> dict[str, Any]:
     """A JSON object in which no key stands twice.
 
     Raises:
-        ValueError: beginning with `where`.
+        DaqError: beginning with `where`.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            raise ValueError("a key stands twice in one object")
+            raise DaqError("a key stands twice in one object")
         return found
 
     try:
@@ -136,9 +138,9 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
         json.dumps(value, ensure_ascii=False).encode("utf-8")  # no lone surrogates
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
-        raise ValueError(f"{where} is not valid JSON: {reason}.") from error
+        raise DaqError(f"{where} is not valid JSON: {reason}.") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{where} must be a JSON object; got {type(value).__name__}.")
+        raise DaqError(f"{where} must be a JSON object; got {type(value).__name__}.")
     return value
 
 
@@ -146,7 +148,7 @@ def read_header(path: Path) -> dict[str, Entry]:
     """All tensors of a file by name, in the order of their bytes. Reads the header alone.
 
     Raises:
-        ValueError: naming the file, and the tensor if one is at fault: header too long or no JSON, unknown
+        DaqError: naming the file, and the tensor if one is at fault: header too long or no JSON, unknown
             dtype, a shape or offsets that make no sense, a hole, an overlap, a file cut short.
     """
     try:
@@ -154,13 +156,13 @@ def read_header(path: Path) -> dict[str, Entry]:
             size = os.fstat(file.fileno()).st_size
             length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else size
             if not 2 <= length <= min(size - 8, _LARGEST_HEADER):
-                raise ValueError(
+                raise DaqError(
                     f"{path}: not a safetensors file, or cut short: it has {size} bytes and names a header "
                     f"of {length}; download it again."
                 )
             header = parse_json(file.read(length), f"{path}: the header")
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror or error}.") from error
+        raise DaqError(f"{path}: cannot be read: {error.strerror or error}.") from error
     header.pop("__metadata__", None)
     start = 8 + length
     entries = {name: _entry(f"{path}: tensor {name!r}", raw, start) for name, raw in header.items()}
@@ -168,10 +170,10 @@ def read_header(path: Path) -> dict[str, Entry]:
     end = start
     for name, entry in entries.items():
         if entry.start != end:
-            raise ValueError(f"{path}: tensor {name!r} begins at byte {entry.start}, needed {end}.")
+            raise DaqError(f"{path}: tensor {name!r} begins at byte {entry.start}, needed {end}.")
         end += entry.spec.nbytes
     if end != size:
-        raise ValueError(f"{path}: its header speaks of {end} bytes but it has {size}; download it again.")
+        raise DaqError(f"{path}: its header speaks of {end} bytes but it has {size}; download it again.")
     return entries
 
 
@@ -179,12 +181,12 @@ def _entry(where: str, raw: Any, start: int) -> Entry:
     raw = raw if isinstance(raw, dict) else {}
     dtype, shape, offsets = (raw.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in _RANKED:
-        raise ValueError(f"{where}: unknown dtype {dtype!r}; known are {', '.join(_RANKED)}.")
+        raise DaqError(f"{where}: unknown dtype {dtype!r}; known are {', '.join(_RANKED)}.")
     if not _is_whole(shape) or len(shape) > _MOST_AXES or math.prod(max(n, 1) for n in shape) >= 2**60:
-        raise ValueError(f"{where}: its shape must be a list of whole numbers; got {_short(shape)}.")
+        raise DaqError(f"{where}: its shape must be a list of whole numbers; got {_short(shape)}.")
     spec = TensorSpec(dtype, tuple(shape))
     if not _is_whole(offsets) or len(offsets) != 2 or offsets[1] - offsets[0] != spec.nbytes:
-        raise ValueError(
+        raise DaqError(
             f"{where}: {dtype} {spec.shape} takes {spec.nbytes} bytes but its offsets are {_short(offsets)}."
         )
     return Entry(spec, start + offsets[0])
@@ -219,12 +221,12 @@ class TensorReader:
         The pages that the system kept of it are dropped: a long walk over a large file leaves no trace.
 
         Raises:
-            ValueError: if the dtype is one of fewer than 8 bits, or the file has become shorter.
+            DaqError: if the dtype is one of fewer than 8 bits, or the file has become shorter.
         """
         entry = self.entries[name]
         spec, dtype = entry.spec, entry.spec.numpy_dtype
         if dtype is None:
-            raise ValueError(f"{self.path}: tensor {name!r} is {spec.dtype}, which cannot be read.")
+            raise DaqError(f"{self.path}: tensor {name!r} is {spec.dtype}, which cannot be read.")
         if not spec.shape:
             return self._bytes(entry.start, spec.nbytes).view(dtype).reshape(())
         first, last, _ = part.indices(spec.shape[0])
@@ -244,7 +246,7 @@ class TensorReader:
         while done < length:
             count = os.preadv(self._file, [view[done : done + 2**30]], start + done)
             if not count:
-                raise ValueError(f"{self.path}: cut short while it was being read.")
+                raise DaqError(f"{self.path}: cut short while it was being read.")
             done += count
         drop_pages(self._file, start, length)
         return buffer

@@ -6,6 +6,7 @@ from pathlib import Path
 from daq_jax.analysis.comparison import Comparison, compare_leaf, pool
 from daq_jax.analysis.figures import Figures
 from daq_jax.analysis.histograms import Details, details_of
+from daq_jax.errors import DaqError
 from daq_jax.io.hf.folders import Folder, Tensor
 from daq_jax.io.hf.row_bands import bands, open_for_bands
 from daq_jax.qtensor import QTensor
@@ -38,7 +39,7 @@ def compare_folders(
         tell: of the number of bytes to come, makes what is told of progress.
 
     Raises:
-        ValueError: in one sentence: what a folder has wrong, no quantized weight, or weights that the other
+        DaqError: in one sentence: what a folder has wrong, no quantized weight, or weights that the other
             folders lack.
     """
     folders: list[Folder] = []
@@ -64,7 +65,7 @@ def _names(base: Folder, tuned: Folder, quantized: Folder) -> list[str]:
     if not names:
         packed = any(name.endswith("weight_packed") for name in quantized.tensors)
         why = "its weights are packed in another way" if packed else "no weight has a scale beside it"
-        raise ValueError(
+        raise DaqError(
             f"{quantized.path}: holds no quantized weight: {why}; needed FP8, int8 or packed int4."
         )
     problems = [
@@ -75,7 +76,7 @@ def _names(base: Folder, tuned: Folder, quantized: Folder) -> list[str]:
     ]
     if problems:
         more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        raise ValueError(
+        raise DaqError(
             f"{quantized.path}: the three folders do not fit: {'; '.join(problems[:_SHOWN])}{more}."
         )
     return names

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from daq_jax import recipes
 from daq_jax.analysis.inspection import MOST_ELEMENTS, Inspection, Source, inspect_sources
 from daq_jax.analysis.sampling import Index, Patches, scales, take
+from daq_jax.errors import DaqError
 from daq_jax.io.hf.folders import Tensor
 from daq_jax.io.hf.layouts import LAYOUTS
 from daq_jax.io.hf.row_bands import band_around, band_step, open_for_bands
@@ -45,11 +46,11 @@ def inspect_folder(
         most_elements: how many elements to look at, at most.
 
     Raises:
-        ValueError: in one sentence: what a folder has wrong, weights without a base, NaN or infinity in the
+        DaqError: in one sentence: what a folder has wrong, weights without a base, NaN or infinity in the
             sample.
     """
     if format not in LAYOUTS:
-        raise ValueError(f"`format` must be one of {', '.join(LAYOUTS)}; got {format!r}.")
+        raise DaqError(f"`format` must be one of {', '.join(LAYOUTS)}; got {format!r}.")
     before, after = open_for_bands(base), open_for_bands(tuned)
     try:
         layout = LAYOUTS[format]

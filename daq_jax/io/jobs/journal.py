@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 
+from daq_jax.errors import DaqError
 from daq_jax.io.hf.folders import INDEX
 from daq_jax.io.hf.tensor_files import read_json, write_text
 
@@ -79,16 +80,14 @@ class Journal:
             Whether the work is already complete.
 
         Raises:
-            ValueError: if the folder holds something else, and `overwrite` is not set.
+            DaqError: if the folder holds something else, and `overwrite` is not set.
         """
         found = self._key_found()
         if overwrite:
             self._clear()
         elif found != self.key and self.out.exists() and any(self.out.iterdir()):
             what = "other files" if found is None else "a result of other inputs, settings or versions"
-            raise ValueError(
-                f"{self.out}: holds {what}; pass an empty folder, or --overwrite to replace them."
-            )
+            raise DaqError(f"{self.out}: holds {what}; pass an empty folder, or --overwrite to replace them.")
         elif found == self.key and not self._folder.exists():
             return True
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -129,7 +128,7 @@ class Journal:
             Whether the work is still there to do: false if another process has completed it all.
 
         Raises:
-            ValueError: if another process is at it and `wait` is not set.
+            DaqError: if another process is at it and `wait` is not set.
         """
         try:
             lock = os.open(self._folder / f"{what}.lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -140,9 +139,7 @@ class Journal:
             fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield self._folder.exists()
         except BlockingIOError:
-            raise ValueError(
-                f"{self.out}: another process is at work on {what}; wait for it to end."
-            ) from None
+            raise DaqError(f"{self.out}: another process is at work on {what}; wait for it to end.") from None
         finally:
             os.close(lock)
 

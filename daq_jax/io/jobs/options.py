@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from daq_jax.errors import DaqError
 from daq_jax.io.hf.folders import Folder
 from daq_jax.io.hf.layouts import LAYOUTS, TARGETS, Layout
 from daq_jax.recipes import DensityRecipe, Recipe
@@ -25,10 +26,10 @@ _NOT_FOR_ORBAX = {
 def layout_for(format: str | None, target: str) -> tuple[Layout, bool]:
     """The layout to write, and whether its scales must be powers of two."""
     if target not in TARGETS:
-        raise ValueError(f"`target` must be one of {', '.join(TARGETS)}; got {target!r}.")
+        raise DaqError(f"`target` must be one of {', '.join(TARGETS)}; got {target!r}.")
     name = format or TARGETS[target].layout
     if name not in LAYOUTS:
-        raise ValueError(f"`format` must be one of {', '.join(LAYOUTS)}; got {name!r}.")
+        raise DaqError(f"`format` must be one of {', '.join(LAYOUTS)}; got {name!r}.")
     return LAYOUTS[name], name in TARGETS[target].power_of_two
 
 
@@ -36,7 +37,7 @@ def without_zeros(recipe: Recipe | DensityRecipe) -> Recipe:
     """The recipe, if files can hold what it gives.
 
     Raises:
-        ValueError: if it may give groups a zero, or needs the inputs of layers.
+        DaqError: if it may give groups a zero, or needs the inputs of layers.
     """
     if isinstance(recipe, Recipe):
         return recipe
@@ -45,31 +46,31 @@ def without_zeros(recipe: Recipe | DensityRecipe) -> Recipe:
         why = (
             "gives each group a zero that is a real number, and the files of servers hold whole zeros or none"
         )
-    raise ValueError(
+    raise DaqError(
         f"a DensityRecipe {why}: pass a Recipe, such as `mse` with --format int4-group, or call "
         "`daq_jax.quantize_density` on the weights in memory."
     )
 
 
 def check_options(shard: tuple[int, int], tp: int, base_dtype: str | None, overwrite: bool) -> None:
-    """Raises ValueError for values that make no sense."""
+    """Raises DaqError for values that make no sense."""
     if not 1 <= shard[0] <= shard[1]:
-        raise ValueError(f"`shard` must be (I, N) with I from 1 to N; got {shard}.")
+        raise DaqError(f"`shard` must be (I, N) with I from 1 to N; got {shard}.")
     if overwrite and shard[1] > 1:
-        raise ValueError(
+        raise DaqError(
             "`overwrite` with several shares would undo the work of the others; empty `out` first."
         )
     if tp < 1:
-        raise ValueError(f"`tp` must be a number of devices; got {tp}.")
+        raise DaqError(f"`tp` must be a number of devices; got {tp}.")
     if base_dtype not in (None, *_DTYPES):
-        raise ValueError(f"`base_dtype` must be one of {', '.join(_DTYPES)}; got {base_dtype!r}.")
+        raise DaqError(f"`base_dtype` must be one of {', '.join(_DTYPES)}; got {base_dtype!r}.")
 
 
 def refuse_for_orbax(**given: Any) -> None:
-    """Raises ValueError, naming all options that were given and have no effect on Orbax checkpoints."""
+    """Raises DaqError, naming all options that were given and have no effect on Orbax checkpoints."""
     words = [f"--{n.replace('_', '-')} ({_NOT_FOR_ORBAX[n]})" for n, value in given.items() if value]
     if words:
-        raise ValueError(
+        raise DaqError(
             f"with Orbax checkpoints {' and '.join(words)} would have no effect: leave it out, or pass "
             "Hugging Face folders."
         )
@@ -98,10 +99,10 @@ def memory_of(memory_gb: float | int | None) -> int:
     """Bytes that the work may take.
 
     Raises:
-        ValueError: if that is no amount of memory.
+        DaqError: if that is no amount of memory.
     """
     if memory_gb is None:
         return int(_QUARTER * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     if not 0 < memory_gb < float("inf"):
-        raise ValueError(f"`memory_gb` must be above 0; got {memory_gb}.")
+        raise DaqError(f"`memory_gb` must be above 0; got {memory_gb}.")
     return int(memory_gb * 10**9)

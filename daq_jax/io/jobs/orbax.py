@@ -24,6 +24,7 @@ from orbax.checkpoint import v1 as ocp
 from rich.console import Console
 
 from daq_jax.analysis.comparison import compare
+from daq_jax.errors import DaqError
 from daq_jax.io.hf.tensor_files import read_json, write_text
 from daq_jax.io.jobs.journal import REPORT, fingerprint
 from daq_jax.io.jobs.planning import RUNTIME, MissingBase, work_of
@@ -65,7 +66,7 @@ def plan_orbax(
     """Plans from metadata alone.
 
     Raises:
-        ValueError: naming every leaf that cannot be quantized, or that takes more memory than there is.
+        DaqError: naming every leaf that cannot be quantized, or that takes more memory than there is.
     """
     pairs, no_base = {}, set()
     for path in tuned.records:
@@ -79,15 +80,15 @@ def plan_orbax(
         pairs[path] = Pair(path, found, leaf, how)
     try:
         refuse_unquantizable(list(pairs.values()), check_finite=False)
-    except ValueError as error:  # one line, as of all commands
-        raise ValueError(f"{tuned.path}: " + "; ".join(map(str.strip, str(error).splitlines()))) from error
+    except DaqError as error:  # one line, as of all commands
+        raise DaqError(f"{tuned.path}: " + "; ".join(map(str.strip, str(error).splitlines()))) from error
     quantized = [p for p in pairs.values() if p.decision.quantize]
     if not quantized:
-        raise ValueError(f"{tuned.path}: no leaf of it is quantized by the default rules.")
+        raise DaqError(f"{tuned.path}: no leaf of it is quantized by the default rules.")
     largest = max(quantized, key=lambda p: p.tuned.size)
     needed = RUNTIME + work_of(recipe) * largest.tuned.size + 4 * _GROUP
     if needed > memory:
-        raise ValueError(
+        raise DaqError(
             f"{tuned.path}: {largest.path!r} is {tuple(largest.tuned.shape)}; with it the work takes "
             f"{needed / 1e9:.1f} GB: raise the memory given (--memory {math.ceil(needed / 1e8) / 10})."
         )
@@ -127,7 +128,7 @@ class _Work:
             for path in [self.out, *leftovers] if overwrite else leftovers:
                 shutil.rmtree(path, ignore_errors=True)
         elif found != key:
-            raise ValueError(
+            raise DaqError(
                 f"{self.out}: begun with other inputs, settings or versions; pass another folder, or "
                 "--overwrite."
             )
@@ -204,7 +205,7 @@ def quantize_orbax(
     """As `quantize_folder`, of two Orbax checkpoints; format and tiling are those of the recipe.
 
     Raises:
-        ValueError, OSError: as `quantize_folder`.
+        DaqError, OSError: as `quantize_folder`.
     """
     before, after = (Checkpoint.open(path.absolute()) for path in (base, tuned))
     plan = plan_orbax(before, after, recipe, memory=memory, missing_base=missing_base)
@@ -223,7 +224,7 @@ def quantize_orbax(
     if out.exists() and not overwrite:
         done = read_json(out / REPORT, "the report") if (out / REPORT).is_file() else {}
         if done.get("fingerprint") != key:
-            raise ValueError(f"{out}: is there already; pass another folder, or --overwrite to replace it.")
+            raise DaqError(f"{out}: is there already; pass another folder, or --overwrite to replace it.")
         return done
     work.begin(key, overwrite)
     records = _carry_out(work, console)

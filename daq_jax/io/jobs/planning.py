@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 
+from daq_jax.errors import DaqError
 from daq_jax.io.hf.folders import Folder, Tensor
 from daq_jax.io.hf.layouts import (
     Layout,
@@ -175,7 +176,7 @@ def make_plan(
         dtype: that quantized inputs are dequantized to; None for that of the tuned model's weights.
 
     Raises:
-        ValueError: naming every tensor that has no base, or what does not fit into the memory.
+        DaqError: naming every tensor that has no base, or what does not fit into the memory.
     """
     kept, dropped = _kept(tuned, layout, tp), _dropped(tuned)
     dtype = dtype or _stored_dtype(tuned)
@@ -184,7 +185,7 @@ def make_plan(
         if name not in kept and name not in dropped and (why := _problem(base.tensors.get(name), tensor)):
             problems[name] = why
     if problems and missing_base == "error":
-        raise ValueError(_report(base, problems))
+        raise DaqError(_report(base, problems))
     shards: dict[str, list[Job]] = {}
     for name, tensor in tuned.tensors.items():
         if name in dropped:
@@ -207,7 +208,7 @@ def make_plan(
         memory=_memory([job for jobs in shards.values() for job in jobs], recipe),
     )
     if not any(job.quantize for job in plan.jobs):
-        raise ValueError(f"{tuned.path}: no tensor of it can be quantized: {_reasons(plan)}.")
+        raise DaqError(f"{tuned.path}: no tensor of it can be quantized: {_reasons(plan)}.")
     return plan
 
 
@@ -229,7 +230,7 @@ def _rows_at_a_time(tensor: Tensor, recipe: Recipe, layout: Layout, memory: int)
     rows = room // inputs // step * step
     if batch or rows < step or not isinstance(recipe.rounding, Nearest):
         needed = (RUNTIME + outputs * inputs * each) / 10**9
-        raise ValueError(
+        raise DaqError(
             f"{tensor.file}: {tensor.name!r} is {outputs} x {inputs}, which takes {needed:.1f} GB at once; "
             f"the memory given is {memory / 10**9:.1f} GB: raise it (--memory {math.ceil(10 * needed) / 10})."
         )

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-import daq_jax
 from daq_jax import recipes
+from daq_jax.errors import DaqError
 from daq_jax.io.hf.folders import INDEX, Folder, is_orbax, open_folder
 from daq_jax.io.hf.layouts import TARGETS
 from daq_jax.io.hf.tensor_files import read_json
@@ -31,6 +31,7 @@ from daq_jax.io.jobs.planning import MissingBase, Plan, make_plan
 from daq_jax.io.jobs.progress import progress_on, result_of, table_of, warning_of
 from daq_jax.io.jobs.streaming import carry_out
 from daq_jax.recipes import DensityRecipe, Recipe
+from daq_jax.version import __version__
 
 _SPARE_DISK = 10**8  # bytes left free for report and side files
 
@@ -82,7 +83,7 @@ def quantize_folder(
         What `daq_report.json` holds; for `plan_only`, or a share that was not the last, what is known so far.
 
     Raises:
-        ValueError: in one sentence, before any work where it can be known before: what a header, an index or
+        DaqError: in one sentence, before any work where it can be known before: what a header, an index or
             a config has wrong, weights without a base, too little memory or disk, an `out` that is not ours.
         OSError: where the disk fails.
     """
@@ -100,7 +101,7 @@ def quantize_folder(
             tuned,
             out,
             recipe,
-            about={"version": daq_jax.__version__, "format": layout.name, "target": target},
+            about={"version": __version__, "format": layout.name, "target": target},
             memory=memory_of(memory_gb),
             missing_base=missing_base,
             overwrite=overwrite,
@@ -110,7 +111,7 @@ def quantize_folder(
     before, after = open_folder(base), open_folder(tuned)
     try:
         if not after.config:
-            raise ValueError(f"{tuned}: has no {CONFIG}, without which no server loads the result.")
+            raise DaqError(f"{tuned}: has no {CONFIG}, without which no server loads the result.")
         recipe = for_folders(recipe, before, after, layout)
         plan = make_plan(
             before,
@@ -147,7 +148,7 @@ class _Work:
         """All that decides the bytes of the result, beside the inputs."""
         plan = self.plan
         bands = {job.name: job.rows for job in plan.jobs if job.quantize and len(job.parts) > 1}
-        made = {"version": daq_jax.__version__, "format": plan.layout.name, "recipe": plan.recipe}
+        made = {"version": __version__, "format": plan.layout.name, "recipe": plan.recipe}
         return describe({**made, **self.choices, "dtype": str(plan.dtype), "rows": bands})
 
     @property
@@ -192,7 +193,7 @@ def _quantize_orbax(base: Path, tuned: Path, out: Path, recipe: Recipe, **option
     from daq_jax.io.jobs.orbax import quantize_orbax  # which loads Orbax
 
     if not (is_orbax(base) and is_orbax(tuned)):
-        raise ValueError(f"{base} and {tuned}: one is an Orbax checkpoint, one is not; needed two of a kind.")
+        raise DaqError(f"{base} and {tuned}: one is an Orbax checkpoint, one is not; needed two of a kind.")
     options["about"] |= {"recipe": describe(recipe), "missing_base": options["missing_base"]}
     return quantize_orbax(base, tuned, out, recipe, **options)
 
@@ -202,9 +203,9 @@ def _refuse_same(out: Path, base: Path, tuned: Path) -> None:
     for folder in (base, tuned):
         there = folder.resolve()
         if here == there or here in there.parents or there in here.parents:
-            raise ValueError(f"{out}: must neither be an input, nor lie in one, nor hold one: {folder}.")
+            raise DaqError(f"{out}: must neither be an input, nor lie in one, nor hold one: {folder}.")
     if out.exists() and not out.is_dir():
-        raise ValueError(f"{out}: is a file; needed a folder to write to.")
+        raise DaqError(f"{out}: is a file; needed a folder to write to.")
 
 
 def _peak() -> int:
@@ -223,7 +224,7 @@ def _refuse_full_disk(out: Path, plan: Plan) -> None:
     done = sum((out / shard.file).stat().st_size for shard in plan.shards if (out / shard.file).is_file())
     free, needed = shutil.disk_usage(there).free, plan.nbytes - done + _SPARE_DISK
     if free < needed:
-        raise ValueError(
+        raise DaqError(
             f"{out}: needs {needed / 1e9:.1f} GB of disk and {free / 1e9:.1f} GB are free; free some, or "
             "pass a folder on a larger disk."
         )

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from daq_jax.analysis.comparison import Figures
+from daq_jax.errors import DaqError
 from daq_jax.io.hf.folders import Folder
 from daq_jax.io.hf.tensor_files import TensorReader, TensorWriter
 from daq_jax.io.jobs.bands import Leaf, figures_in_bands
@@ -32,7 +33,7 @@ def carry_out(
     """Writes those of the plan's shards that are not finished yet.
 
     Raises:
-        ValueError: naming the tensor, if one holds NaN or infinity.
+        DaqError: naming the tensor, if one holds NaN or infinity.
         OSError: if what is on the disk is not what was written.
     """
     with ThreadPoolExecutor(2) as readers, ThreadPoolExecutor(1) as writer:
@@ -101,7 +102,7 @@ class _Work:
         stream = zlib.crc32(f"{job.name}:{part.start}".encode())
         q = quantize_pair(base, tuned, recipe=self.plan.recipe, matrix=job.tuned.matrix, stream=stream)
         if not bool(jnp.isfinite(q.scale).all()):  # what a tile that holds NaN or infinity gets
-            raise ValueError(
+            raise DaqError(
                 f"{job.tuned.file}: tensor {job.name!r} holds NaN or infinity in base or tuned; every weight "
                 "must be finite: mend the checkpoint."
             )

@@ -14,6 +14,7 @@ import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from daq_jax.errors import DaqError
 from daq_jax.io.orbax.placement import placement
 from daq_jax.io.orbax.reader import (
     OURS,
@@ -49,7 +50,7 @@ def save(path: str | os.PathLike, tree: PyTree, *, overwrite: bool = False, wait
 
     Raises:
         FileExistsError: if there is something at `path` and `overwrite` is False.
-        ValueError: before anything is written, naming every leaf that cannot be.
+        DaqError: before anything is written, naming every leaf that cannot be.
 
     >>> import tempfile
     >>> from daq_jax import quantize
@@ -91,12 +92,12 @@ def load(
 
     Raises:
         FileNotFoundError: if there is nothing at `path`.
-        ValueError: if what is there is not a checkpoint, is cut off or lacks a part, was not written by
+        DaqError: if what is there is not a checkpoint, is cut off or lacks a part, was not written by
             `save` or by a newer one, or does not fit the template; naming what was found.
     """
     checkpoint = Checkpoint.open(path)
     if not checkpoint.is_ours:
-        raise ValueError(
+        raise DaqError(
             f"{checkpoint.path}: this Orbax checkpoint was not written by `daq_jax.save`. For the plain "
             f"weights in it call `daq_jax.load_weights`."
         )
@@ -120,12 +121,12 @@ def load_weights(
             state of an optimizer.
 
     Raises:
-        FileNotFoundError, ValueError: as in `load`.
+        FileNotFoundError, DaqError: as in `load`.
     """
     checkpoint = Checkpoint.open(path)
     records = {p: r for p, r in checkpoint.records.items() if re.search(only, p)}
     if not records:
-        raise ValueError(
+        raise DaqError(
             f"{checkpoint.path}: no leaf's path matches {only!r}; see {list(checkpoint.records)[:5]}."
         )
     if template is not None:
@@ -160,7 +161,7 @@ def _refuse_misfits(where: str, found: Mapping[str, Any], into: Mapping[str, Any
             )
     if problems:
         lines = "".join(f"\n  {p}" for p in problems)
-        raise ValueError(
+        raise DaqError(
             f"{where}: the template does not fit:{lines}\nLoad without a template to see what is there."
         )
 
@@ -191,7 +192,7 @@ def _take_apart(tree: PyTree) -> tuple[dict[str, Record], dict[Words, Any]]:
     for path, (keys, leaf) in keyed_leaves(tree).items():
         try:
             record, named = record_of(leaf)
-        except ValueError as error:
+        except DaqError as error:
             problems[path] = str(error)
             continue
         records[path] = {**record, "keys": [key_record(k) for k in keys], "arrays": list(named)}
@@ -203,7 +204,7 @@ def _take_apart(tree: PyTree) -> tuple[dict[str, Record], dict[Words, Any]]:
     problems |= {n: "two arrays would have this name in Orbax; rename one" for n, k in names.items() if k > 1}
     if problems:
         lines = "".join(f"\n  {path!r}: {why}." for path, why in problems.items())
-        raise ValueError(f"{len(problems)} of the leaves cannot be saved:{lines}")
+        raise DaqError(f"{len(problems)} of the leaves cannot be saved:{lines}")
     return records, arrays
 
 

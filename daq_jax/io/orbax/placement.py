@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
+from daq_jax.errors import DaqError
 from daq_jax.qtensor import QTensor
 from daq_jax.trees import named_leaves
 
@@ -24,7 +25,7 @@ def placement(sharding: Any, template: Mapping[str, Any]) -> Place:
         template: leaves by path, whose shardings count where `sharding` is None.
 
     Raises:
-        ValueError: from the function returned, for a leaf that a tree of shardings lacks.
+        DaqError: from the function returned, for a leaf that a tree of shardings lacks.
     """
     if isinstance(sharding, Sharding):
         return lambda path, shape: sharding if _fits(sharding, shape) else _replicated(sharding)
@@ -40,7 +41,7 @@ def _from_tree(tree: Any) -> Place:
 
     def place(path: str, shape: tuple[int, ...]) -> Sharding:
         if not isinstance(known.get(path), Sharding):
-            raise ValueError(f"`sharding` has no sharding for the leaf {path!r}; give one for every leaf.")
+            raise DaqError(f"`sharding` has no sharding for the leaf {path!r}; give one for every leaf.")
         return known[path]
 
     return place

@@ -16,6 +16,7 @@ from etils import epath
 from jax.sharding import NamedSharding, Sharding
 from orbax.checkpoint import v1 as ocp
 
+from daq_jax.errors import DaqError
 from daq_jax.numerics.sharding import scale_sharding
 from daq_jax.qtensor import QTensor
 from daq_jax.records import WHOLE, Record, leaf_of
@@ -48,14 +49,14 @@ class Checkpoint:
         """Reads what is in a checkpoint.
 
         Raises:
-            FileNotFoundError, ValueError: as in `load`.
+            FileNotFoundError, DaqError: as in `load`.
         """
         where = absolute_path(path)
         _refuse_nothing(where)
         try:
             found: Any = ocp.metadata(where)
         except ocp.errors.InvalidLayoutError as error:
-            raise ValueError(
+            raise DaqError(
                 f"{where}: not an Orbax checkpoint, or one whose saving was cut off: save it again."
             ) from error
         except Exception as error:  # Orbax and TensorStore raise errors of many kinds
@@ -64,7 +65,7 @@ class Checkpoint:
         if ours is None:
             return cls(where, False, _records_of_arrays(found.metadata), found.metadata)
         if ours["version"] > VERSION:
-            raise ValueError(
+            raise DaqError(
                 f"{where}: written in version {ours['version']} of daq_jax's checkpoints, and this daq_jax "
                 f"reads up to version {VERSION}; upgrade daq_jax."
             )
@@ -113,8 +114,8 @@ class Checkpoint:
     def _leaf(self, path: str, arrays: Mapping[str, Any]) -> Any:
         try:
             return leaf_of(self.records[path], arrays)
-        except ValueError as error:
-            raise ValueError(f"{self.path}: {path!r}: {error}.") from error
+        except DaqError as error:
+            raise DaqError(f"{self.path}: {path!r}: {error}.") from error
 
     def _wanted(self, path: str, sharding: Sharding) -> dict[Words, Any]:
         """What is to be read of a leaf: shape, dtype and sharding of each array, by its words."""
@@ -180,8 +181,6 @@ def _refuse_nothing(where: str) -> None:
         raise FileNotFoundError(f"{where}: there is no such checkpoint.{also}")
 
 
-def _damaged(where: str, error: Exception) -> ValueError:
+def _damaged(where: str, error: Exception) -> DaqError:
     why = str(error).strip().partition("\n")[0].partition(" See full")[0][:300]
-    return ValueError(
-        f"{where}: this checkpoint is damaged, some of it cannot be read ({why}). Save it again."
-    )
+    return DaqError(f"{where}: this checkpoint is damaged, some of it cannot be read ({why}). Save it again.")

@@ -1,0 +1,55 @@
+"""Faults of a caller: one class to catch, and one way to word them."""
+
+from collections.abc import Sequence
+from typing import NoReturn
+
+_LISTED = 8  # problems listed in full
+
+
+class DaqError(ValueError):
+    """What was passed in cannot be used. The message names it, what was needed, and a way out.
+
+    Raised by every function of daq_jax for a fault of its caller: a wrong value, trees that do not fit, a
+    file that cannot be read as what it claims to be. Any other exception is a fault of daq_jax, of a library
+    below it, or of the machine.
+    """
+
+
+def refuse(headline: str, problems: Sequence[str], way_out: str = "", *, one_line: bool = False) -> NoReturn:
+    """Raises one DaqError for several problems of one kind.
+
+    Args:
+        headline: what is wrong, without a full stop.
+        problems: one phrase for each, beginning with the name of what is at fault; at least one.
+        way_out: a sentence that says what to do.
+        one_line: put everything on one line, as the messages of folders are.
+
+    Raises:
+        DaqError: always. Beyond the first eight problems it says how many more there are.
+
+    >>> refuse("two leaves do not fit", ["'a' is (2,)", "'b' is (3,)"], "Pass one model.", one_line=True)
+    Traceback (most recent call last):
+    daq_jax.errors.DaqError: two leaves do not fit: 'a' is (2,); 'b' is (3,). Pass one model.
+    """
+    listed = list(problems[:_LISTED])
+    if len(problems) > _LISTED:
+        listed.append(f"and {len(problems) - _LISTED} more")
+    if one_line:
+        raise DaqError(f"{headline}: {'; '.join(listed)}. {way_out}".strip())
+    lines = "".join(f"\n  {p}" for p in listed)
+    raise DaqError(f"{headline}:{lines}" + (f"\n{way_out}" if way_out else ""))
+
+
+def check_whole_numbers(owner: object, *, least: int = 1, **values: object) -> None:
+    """Raises DaqError unless every value is an int of at least `least`; bools are none.
+
+    Args:
+        owner: the value whose fields these are, named by its type in the message.
+        least: smallest number allowed.
+        values: by the name of the field.
+    """
+    needed = "above 0" if least == 1 else f"of at least {least}"
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            kind = type(owner).__name__
+            raise DaqError(f"{kind}: `{name}` must be a whole number {needed}; got {value!r}.")
