@@ -9,33 +9,60 @@ direction, its size. Pure functions over pytrees. Letters used throughout: `R, C
 import importlib
 import typing
 
-from daq_jax import recipes
+from daq_jax import errors as errors
+from daq_jax import formats as formats
+from daq_jax import metrics as metrics
+from daq_jax import recipes as recipes
+from daq_jax import roundings as roundings
+from daq_jax import rules as rules
+from daq_jax import scales as scales
+from daq_jax import searches as searches
+from daq_jax import tilings as tilings
 from daq_jax.analysis.comparison import Comparison, Figures, compare
 from daq_jax.density.adjustment import LeastSquares, SignSteps
 from daq_jax.density.grams import Grams
 from daq_jax.density.quantizer import quantize_density
 from daq_jax.errors import DaqError
-from daq_jax.formats import fp4_bnb, fp4_e2m1, fp8_e4m3fn, fp8_e5m2, int4, int8, nf4
-from daq_jax.metrics import SignRate, cosine, neg_mse
+from daq_jax.formats import (
+    Codebook,
+    Format,
+    Integer,
+    SmallFloat,
+    fp4_bnb,
+    fp4_e2m1,
+    fp8_e4m3fn,
+    fp8_e5m2,
+    int4,
+    int8,
+    nf4,
+)
+from daq_jax.metrics import Additive, Metric, SignRate, cosine, neg_mse
 from daq_jax.qtensor import QTensor
-from daq_jax.recipes import DensityRecipe, Recipe
+from daq_jax.quantization import dequantize, quantize
+from daq_jax.recipe import Recipe
+from daq_jax.recipes import DensityRecipe
 from daq_jax.roundings.feedback import UnbiasedFeedback
-from daq_jax.roundings.gains import UnbiasedGain, UnbiasedSubspace
+from daq_jax.roundings.gains import UnbiasedGain
 from daq_jax.roundings.nearest import Nearest, Stochastic
+from daq_jax.roundings.rounding import Rounding
+from daq_jax.roundings.subspace import UnbiasedSubspace
 from daq_jax.rules import (
     DEFAULT_RULES,
     MAXTEXT_RULES,
     TUNIX_RULES,
     NarrowMatrixWarning,
     Rule,
+    UnreadMetricWarning,
     UnusedRuleWarning,
     keep,
     use,
 )
-from daq_jax.scales import AnyScale, PowerOfTwo
+from daq_jax.scales import AnyScale, PowerOfTwo, Scales
 from daq_jax.searches.candidates import AbsMax, CoarseToFine, Grid, OffGrid, WithBaseScale
-from daq_jax.tilings import Block, Channel, Group, PerTensor
-from daq_jax.trees import dequantize, quantize
+from daq_jax.searches.search import Search
+from daq_jax.searches.trials import Trial, Trials
+from daq_jax.tiles import Tiles
+from daq_jax.tilings import Block, Channel, Group, PerTensor, Tiling
 from daq_jax.version import __version__ as __version__
 
 if typing.TYPE_CHECKING:  # the names of `_EDGES`, for editors and type checkers
@@ -69,24 +96,42 @@ _EDGES: dict[str, str] = {
     "to_qwix": "daq_jax.models.qwix",
 }
 
+# Modules whose public names may also be written as `daq.formats.int8`; all other modules are our own affair.
+NAMESPACES = (
+    "errors",
+    "formats",
+    "metrics",
+    "recipes",
+    "roundings",
+    "rules",
+    "scales",
+    "searches",
+    "tilings",
+)
+
 __all__ = [
     "DEFAULT_RULES",
     "MAXTEXT_RULES",
     "TUNIX_RULES",
     "AbsMax",
+    "Additive",
     "AnyScale",
     "Block",
     "Channel",
     "CoarseToFine",
+    "Codebook",
     "Comparison",
     "DaqError",
     "DensityRecipe",
     "Figures",
+    "Format",
     "Grams",
     "Grid",
     "Group",
     "Inspection",
+    "Integer",
     "LeastSquares",
+    "Metric",
     "NarrowMatrixWarning",
     "Nearest",
     "OffGrid",
@@ -94,13 +139,22 @@ __all__ = [
     "PowerOfTwo",
     "QTensor",
     "Recipe",
+    "Rounding",
     "Rule",
+    "Scales",
+    "Search",
     "SignRate",
     "SignSteps",
+    "SmallFloat",
     "Stochastic",
+    "Tiles",
+    "Tiling",
+    "Trial",
+    "Trials",
     "UnbiasedFeedback",
     "UnbiasedGain",
     "UnbiasedSubspace",
+    "UnreadMetricWarning",
     "UnusedRuleWarning",
     "WithBaseScale",
     "calibrate",
@@ -144,4 +198,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_EDGES})
+    return sorted({*__all__, *NAMESPACES, "__version__"})

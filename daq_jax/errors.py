@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import NoReturn
 
-_LISTED = 8  # problems listed in full
+_ON_A_LINE = 8  # problems listed in full where all stand on one line
 
 
 class DaqError(ValueError):
@@ -22,21 +22,20 @@ def refuse(headline: str, problems: Sequence[str], way_out: str = "", *, one_lin
         headline: what is wrong, without a full stop.
         problems: one phrase for each, beginning with the name of what is at fault; at least one.
         way_out: a sentence that says what to do.
-        one_line: put everything on one line, as the messages of folders are.
+        one_line: put everything on one line, as the messages of folders are; of more than eight problems
+            the others are then counted.
 
     Raises:
-        DaqError: always. Beyond the first eight problems it says how many more there are.
+        DaqError: always.
 
     >>> refuse("two leaves do not fit", ["'a' is (2,)", "'b' is (3,)"], "Pass one model.", one_line=True)
     Traceback (most recent call last):
     daq_jax.errors.DaqError: two leaves do not fit: 'a' is (2,); 'b' is (3,). Pass one model.
     """
-    listed = list(problems[:_LISTED])
-    if len(problems) > _LISTED:
-        listed.append(f"and {len(problems) - _LISTED} more")
     if one_line:
-        raise DaqError(f"{headline}: {'; '.join(listed)}. {way_out}".strip())
-    lines = "".join(f"\n  {p}" for p in listed)
+        more = [f"and {len(problems) - _ON_A_LINE} more"] if len(problems) > _ON_A_LINE else []
+        raise DaqError(f"{headline}: {'; '.join([*problems[:_ON_A_LINE], *more])}. {way_out}".strip())
+    lines = "".join(f"\n  {p}" for p in problems)
     raise DaqError(f"{headline}:{lines}" + (f"\n{way_out}" if way_out else ""))
 
 

@@ -1,10 +1,7 @@
 """Number formats: which values a code can have, and how a real number becomes the nearest one.
 
-A format is a value that describes itself: its storage dtype, its largest value, and the functions
-
-`round` (a float32 to the float32 value of the nearest code, after clipping; `floor` and `ceil` likewise),
-`encode` (such a value to its code) and `decode` (a code to its value, always exact). Any object with these
-attributes is as good.
+`Format` says what the library asks of a format. The formats here are values of it; one of your own is a
+frozen dataclass with the same members, or a `SmallFloat`, `Integer` or `Codebook` with other numbers.
 
 Rounding is done in float32 arithmetic, not by a cast: on a GPU, XLA drops a cast to FP8 and back inside
 `jit`, so a search written with casts would score weights that were never quantized.
@@ -23,8 +20,11 @@ Sources: arXiv:2209.05433 (FP8), OCP Microscaling Formats v1.0 (FP4), arXiv:2305
 """
 
 import dataclasses
+import functools
+import math
 from typing import Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -33,26 +33,81 @@ from jaxtyping import Array, Float
 from daq_jax.errors import DaqError
 from daq_jax.numerics.arithmetic import multiply
 
+_NOT_IN_XLA = ("float6_e2m3fn", "float6_e3m2fn")  # dtypes that ml_dtypes has and no array of JAX can have
+
 
 @runtime_checkable
 class Format(Protocol):
-    """What the rest of the library asks of a number format."""
+    """What the library asks of a number format: a frozen, hashable value with these members.
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def dtype(self) -> str: ...  # storage dtype, by its ml_dtypes name
-    @property
-    def largest(self) -> float: ...  # largest finite value, in code units
-    def round(self, x: Array) -> Array: ...
-    def floor(self, x: Array) -> Array: ...
-    def ceil(self, x: Array) -> Array: ...
-    def encode(self, x: Array) -> Array: ...
-    def decode(self, codes: Array) -> Array: ...
+    Values are float32, in code units, in arrays of any shape. Every function works element by element.
+
+    Attributes:
+        name: for messages and files.
+        dtype: storage dtype of the codes, by its ml_dtypes name; one that JAX arrays can have.
+        largest: largest finite value, in code units.
+    """
+
+    name: str
+    dtype: str
+    largest: float
+
+    def round(self, x: Array) -> Array:
+        """The value of the code nearest to each number, after clipping to `largest`; NaN stays NaN."""
+        ...
+
+    def encode(self, x: Array) -> Array:
+        """The code, in the storage dtype, of each value that `round`, `floor` or `ceil` returned."""
+        ...
+
+    def decode(self, codes: Array) -> Array:
+        """The float32 value of each code, exactly."""
+        ...
+
+    def floor(self, x: Array) -> Array:
+        """The largest value not above each number, after clipping. A subclass of `Format` inherits this."""
+        values = jnp.asarray(code_values(self))
+        below = jnp.searchsorted(values, x, side="right") - 1
+        return jnp.where(jnp.isnan(x), x, values[jnp.clip(below, 0, len(values) - 1)])
+
+    def ceil(self, x: Array) -> Array:
+        """The smallest value not below each number, after clipping. A subclass of `Format` inherits this."""
+        values = jnp.asarray(code_values(self))
+        above = jnp.searchsorted(values, x, side="left")
+        return jnp.where(jnp.isnan(x), x, values[jnp.clip(above, 0, len(values) - 1)])
+
+
+@functools.cache
+def code_values(number: Format) -> np.ndarray:
+    """`[V]` float32: every value that a code of the format can have, ascending.
+
+    Raises:
+        DaqError: if the storage dtype has more than 8 bits.
+    """
+    dtype = np.dtype(jnp.dtype(number.dtype))
+    if jnp.issubdtype(dtype, jnp.integer):
+        info = jnp.iinfo(dtype)
+        bits, codes = info.bits, np.arange(info.min, info.max + 1).astype(dtype)
+    else:
+        bits = jnp.finfo(dtype).bits
+        codes = np.arange(2**bits).astype(np.uint8).view(dtype) if bits <= 8 else np.zeros(0)
+    if bits > 8:
+        raise DaqError(f"{number.name}: a format of {bits} bits needs `floor` and `ceil` of its own.")
+    with jax.ensure_compile_time_eval():
+        values = np.asarray(number.decode(jnp.asarray(codes)))
+    return np.unique(values[np.abs(values) <= number.largest] + 0.0)  # NaN is not, and -0 becomes 0
+
+
+@functools.cache
+def codes_are_values(number: Format) -> bool:
+    """Whether a code, cast to float32, is its own value, so that codes can be multiplied as they are."""
+    with jax.ensure_compile_time_eval():
+        values = number.round(jnp.linspace(-number.largest, number.largest, 1001, dtype=jnp.float32))
+        return bool(jnp.all(number.encode(values).astype(jnp.float32) == values))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Cast:
+class _Cast(Format):
     """A format whose codes are numbers of their storage dtype, so that coding is a cast."""
 
     name: str
@@ -70,13 +125,58 @@ class _Cast:
 
 @dataclasses.dataclass(frozen=True)
 class SmallFloat(_Cast):
-    """A float of a few bits, with subnormals, that saturates instead of overflowing.
+    """A float of at most 8 bits (16 for weights), with subnormals, that saturates instead of overflowing.
 
-    `mantissa_bits` counts the stored bits; `min_exponent` is the exponent of the smallest normal value.
+    Attributes:
+        name: for messages and files.
+        dtype: storage dtype. Of a dtype that XLA lacks, such as "float6_e3m2fn", codes are stored as uint8:
+            the bit pattern in the lowest bits.
+        largest: largest finite value.
+        mantissa_bits: stored bits of the mantissa.
+        min_exponent: exponent of the smallest normal value.
+
+    >>> SmallFloat("fp6_e3m2", "float6_e3m2fn", 28.0, mantissa_bits=2, min_exponent=-2).dtype
+    'uint8'
     """
 
     mantissa_bits: int
     min_exponent: int
+
+    def __post_init__(self) -> None:
+        if not (0 < self.largest < math.inf):
+            raise DaqError(f"{self.name}: `largest` must be a number above 0; got {self.largest!r}.")
+        if self.dtype in _NOT_IN_XLA:
+            object.__setattr__(self, "dtype", "uint8")
+
+    @property
+    def _exponent_bits(self) -> int:
+        exponents = math.frexp(self.largest)[1] - self.min_exponent + 1  # subnormals are one of them
+        return (exponents - 1).bit_length()
+
+    def encode(self, x: Float[Array, "..."]) -> Array:
+        """Codes of values that `round` returned; exact, because such values are in the format."""
+        if self.dtype != "uint8":
+            return x.astype(self.dtype)
+        bits = lax.bitcast_convert_type(jnp.abs(x), jnp.int32)
+        exponent = (bits >> 23) - 127 - self.min_exponent + 1
+        normal = (exponent << self.mantissa_bits) | ((bits & 0x7FFFFF) >> (23 - self.mantissa_bits))
+        units = (jnp.abs(x) * 2.0 ** (self.mantissa_bits - self.min_exponent)).astype(jnp.int32)
+        magnitude = jnp.where(exponent > 0, normal, units)
+        sign = jnp.signbit(x).astype(jnp.int32) << (self._exponent_bits + self.mantissa_bits)
+        return (sign | magnitude).astype(jnp.uint8)
+
+    def decode(self, codes: Array) -> Float[Array, "..."]:
+        """Float32 value of each code."""
+        if self.dtype != "uint8":
+            return codes.astype(jnp.float32)
+        bits, width = codes.astype(jnp.int32), self._exponent_bits + self.mantissa_bits
+        mantissa, exponent = bits & ((1 << self.mantissa_bits) - 1), (bits >> self.mantissa_bits)
+        exponent = exponent & ((1 << self._exponent_bits) - 1)
+        units = jnp.where(exponent > 0, mantissa + (1 << self.mantissa_bits), mantissa).astype(jnp.float32)
+        # A power of two made of its bits: exact on every backend.
+        power = jnp.maximum(exponent, 1) + (self.min_exponent - 1 - self.mantissa_bits + 127)
+        size = units * lax.bitcast_convert_type(power << 23, jnp.float32)
+        return jnp.where((bits >> width) & 1, -size, size)
 
     def round(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Nearest value of the format, ties to even, after clipping to its largest; NaN stays NaN."""
@@ -121,21 +221,18 @@ class Integer(_Cast):
 
 
 @dataclasses.dataclass(frozen=True)
-class Codebook:
+class Codebook(Format):
     """A short table of levels in ascending order; a code is an index into it, held as uint8."""
 
     name: str
     levels: tuple[float, ...]
     dtype: str = "uint8"
+    largest: float = dataclasses.field(init=False, repr=False)  # largest magnitude among the levels
 
     def __post_init__(self) -> None:
         if len(self.levels) < 2 or any(a >= b for a, b in zip(self.levels, self.levels[1:], strict=False)):
             raise DaqError(f"{self.name}: `levels` must be two or more, ascending; got {self.levels}.")
-
-    @property
-    def largest(self) -> float:
-        """Largest magnitude among the levels."""
-        return max(-self.levels[0], self.levels[-1])
+        object.__setattr__(self, "largest", max(-self.levels[0], self.levels[-1]))
 
     @property
     def _midpoints(self) -> np.ndarray:

@@ -1,8 +1,10 @@
-"""One pair of leaves to one QTensor: cut, scale, round, join."""
+"""One pair of leaves to one QTensor: cut, find scales, round, join.
+
+`quantize_leaf` is what trees, folders and samples call. The compiled program behind it is `lowered`'s.
+"""
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,28 +18,24 @@ from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from daq_jax.cpu_parts import in_parts
-from daq_jax.numerics.kernel_choice import has_fp8_gpu, kernel_or_plain
-from daq_jax.numerics.sharding import (
-    keeps_tiles_whole,
-    on_each_device,
-    run_sharded,
-    scale_sharding,
-    sharding_of,
-)
-from daq_jax.qtensor import QTensor
-from daq_jax.recipes import Recipe
+from daq_jax.metrics import as_metric
+from daq_jax.numerics.arithmetic import is_finite, is_staged
+from daq_jax.numerics.kernel_choice import kernel_or_plain, may_take_kernels
+from daq_jax.numerics.machine import Machine
+from daq_jax.numerics.sharding import on_each_device, run_sharded, sharding_of
+from daq_jax.qtensor import QTensor, as_array, codes_of
+from daq_jax.recipe import Recipe
 from daq_jax.roundings.nearest import Nearest
+from daq_jax.roundings.rounding import Rounding, as_rounding
 from daq_jax.searches import gpu_kernel
-from daq_jax.searches.candidates import OURS
-from daq_jax.searches.trials import find_scales
+from daq_jax.searches.search import as_search, find_scales
 from daq_jax.tiles import Tiles
-from daq_jax.tilings import Matrix, TileView
+from daq_jax.tilings import Matrix, TileView, keeps_tiles_whole, scale_sharding
 
-_MOST_TOGETHER = 300_000_000  # elements of a batch of weights
 _OWN_PRODUCTS = "xla_gpu_enable_triton_gemm"  # an option of XLA's
 
 
-def quantize_pair(
+def quantize_leaf(
     base: ArrayLike | QTensor,
     tuned: ArrayLike | QTensor,
     *,
@@ -49,8 +47,8 @@ def quantize_pair(
 
     Args:
         base: the weight before tuning; a QTensor stands for what it dequantizes to, in its dtype.
-        tuned: the weight after, of the same shape.
-        recipe: how to.
+        tuned: the weight after tuning, of the same shape.
+        recipe: how to quantize it.
         matrix: input axes and output axes of the weight.
         stream: tells this weight's random draws from those of others; 32 bits.
     """
@@ -60,49 +58,62 @@ def quantize_pair(
 def quantize_and_look(
     base: ArrayLike | QTensor, tuned: ArrayLike | QTensor, *, recipe: Recipe, matrix: Matrix, stream: int
 ) -> tuple[QTensor, Array]:
-    """As `quantize_pair`, with whether both weights are finite: if not, a scale is NaN."""
-    how = _How.of(tuned, recipe, matrix)
-    draws = hasattr(recipe.rounding, "draw")  # a number that nobody asks for need not go to the device
-    program = _as_called(_quantize_pair) if _multiplies_on_gpu(tuned, recipe) else _quantize_pair
-    q, finite = program(base, tuned, np.uint32(stream) if draws else None, how=how)
+    """As `quantize_leaf`, with whether both weights are finite: if not, a scale is NaN."""
+    rounding = as_rounding(recipe.rounding)
+    # A number that nobody asks for need not go to the device.
+    number = np.uint32(stream) if rounding.draws else None
+    program = as_called(_quantize) if multiplies_on_gpu(tuned, rounding) else _quantize
+    q, finite = program(base, tuned, number, how=_How.of(tuned, recipe, matrix))
     return q, is_finite(q.scale) if finite is None else finite
 
 
-def better_together(tuned: ArrayLike | QTensor, recipe: Recipe) -> int:
-    """How many weights like this are best quantized by one `quantize_alike`.
+def lowered(
+    base: Any, tuned: Any, *, recipe: Recipe, matrix: Matrix, one_device: bool | None = None
+) -> jax.stages.Lowered:
+    """The program that `quantize_leaf` runs for such a pair, before it is compiled.
 
-    Roundings of whole matrices take many small steps, in which one matrix leaves most of a GPU idle.
+    Args:
+        base: the weight before tuning: an array, a QTensor, or shapes and dtypes of one.
+        tuned: the weight after tuning, likewise.
+        recipe: how to quantize it.
+        matrix: input axes and output axes of the weight.
+        one_device: whether the weight lies on one device; None for what the array itself says.
     """
-    if not _multiplies_on_gpu(tuned, recipe) or sharding_of(_array(tuned)):
-        return 1
-    return max(1, _MOST_TOGETHER // max(1, math.prod(np.shape(tuned))))
+    how = _How.of(tuned, recipe, matrix)
+    if one_device is not None:
+        how = dataclasses.replace(how, machine=Machine(one_device))
+    stream = np.uint32(0) if as_rounding(recipe.rounding).draws else None
+    return _quantize.lower(base, tuned, stream, how=how)
 
 
-def is_staged() -> bool:
-    """Whether JAX only records what is computed here: then nobody can look at numbers that are at hand."""
-    return isinstance(jnp.zeros(()), Tracer)
+def quantize_alike(
+    bases: Sequence[ArrayLike | QTensor],
+    tuneds: Sequence[ArrayLike | QTensor],
+    *,
+    recipe: Recipe,
+    matrix: Matrix,
+) -> tuple[list[QTensor], Array]:
+    """Quantizes weights of one shape, dtype and device at once; also returns whether all are finite."""
+    how = _How.of(tuneds[0], recipe, matrix)
+    return as_called(_quantize_batch)(tuple(bases), tuple(tuneds), how=how)
 
 
-def _array(x: ArrayLike | QTensor) -> ArrayLike:
-    return x.codes if isinstance(x, QTensor) else x
-
-
-def _multiplies_on_gpu(tuned: ArrayLike | QTensor, recipe: Recipe) -> bool:
+def multiplies_on_gpu(tuned: ArrayLike | QTensor, rounding: Rounding) -> bool:
     """Whether this weight lies on a GPU, and is rounded with products of whole matrices."""
-    array = _array(tuned)
-    if isinstance(array, Tracer) or not hasattr(recipe.rounding, "scored_as"):
+    array = codes_of(tuned)
+    if isinstance(array, Tracer) or not rounding.multiplies:
         return False
     devices = array.devices() if isinstance(array, jax.Array) else jax.devices()[:1]
     return all(device.platform == "gpu" for device in devices)
 
 
-def _as_called(program: Callable[..., Any]) -> Callable[..., Any]:
+def as_called(program: Callable[..., Any]) -> Callable[..., Any]:
     """A program, quick to compile; or as it is where it becomes part of another, whose options hold."""
-    return program if is_staged() else _quick_to_compile(program)
+    return program if is_staged() else quick_to_compile(program)
 
 
 @functools.cache
-def _quick_to_compile(program: Callable[..., Any], option: str = _OWN_PRODUCTS) -> Callable[..., Any]:
+def quick_to_compile(program: Callable[..., Any], option: str = _OWN_PRODUCTS) -> Callable[..., Any]:
     """A program that takes its products of matrices from the GPU's libraries, if XLA knows the option.
 
     XLA's own kernels for them made the default a tenth faster on an H200, and took 10 s a shape to choose.
@@ -115,31 +126,13 @@ def _quick_to_compile(program: Callable[..., Any], option: str = _OWN_PRODUCTS) 
     return jax.jit(program, static_argnames="how", compiler_options=options)
 
 
-def quantize_alike(
-    bases: Sequence[ArrayLike | QTensor],
-    tuneds: Sequence[ArrayLike | QTensor],
-    *,
-    recipe: Recipe,
-    matrix: Matrix,
-) -> tuple[list[QTensor], Array]:
-    """Quantizes weights of one shape, dtype and device at once; also returns whether all are finite."""
-    how = _How.of(tuneds[0], recipe, matrix)
-    return _as_called(_quantize_batch)(tuple(bases), tuple(tuneds), how=how)
-
-
 @functools.partial(jax.jit, static_argnames="how")
 def _quantize_batch(
     bases: tuple[Array | QTensor, ...], tuneds: tuple[Array | QTensor, ...], *, how: "_How"
 ) -> tuple[list[QTensor], Array]:
     stacked = (jax.tree.map(lambda *x: jnp.stack(x), *many) for many in (bases, tuneds))
-    q, finite = jax.vmap(lambda base, tuned: _quantize_pair(base, tuned, None, how=how))(*stacked)
+    q, finite = jax.vmap(lambda base, tuned: _quantize(base, tuned, None, how=how))(*stacked)
     return [jax.tree.map(lambda x, i=i: x[i], q) for i in range(len(tuneds))], finite.all()
-
-
-@jax.jit
-def is_finite(tree: Any) -> Array:
-    """No NaN, no infinity, in any array of a tree."""
-    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,93 +142,98 @@ class _How:
     recipe: Recipe
     matrix: Matrix
     sharding: NamedSharding | None
-    split: bool
+    machine: Machine
 
     @classmethod
-    def of(cls, tuned: ArrayLike | QTensor, recipe: Recipe, matrix: Matrix) -> "_How":
-        like = _array(tuned)
-        sharding = sharding_of(like)
-        # Under a trace an array may lie on several devices, where there are several, without our knowing.
-        split = sharding is None and (not isinstance(like, Tracer) or jax.device_count() == 1)
-        return cls(recipe, matrix, sharding, split)
+    def of(cls, tuned: Any, recipe: Recipe, matrix: Matrix) -> "_How":
+        like = codes_of(tuned)
+        return cls(recipe, matrix, sharding_of(like), Machine.of(like))
 
 
 @functools.partial(jax.jit, static_argnames="how")
-def _quantize_pair(
+def _quantize(
     base: Array | QTensor, tuned: Array | QTensor, stream: Array | None, *, how: _How
 ) -> tuple[QTensor, Array | None]:
-    recipe = how.recipe
+    recipe, rounding = how.recipe, as_rounding(how.recipe.rounding)
     view = TileView(tuple(tuned.shape), how.matrix, recipe.tiling)
     stored = None
     if isinstance(base, QTensor) and (base.view, base.format) == (view, recipe.format):
         stored = base.scale if base.zero is None else None  # its grid is shifted: no grid of ours
 
     def run(
-        base: Array, tuned: Array, stored: Array | None, stream: Array | None, *, local: bool = how.split
+        base: Array,
+        tuned: Array,
+        stored: Array | None,
+        stream: Array | None,
+        *,
+        machine: Machine = how.machine,
     ) -> tuple[Array, Array]:
         part = dataclasses.replace(view, shape=tuple(tuned.shape))
-        draw = getattr(recipe.rounding, "draw", None)
-        noise = part.cut(draw(tuned.shape, stream)) if draw else None
+        noise = part.cut(rounding.draw(tuned.shape, stream)) if stream is not None else None
         axes, grid = part.tile_axes, part.grid_axes
-        tiles = Tiles(part.cut(base), part.cut(tuned), noise, axes, grid, recipe.format, local)
+        tiles = Tiles(part.cut(base), part.cut(tuned), noise, axes, grid, recipe.format, machine)
         codes, scale = _codes_and_scale(tiles, None if stored is None else part.spread(stored), recipe)
         return part.join(codes), part.gather(scale)
 
-    base, tuned = (x.dequantize() if isinstance(x, QTensor) else x for x in (base, tuned))
+    before, after = as_array(base), as_array(tuned)
     weight, scales = out = (how.sharding, scale_sharding(how.sharding, view))
     if weight and scales and keeps_tiles_whole(weight, scales, view) and _goes_tile_by_tile(recipe, view):
         inside = (weight, weight, None if stored is None else scales, None)
-        run = on_each_device(functools.partial(run, local=True), inside, (weight, scales))
-    codes, scale = run_sharded(run, out)(base, tuned, stored, stream)
+        run = on_each_device(functools.partial(run, machine=Machine(True)), inside, (weight, scales))
+    codes, scale = run_sharded(run, out)(before, after, stored, stream)
     q = QTensor(codes, scale, recipe.format, recipe.tiling, np.dtype(tuned.dtype), how.matrix)
     return q, None if how.sharding else is_finite(scale)  # where devices would wait for one another: later
 
 
 def _goes_tile_by_tile(recipe: Recipe, view: TileView) -> bool:
-    """Whether the codes of a tile are known to depend on nothing outside it."""
-    alignment = getattr(recipe.rounding, "alignment", None)
-    if alignment:
-        cut = jax.eval_shape(view.cut, jax.ShapeDtypeStruct(view.shape, jnp.float32))
-        alone = alignment(Tiles(cut, cut, None, view.tile_axes, view.grid_axes, recipe.format)) == 1
-    else:
-        alone = isinstance(recipe.rounding, Nearest)
-    search = getattr(recipe.search, "search", recipe.search)  # of `WithBaseScale`
-    return alone and isinstance(search, OURS)
+    """Whether the codes of a tile are known to depend on nothing outside the tile."""
+    rounding = as_rounding(recipe.rounding)
+    if rounding.scope == "matrix" or rounding.draws:  # draws depend on the place in the whole weight
+        return False
+    cut = jax.eval_shape(view.cut, jax.ShapeDtypeStruct(view.shape, jnp.float32))
+    tiles = Tiles(cut, cut, None, view.tile_axes, view.grid_axes, recipe.format)
+    return rounding.alignment(tiles) == 1 and as_search(recipe.search).is_tile_local
 
 
 def _codes_and_scale(tiles: Tiles, stored: Array | None, recipe: Recipe) -> tuple[Array, Array]:
-    if not (tiles.local and has_fp8_gpu() and gpu_kernel.applies(recipe, tiles)):
-        scale = find_scales(recipe, tiles, stored)
-        return _codes(tiles, scale, recipe), scale
-    coded = isinstance(recipe.rounding, Nearest)  # codes come with the scale
-    scored = dataclasses.replace(tiles, noise=None)  # here every search scores `Nearest`
+    search, metric, rounding = (
+        as_search(recipe.search),
+        as_metric(recipe.metric),
+        as_rounding(recipe.rounding),
+    )
+    find = functools.partial(find_scales, search, metric, rounding, recipe.scales)
+    takes_kernel = gpu_kernel.applies(search, metric, rounding, recipe.scales, tiles)
+    if not (takes_kernel and tiles.machine.one_device and may_take_kernels()):
+        scale = find(tiles, stored)
+        return _codes(tiles, scale, rounding), scale
+    coded = rounding == Nearest()  # codes come with the scale
+    scored = dataclasses.replace(tiles, noise=None)  # in the kernel every search scores nearest codes
 
     def plain(base: Array, tuned: Array, *stored: Array) -> list[Array]:
         pair = dataclasses.replace(scored, stored_base=base, stored_tuned=tuned)
-        scale = find_scales(recipe, pair, *stored or [None])
-        return [scale, _codes(pair, scale, recipe)] if coded else [scale]
+        scale = find(pair, *stored or [None])
+        return [scale, _codes(pair, scale, rounding)] if coded else [scale]
 
     def kernel(base: Array, tuned: Array, *stored: Array) -> list[Array]:
         pair = dataclasses.replace(scored, stored_base=base, stored_tuned=tuned)
-        codes, scale = gpu_kernel.search(recipe, pair, *stored)
+        codes, scale = gpu_kernel.search_tiles(search, metric, pair, *stored)
         return [scale, codes] if coded else [scale]
 
     arrays = (tiles.stored_base, tiles.stored_tuned, *([] if stored is None else [stored]))
     scale, *codes = kernel_or_plain(kernel, plain, *arrays)
-    return codes[0] if coded else _codes(tiles, scale, recipe), scale
+    return codes[0] if coded else _codes(tiles, scale, rounding), scale
 
 
-def _codes(tiles: Tiles, scale: Array, recipe: Recipe) -> Array:
+def _codes(tiles: Tiles, scale: Array, rounding: Rounding) -> Array:
     """Codes under a scale, in the dtype of the format."""
 
     def encode(tiles: Tiles, scale: Array) -> Array:
-        values = recipe.rounding(tiles, scale)
+        values = rounding(tiles, scale)
         # A zero keeps its sign, as in a cast: arithmetic rounding makes every zero positive.
         values = jnp.where(values == 0, jnp.copysign(values, tiles.tuned), values)
-        return recipe.format.encode(values)
+        return tiles.format.encode(values)
 
-    alignment = getattr(recipe.rounding, "alignment", None)
-    if tiles.local and alignment:
-        on_cpu = functools.partial(in_parts, encode, step=alignment(tiles))
-        return lax.platform_dependent(tiles, scale, cpu=on_cpu, default=encode)
-    return encode(tiles, scale)
+    if rounding.scope == "matrix" or not tiles.machine.one_device:
+        return encode(tiles, scale)
+    on_cpu = functools.partial(in_parts, encode, step=rounding.alignment(tiles))
+    return lax.platform_dependent(tiles, scale, cpu=on_cpu, default=encode)

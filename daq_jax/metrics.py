@@ -4,7 +4,7 @@ A metric takes the true change `d = tuned - base` and the kept change `q = dequa
 tiles of `K` elements, and returns one score per tile. Higher is better. Both are float32, in weight units.
 A tile cut off at an edge is filled up with zeros, where `d = q = 0`.
 
-Any callable of that signature is a metric. Ours are made of sums over elements (`Additive`), which lets the
+Any function of that signature is a metric. Ours are made of sums over elements (`Additive`), which lets the
 search take the sums wherever the elements lie, without gathering each tile into a row.
 """
 
@@ -16,11 +16,64 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from daq_jax.errors import DaqError
+from daq_jax.tiles import Tiles
 
-Metric = Callable[[Array, Array], Array]  # (d, q) -> one score per tile, higher is better
+Total = Callable[[Array], Array]  # sums over each tile, in a shape that broadcasts over the tiles
 
 
-class Additive(abc.ABC):
+class Metric(abc.ABC):
+    """Scores the kept change beside the true one: one number per tile, higher is better.
+
+    A plain function `(d, q) -> scores` serves as well: a `Recipe` turns it into a metric. Subclasses are
+    frozen, hashable dataclasses.
+    """
+
+    @abc.abstractmethod
+    def __call__(self, d: Float[Array, "T K"], q: Float[Array, "T K"]) -> Float[Array, " T"]:
+        """One score per tile."""
+
+    def fixed_sums(self, tiles: Tiles, total: Total) -> tuple[Array, ...]:
+        """What `score_tiles` needs of the true change alone, computed once for all candidates."""
+        return ()
+
+    def score_tiles(self, tiles: Tiles, q: Array, fixed: tuple[Array, ...], total: Total) -> Array:
+        """The score of each tile, in a shape that broadcasts over the tiles.
+
+        Args:
+            tiles: the pair of weights.
+            q: the kept change, in the shape of the tiles.
+            fixed: what `fixed_sums` returned.
+            total: sums over each tile.
+
+        Raises:
+            DaqError: if the metric does not return one score per tile.
+        """
+        d, q = tiles.flat(tiles.change), tiles.flat(q)
+        scores = jnp.asarray(self(d, q))
+        if scores.shape != d.shape[:1]:
+            raise DaqError(
+                f"the metric {self!r} returned an array {scores.shape} for {d.shape[0]} tiles of "
+                f"{d.shape[1]} elements; needed one score per tile: reduce over the last axis alone."
+            )
+        return tiles.per_tile(scores.astype(jnp.float32))
+
+
+@dataclasses.dataclass(frozen=True)
+class OfFunction(Metric):
+    """The metric that a plain function of the signature is."""
+
+    function: Callable[[Array, Array], Array]
+
+    def __call__(self, d: Float[Array, "T K"], q: Float[Array, "T K"]) -> Float[Array, " T"]:
+        return self.function(d, q)
+
+
+def as_metric(value: Callable[[Array, Array], Array]) -> Metric:
+    """A metric, or a plain function as one."""
+    return value if isinstance(value, Metric) else OfFunction(value)
+
+
+class Additive(Metric):
     """A metric that is a function of sums over the elements of a tile."""
 
     @abc.abstractmethod
@@ -34,6 +87,14 @@ class Additive(abc.ABC):
     @abc.abstractmethod
     def score(self, *sums: Array) -> Array:
         """The score, given the sums of `fixed_terms` and then of `terms` over a tile."""
+
+    def fixed_sums(self, tiles: Tiles, total: Total) -> tuple[Array, ...]:
+        """See `Metric`."""
+        return tuple(map(total, self.fixed_terms(tiles.change)))
+
+    def score_tiles(self, tiles: Tiles, q: Array, fixed: tuple[Array, ...], total: Total) -> Array:
+        """See `Metric`."""
+        return self.score(*fixed, *map(total, self.terms(tiles.change, q)))
 
     def __call__(self, d: Float[Array, "T K"], q: Float[Array, "T K"]) -> Float[Array, " T"]:
         """One score per tile."""

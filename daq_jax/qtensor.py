@@ -5,9 +5,12 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array
 
+from daq_jax.errors import DaqError
 from daq_jax.formats import Format, round_to_dtype, weights_of
 from daq_jax.numerics.sharding import run_sharded, sharding_of
 from daq_jax.tilings import DEFAULT_MATRIX, Matrix, TileView, Tiling
@@ -77,11 +80,21 @@ class QTensor:
 
         Args:
             dtype: of the result; None gives the dtype of the weight that was quantized.
+
+        Raises:
+            DaqError: if there is no such dtype.
         """
-        return _dequantize(self, np.dtype(dtype or self.dtype))
+        return _dequantize(self, _dtype_of(self.dtype if dtype is None else dtype))
 
     def __jax_array__(self) -> Array:
         return self.dequantize()
+
+
+def _dtype_of(dtype: jax.typing.DTypeLike) -> np.dtype:
+    try:
+        return np.dtype(jnp.dtype(dtype))
+    except TypeError as error:
+        raise DaqError(f"dtype: got {dtype!r}; needed bfloat16, float16 or float32.") from error
 
 
 def _dequantize(q: QTensor, dtype: np.dtype) -> Array:
@@ -91,3 +104,13 @@ def _dequantize(q: QTensor, dtype: np.dtype) -> Array:
 
     sharding = sharding_of(q.codes)
     return run_sharded(run, sharding)(q.codes, q.scale, q.zero)
+
+
+def as_array(x: ArrayLike | QTensor) -> ArrayLike:
+    """A weight as an array: a QTensor dequantized to its original dtype, anything else as it is."""
+    return x.dequantize() if isinstance(x, QTensor) else x
+
+
+def codes_of(x: Any) -> Any:
+    """The array that tells the devices of a weight: the codes of a QTensor, anything else as it is."""
+    return x.codes if isinstance(x, QTensor) else x

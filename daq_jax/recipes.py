@@ -1,6 +1,4 @@
-"""A recipe: every choice that decides the codes of a weight, as one frozen value.
-
-Equal recipes share one compiled program. Change one thing with `dataclasses.replace(recipe, ...)`.
+"""The ready recipes, by name.
 
 `default` is what did best in the behaviour study (`benchmarks/results/behaviour/gpu_fp8-block.md`), at every
 size of change and on both kinds of base. Its KL from the tuned model was 0.18 to 0.61 of the format's own
@@ -13,57 +11,16 @@ import dataclasses
 from collections.abc import Callable
 from typing import Literal
 
-from jaxtyping import Array
-
 from daq_jax.density.adjustment import LeastSquares, SignSteps
 from daq_jax.density.centring import CENTRES, Centre
 from daq_jax.density.code_lines import Groups, Line, Loss
 from daq_jax.errors import DaqError
-from daq_jax.formats import Format, fp4_bnb, fp8_e4m3fn, nf4
+from daq_jax.formats import Format, fp4_bnb, nf4
 from daq_jax.metrics import Metric, SignRate, cosine, neg_mse
+from daq_jax.recipe import Recipe
 from daq_jax.roundings.feedback import UnbiasedFeedback
-from daq_jax.roundings.nearest import Nearest, Rounding
-from daq_jax.scales import AnyScale
-from daq_jax.searches.candidates import AbsMax, CoarseToFine, OffGrid, Released, Search
-from daq_jax.tilings import Block, Channel, Group, Tiling
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How a weight is quantized. Hashable; each part may be a value of one's own.
-
-    Attributes:
-        format: number format of the codes.
-        tiling: which elements share a scale.
-        metric: what the search maximizes, `(d, q) -> score per tile`.
-        search: which scales are tried.
-        rounding: which code stands for an element.
-        scales: which scales may be stored.
-    """
-
-    format: Format = fp8_e4m3fn
-    tiling: Tiling = Block(128, 128)
-    metric: Metric = cosine
-    search: Search = AbsMax()
-    rounding: Rounding = Nearest()
-    scales: Callable[[Array], Array] = AnyScale()
-
-    def __post_init__(self) -> None:
-        for part, word in (("format", "round"), ("tiling", "tile")):
-            value = getattr(self, part)
-            if isinstance(value, type) or not hasattr(value, word):
-                raise DaqError(f"Recipe: `{part}` has no `{word}` method; got {value!r}.")
-        for part in ("metric", "search", "rounding", "scales"):
-            value = getattr(self, part)
-            if isinstance(value, type) or not callable(value):
-                hint = f"; did you mean {value.__name__}()?" if isinstance(value, type) else "."
-                raise DaqError(f"Recipe: `{part}` must be a callable value; got {value!r}{hint}")
-        try:
-            hash(self)
-        except TypeError as error:
-            raise DaqError(
-                f"Recipe: every part must be hashable ({error}); use frozen dataclasses."
-            ) from error
+from daq_jax.searches.candidates import CoarseToFine, OffGrid, Released
+from daq_jax.tilings import Channel, Group, Tiling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

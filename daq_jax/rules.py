@@ -7,15 +7,20 @@ A leaf that no rule names is quantized if it is floating point with two axes or 
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from daq_jax.errors import DaqError
-from daq_jax.recipes import Recipe
+from daq_jax.recipe import Recipe, check_recipe
 from daq_jax.tilings import DEFAULT_MATRIX, Matrix
 
 
 class NarrowMatrixWarning(UserWarning):
     """A leaf is taken as many matrices of few rows each; it may be one matrix with several input axes."""
+
+
+class UnreadMetricWarning(UserWarning):
+    """A recipe has a metric of its own and a search that reads none."""
 
 
 class UnusedRuleWarning(UserWarning):
@@ -75,6 +80,8 @@ def use(pattern: str, recipe: Recipe | None = None, *, matrix: Matrix | None = N
     Raises:
         DaqError: if `pattern` is not a regular expression or `matrix` is not two tuples of axes.
     """
+    if recipe is not None:
+        check_recipe(recipe)
     if matrix is not None:
         try:
             rows, columns = matrix
@@ -84,6 +91,26 @@ def use(pattern: str, recipe: Recipe | None = None, *, matrix: Matrix | None = N
                 f"`matrix` must be (input axes, output axes), such as ((1,), (0,)); got {matrix!r}."
             ) from error
     return Rule(pattern, quantize=True, recipe=recipe, matrix=matrix)
+
+
+def check_rules(rules: Any) -> None:
+    """Raises DaqError unless `rules` is a sequence of rules, with the form that was probably meant."""
+    if isinstance(rules, Rule):
+        raise DaqError(f"rules: got one rule, needed a list of them: rules=[{_shown(rules)}].")
+    if isinstance(rules, (str, Mapping)) or not isinstance(rules, Iterable):
+        example = f"daq.keep({rules!r})" if isinstance(rules, str) else "daq.keep('lm_head')"
+        raise DaqError(
+            f"rules: got {rules!r}, needed a list of rules: rules=[{example}, *daq.DEFAULT_RULES]."
+        )
+    strange = [x for x in rules if not isinstance(x, Rule)]
+    if strange:
+        raise DaqError(
+            f"rules: {strange[0]!r} is no rule; needed daq.keep(pattern) or daq.use(pattern, ...)."
+        )
+
+
+def _shown(rule: Rule) -> str:
+    return f"daq.{'use' if rule.quantize else 'keep'}({rule.pattern!r}), *daq.DEFAULT_RULES"
 
 
 def _kernel(pattern: str, matrix: Matrix, ndim: int = 3) -> Rule:

@@ -4,6 +4,7 @@ A scale is float32, weight units per code unit, and always positive.
 """
 
 import dataclasses
+from typing import Protocol
 
 import jax.numpy as jnp
 import numpy as np
@@ -41,8 +42,19 @@ def absmax_scale(tiles: Float[Array, "..."], axes: tuple[int, ...], *, largest: 
     return jnp.where(jnp.isfinite(absmax), usable(scale), jnp.nan)
 
 
+class Scales(Protocol):
+    """Which scales may be stored: a frozen, hashable value, called with scales and giving those to store.
+
+    A plain function of this signature serves as well.
+    """
+
+    def __call__(self, scale: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The scale to store in place of each, float32; positive for a positive one, NaN for NaN."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
-class AnyScale:
+class AnyScale(Scales):
     """Every positive float32 is a scale."""
 
     def __call__(self, scale: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -51,7 +63,7 @@ class AnyScale:
 
 
 @dataclasses.dataclass(frozen=True)
-class PowerOfTwo:
+class PowerOfTwo(Scales):
     """Powers of two only, for servers that would re-quantize other scales: the next one not below.
 
     A search has nothing to find here: two candidates within an octave give the same scale.
@@ -66,7 +78,7 @@ class PowerOfTwo:
 
 
 @dataclasses.dataclass(frozen=True)
-class InDtype:
+class InDtype(Scales):
     """Numbers of a narrower float dtype only, for servers that hold scales in it: the nearest one.
 
     The nearest, not the next: a base whose scales were rounded so is found on its own grid again.

@@ -15,12 +15,13 @@ from jaxtyping import Array
 
 from daq_jax.formats import Format, weights_of
 from daq_jax.numerics.arithmetic import divide, divide_short
+from daq_jax.numerics.machine import Machine
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["stored_base", "stored_tuned", "noise"],
-    meta_fields=["axes", "grid", "format", "local", "quick"],
+    meta_fields=["axes", "grid", "format", "machine"],
 )
 @dataclasses.dataclass(frozen=True)
 class Tiles:
@@ -28,13 +29,12 @@ class Tiles:
 
     Attributes:
         stored_base: weights before tuning, in the dtype they came in.
-        stored_tuned: weights after, of the same shape.
-        noise: for a rounding that draws, a uniform number in [0, 1) for each element; else None.
-        axes: positions of a tile's rows and of its columns.
-        grid: positions of the rows and the columns of tiles.
+        stored_tuned: weights after tuning, of the same shape, in the dtype they came in.
+        noise: for a rounding that draws, a uniform number in [0, 1) for each element; None for others.
+        axes: positions of the axes of a tile's rows and of a tile's columns.
+        grid: positions of the axes that run over rows of tiles and over columns of tiles.
         format: the number format of the codes.
-        local: whether they lie on one device, so that a kernel may take them.
-        quick: whether quotients may be `divide_short`.
+        machine: what a program may do with the weights where they lie.
     """
 
     stored_base: Any  # an array; its shape and dtype where no more is asked for
@@ -43,8 +43,7 @@ class Tiles:
     axes: tuple[int, int]
     grid: tuple[int, int]
     format: Format
-    local: bool = False
-    quick: bool = False
+    machine: Machine = Machine()
 
     @property
     def base(self) -> Array:
@@ -58,7 +57,7 @@ class Tiles:
 
     def over(self, scale: Array) -> Array:
         """The tuned weights in code units."""
-        short = self.quick and self.stored_tuned.dtype == jnp.bfloat16
+        short = self.machine.scores_at_once and self.stored_tuned.dtype == jnp.bfloat16
         return (divide_short if short else divide)(self.tuned, scale)
 
     @property

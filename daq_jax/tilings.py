@@ -16,12 +16,13 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from daq_jax.errors import DaqError
+from daq_jax.errors import check_whole_numbers
 
 Matrix = tuple[tuple[int, ...], tuple[int, ...]]  # (input axes, output axes) of a weight
 DEFAULT_MATRIX: Matrix = ((-2,), (-1,))  # as Flax stores a kernel; all other axes are a batch
@@ -29,26 +30,25 @@ DEFAULT_MATRIX: Matrix = ((-2,), (-1,))  # as Flax stores a kernel; all other ax
 
 @runtime_checkable
 class Tiling(Protocol):
-    """What the rest of the library asks of a tiling; a frozen value with this method is one."""
+    """Which elements of a matrix share a scale: a frozen, hashable value with this one method."""
 
-    def tile(self, rows: int, columns: int) -> tuple[int, int]: ...
+    def tile(self, rows: int, columns: int) -> tuple[int, int]:
+        """Rows and columns of a whole tile of a `[rows, columns]` matrix, at most those of the matrix.
 
-
-def _check_sizes(tiling: object, **sizes: int) -> None:
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise DaqError(f"{type(tiling).__name__}: `{name}` must be a whole number above 0; got {size!r}.")
+        Tiles start at the first row and the first column; tiles cut off at the far edges are tiles too.
+        """
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
+class Block(Tiling):
     """One scale for each block of `r` inputs by `c` outputs; blocks cut off at an edge are blocks too."""
 
     r: int = 128
     c: int = 128
 
     def __post_init__(self) -> None:
-        _check_sizes(self, r=self.r, c=self.c)
+        check_whole_numbers(self, r=self.r, c=self.c)
 
     def tile(self, rows: int, columns: int) -> tuple[int, int]:
         """Rows and columns of a tile in a `[rows, columns]` matrix."""
@@ -56,7 +56,7 @@ class Block:
 
 
 @dataclasses.dataclass(frozen=True)
-class Channel:
+class Channel(Tiling):
     """One scale for each output."""
 
     def tile(self, rows: int, columns: int) -> tuple[int, int]:
@@ -65,7 +65,7 @@ class Channel:
 
 
 @dataclasses.dataclass(frozen=True)
-class PerTensor:
+class PerTensor(Tiling):
     """One scale for the whole matrix; each matrix of a batch has its own."""
 
     def tile(self, rows: int, columns: int) -> tuple[int, int]:
@@ -74,13 +74,13 @@ class PerTensor:
 
 
 @dataclasses.dataclass(frozen=True)
-class Group:
+class Group(Tiling):
     """One scale for each run of `n` inputs of one output."""
 
     n: int
 
     def __post_init__(self) -> None:
-        _check_sizes(self, n=self.n)
+        check_whole_numbers(self, n=self.n)
 
     def tile(self, rows: int, columns: int) -> tuple[int, int]:
         """Rows and columns of a tile in a `[rows, columns]` matrix."""
@@ -225,3 +225,41 @@ class TileView:
         grid_roles = [role for role in self._split_roles if role not in "rc"]
         batch = [i for i, role in enumerate(grid_roles) if role == "b"]
         return kept.transpose([*batch, grid_roles.index("R"), grid_roles.index("C")])
+
+
+def keeps_tiles_whole(weight: NamedSharding, scale: NamedSharding, view: TileView) -> bool:
+    """Whether every tile lies on one device, given the sharding of the weight and of its scales."""
+    batch, rows, columns = view.axes
+    spec = tuple(weight.spec) + (None,) * (len(view.shape) - len(weight.spec))
+    grid = tuple(scale.spec)[len(batch) :]
+    return all(
+        (spec[axes[0]] is None or spec[axes[0]] == names) and not any(spec[a] for a in axes[1:])
+        for axes, names in zip((rows, columns), grid, strict=True)
+    )
+
+
+def scale_sharding(weight: NamedSharding | None, view: TileView) -> NamedSharding | None:
+    """The sharding of a weight's scales: that of their tiles, or replicated where a tile crosses devices."""
+    if weight is None:
+        return None
+    spec = tuple(weight.spec) + (None,) * (len(view.shape) - len(weight.spec))
+    sizes = dict(weight.mesh.shape)
+    batch, rows, columns = view.axes
+
+    def parts(names: Any) -> int:
+        names = () if names is None else names if isinstance(names, tuple) else (names,)
+        n = 1
+        for name in names:
+            n *= sizes[name]
+        return n
+
+    def of(axes: tuple[int, ...], grid: int, tile: int, length: int) -> Any:
+        names = spec[axes[0]]  # the leading axis of several is the one whose shards are whole runs
+        if any(spec[a] for a in axes[1:]) or grid % parts(names) or (length // parts(names)) % tile:
+            return None
+        return names
+
+    r, c = view.tile
+    new = [spec[a] for a in batch]
+    new += [of(rows, view.grid[-2], r, view.rows), of(columns, view.grid[-1], c, view.columns)]
+    return NamedSharding(weight.mesh, PartitionSpec(*new))

@@ -1,11 +1,9 @@
-"""Trees of weights: paired by path, checked as a whole, quantized leaf by leaf."""
+"""Trees of weights: leaves by path, pairs of leaves, and everything that is checked before any work."""
 
-import collections
 import dataclasses
 import math
 import re
 import warnings
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,25 +12,31 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from daq_jax import recipes
-from daq_jax.errors import DaqError
-from daq_jax.leaves import better_together, is_finite, is_staged, quantize_alike, quantize_and_look
+from daq_jax.errors import DaqError, refuse
+from daq_jax.metrics import cosine
+from daq_jax.numerics.arithmetic import is_finite, is_staged
 from daq_jax.numerics.sharding import committed_sharding, lie_apart, place_of
-from daq_jax.qtensor import QTensor
-from daq_jax.recipes import Recipe
+from daq_jax.qtensor import QTensor, codes_of
+from daq_jax.recipe import Recipe
 from daq_jax.rules import (
-    DEFAULT_RULES,
     NAMED_RULES,
     Decision,
     NarrowMatrixWarning,
     Rule,
+    UnreadMetricWarning,
     UnusedRuleWarning,
     decide,
 )
+from daq_jax.searches.search import as_search
 from daq_jax.tilings import matrix_problem
 
 PyTree = Any
 _FLOATS = ("bfloat16", "float16", "float32")
+_CONVERTED = {  # leaves of other libraries, by the package of their type, and how they become JAX's
+    "torch": "jnp.asarray(x.detach().cpu().numpy()), after x.float() if x is bfloat16, gives an array",
+    "tensorflow": "jnp.asarray(x) gives an array",
+    "keras": "{v.path: v.value for v in model.variables} gives the weights of a Keras model as a tree",
+}
 
 
 def is_qtensor(x: object) -> bool:
@@ -118,10 +122,9 @@ def pair_leaves(base: PyTree, tuned: PyTree, recipe: Recipe, rules: Sequence[Rul
     problems = [f"{p!r} is in base but not in tuned" for p in before if p not in after]
     problems += [f"{p!r} is in tuned but not in base" for p in after if p not in before]
     if problems:
-        raise DaqError(
-            _report("base and tuned must have one structure", problems)
-            + "\nPass two trees of the same model, or cut both down to the leaves they share."
-        )
+        way_out = "Pass two trees of the same model, or cut both down to the leaves they share."
+        refuse("base and tuned must have one structure", problems, way_out)
+    _refuse_foreign(after)
     pairs = [
         Pair(p, before[p], x, decide(p, _ndim(x), _is_float(x), rules, recipe)) for p, x in after.items()
     ]
@@ -131,11 +134,19 @@ def pair_leaves(base: PyTree, tuned: PyTree, recipe: Recipe, rules: Sequence[Rul
         if p.decision.rule is None and _hides_arrays(p.tuned)
     ]
     if hidden:
-        raise DaqError(
-            _report("JAX does not look for arrays inside these leaves", hidden)
-            + "\nRegister their class, as with jax.tree_util.register_dataclass, or keep(...) them."
-        )
+        way_out = "Register their class, as with jax.tree_util.register_dataclass, or keep(...) them."
+        refuse("JAX does not look for arrays inside these leaves", hidden, way_out)
     return pairs
+
+
+def _refuse_foreign(leaves: Mapping[str, Any]) -> None:
+    """Raises DaqError, naming every leaf that belongs to another library than JAX and NumPy."""
+    packages = {path: type(x).__module__.partition(".")[0] for path, x in leaves.items()}
+    foreign = {path: name for path, name in packages.items() if name in _CONVERTED}
+    if foreign:
+        listed = [f"{path!r} is a {name} {type(leaves[path]).__name__}" for path, name in foreign.items()]
+        ways = "; ".join(_CONVERTED[name] for name in sorted(set(foreign.values())))
+        refuse("leaves must be arrays of JAX or NumPy", listed, f"Convert them first: {ways}.")
 
 
 def _ndim(x: Any) -> int:
@@ -152,10 +163,6 @@ def _hides_arrays(x: Any) -> bool:
 
 def _is_float(x: Any) -> bool:
     return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)
-
-
-def _report(headline: str, problems: Sequence[str]) -> str:
-    return f"{headline}:" + "".join(f"\n  {p}" for p in problems)
 
 
 def _kind(x: Any) -> str:
@@ -176,7 +183,7 @@ def problem_of(pair: Pair) -> str | None:
         )
     if tuned.size == 0:
         return f"it is empty, {tuple(tuned.shape)}; a quantized leaf needs at least one element"
-    places = [committed_sharding(x.codes if is_qtensor(x) else x) for x in (base, tuned)]
+    places = [committed_sharding(codes_of(x)) for x in (base, tuned)]
     if lie_apart(*places):
         return (
             f"base lies on {place_of(places[0])} but tuned on {place_of(places[1])}; a pair must share its "
@@ -191,28 +198,6 @@ def problem_of(pair: Pair) -> str | None:
 def _all_finite(leaves: Sequence[Any]) -> list[bool]:
     """A flag for each leaf. All are asked for before the host waits for one."""
     return [bool(x) for x in jax.device_get([is_finite(x) for x in leaves])]
-
-
-@jax.jit
-def _all_of(flags: Sequence[jax.Array]) -> jax.Array:
-    return jnp.stack(flags).all()
-
-
-def _are_true(flags: Sequence[jax.Array]) -> bool:
-    """Whether all are. The host waits for one answer from each set of devices."""
-    groups = collections.defaultdict(list)
-    for flag in flags:
-        groups[frozenset(flag.sharding.device_set)].append(flag)
-    answers = [_all_of(x) if len(x) > 1 else x[0] for x in groups.values()]
-    return all(jax.device_get([_towards_host(x) for x in answers]))
-
-
-def _towards_host(flag: jax.Array) -> jax.Array:
-    """A flag where the host reads it soonest: on a GPU in pinned memory, which took 0.25 ms off an H200's."""
-    sharding = flag.sharding
-    if [device.platform for device in sharding.device_set] != ["gpu"]:
-        return flag
-    return jax.device_put(flag, sharding.with_memory_kind("pinned_host"))
 
 
 def is_concrete(x: Any) -> bool:
@@ -252,7 +237,7 @@ def refuse_unquantizable(pairs: Sequence[Pair], check_finite: bool, *, later: bo
             f"Or leave it as it is: put keep({f'^{re.escape(path)}$'!r}) before your other rules."
             for path, why in problems.items()
         ]
-        raise DaqError(_report(f"{len(problems)} of the leaves cannot be quantized", lines))
+        refuse(f"{len(problems)} of the leaves cannot be quantized", lines)
 
 
 def warn_unused(pairs: Sequence[Pair], rules: Sequence[Rule]) -> None:
@@ -277,117 +262,13 @@ def warn_narrow(pairs: Sequence[Pair]) -> None:
             )
 
 
-def quantize(
-    base: PyTree,
-    tuned: PyTree,
-    recipe: Recipe = recipes.default,
-    *,
-    rules: Sequence[Rule] = DEFAULT_RULES,
-    donate: bool = False,
-    check_finite: bool = True,
-) -> PyTree:
-    """Quantizes a tuned model so that what tuning changed survives.
-
-    Pure; works eagerly and under `jax.jit`, `jax.eval_shape` and `jax.export`, on NumPy arrays, and on
-    sharded arrays, whose sharding the result keeps.
-
-    Args:
-        base: tree of weights before tuning: bfloat16, float16 or float32 arrays `[..., in, out]`, or
-            QTensors, each of which stands for what it dequantizes to.
-        tuned: tree of weights after tuning, of the same structure; dtypes agree leaf by leaf.
-        recipe: how to quantize leaves whose rule does not say.
-        rules: which leaves are quantized, in place of `DEFAULT_RULES`; write `[..., *daq.DEFAULT_RULES]` to
-            add to those.
-        donate: delete each input array as soon as its codes exist. Ignored under a trace.
-        check_finite: refuse NaN and infinity. A tile that holds one gets the scale NaN, so it takes a look at
-            all scales once every leaf is on its way; with `donate`, a look at both trees first. Under a trace
-            there is no look.
-
-    Returns:
-        A tree like `tuned`, with a `QTensor` for each leaf that was quantized.
-
-    Raises:
-        DaqError: naming every leaf at fault: other structure, shape or dtype, an empty leaf, a rule that
-            quantizes what cannot be quantized, all before any work, or NaN or infinity.
-
-    Source: arXiv:2603.22324 for the question; see `Recipe` for the answers.
-
-    >>> base = {"kernel": jnp.ones((128, 128))}
-    >>> tuned = {"kernel": jnp.full((128, 128), 1.25)}
-    >>> quantize(base, tuned)["kernel"].codes.dtype
-    dtype(float8_e4m3fn)
-    """
-    pairs = pair_leaves(base, tuned, recipe, rules)
-    warn_unused(pairs, rules)
-    warn_narrow(pairs)
-    donate = donate and not is_staged()
-    later = not donate and is_concrete((base, tuned))
-    refuse_unquantizable(pairs, check_finite, later=later)
-    uses = collections.Counter(id(x) for x in jax.tree.leaves((base, tuned)))
-    results, finite = [pair.tuned for pair in pairs], []
-    for group in _groups(pairs):
-        found, flag = _quantize_group([pairs[i] for i in group])
-        finite.append(flag)
-        for i, q in zip(group, found, strict=True):
-            results[i] = q
-            if donate:
-                _delete(pairs[i], uses)
-    if check_finite and later and is_concrete(finite) and not _are_true(finite):
-        refuse_unquantizable(pairs, check_finite)
-    return with_leaves(tuned, results)
-
-
-def _groups(pairs: Sequence[Pair]) -> list[list[int]]:
-    """Positions in `pairs` of those that are quantized at once, as a batch.
-
-    All batches of a kind have one size, so that one program does for them: the last repeats its last pair.
-    """
-    alike = collections.defaultdict[tuple[Any, ...], list[int]](list)
-    for i, pair in enumerate(pairs):
-        if pair.decision.quantize:
-            most = better_together(pair.tuned, pair.decision.recipe)
-            alike[(1, i) if most == 1 else (most, *_batch_kind(pair))].append(i)
-    groups = []
-    for (most, *_), some in alike.items():
-        count = -(-len(some) // most)
-        size = -(-len(some) // count)
-        some += some[-1:] * (count * size - len(some))
-        groups += [some[i : i + size] for i in range(0, len(some), size)]
-    return sorted(groups)
-
-
-def _batch_kind(pair: Pair) -> tuple[Any, ...]:
-    """The same for pairs that one program takes as a batch."""
-    leaves, structure = jax.tree.flatten((pair.base, pair.tuned))
-    places = (frozenset(x.devices()) if isinstance(x, jax.Array) else None for x in leaves)
-    shapes = ((x.shape, x.dtype) for x in leaves)
-    return pair.decision.recipe, pair.decision.matrix, structure, *shapes, *places
-
-
-def _quantize_group(pairs: Sequence[Pair]) -> tuple[list[QTensor], jax.Array]:
-    """The results, and whether all was finite."""
-    how = pairs[0].decision
-    if len(pairs) > 1:
-        bases, tuneds = [pair.base for pair in pairs], [pair.tuned for pair in pairs]
-        return quantize_alike(bases, tuneds, recipe=how.recipe, matrix=how.matrix)
-    (pair,), stream = pairs, zlib.crc32(pairs[0].path.encode())
-    q, finite = quantize_and_look(pair.base, pair.tuned, recipe=how.recipe, matrix=how.matrix, stream=stream)
-    return [q], finite
-
-
-def _delete(pair: Pair, uses: collections.Counter[int]) -> None:
-    """Frees the arrays of a pair, but for those that stand in other places of the trees too."""
-    for x in jax.tree.leaves((pair.base, pair.tuned)):
-        uses[id(x)] -= 1
-        if not uses[id(x)] and isinstance(x, jax.Array) and not isinstance(x, Tracer):
-            x.delete()
-
-
-def dequantize(tree: PyTree, dtype: jax.typing.DTypeLike | None = None) -> PyTree:
-    """Arrays again: every QTensor of a tree dequantized, everything else as it is.
-
-    Args:
-        tree: any pytree.
-        dtype: of the results; None gives each leaf's original dtype.
-    """
-    return jax.tree.map(lambda x: x.dequantize(dtype) if is_qtensor(x) else x, tree, is_leaf=is_qtensor)
+def warn_unread_metrics(pairs: Sequence[Pair]) -> None:
+    """Warns of each recipe in use whose metric decides nothing, because its search reads none."""
+    for recipe in dict.fromkeys(p.decision.recipe for p in pairs if p.decision.quantize):
+        if recipe.metric != cosine and not as_search(recipe.search).reads_metric:
+            warnings.warn(
+                f"the recipe has metric={recipe.metric!r}, which {type(recipe.search).__name__}() does not "
+                "read: give it a search too, such as search=daq.CoarseToFine(0.8, 1.5, 5, 10)",
+                UnreadMetricWarning,
+                stacklevel=3,
+            )

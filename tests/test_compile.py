@@ -223,8 +223,8 @@ def test_the_result_of_jit_is_a_tree_of_qtensors():
 
 @pytest.mark.parametrize(("option", "known"), [(leaves._OWN_PRODUCTS, True), ("xla_gpu_of_old", False)])
 def test_an_option_that_xla_does_not_know_is_left_out(option, known):
-    program = leaves._quick_to_compile(leaves._quantize_pair, option)
-    assert (program is not leaves._quantize_pair) == known
+    program = leaves.quick_to_compile(leaves._quantize, option)
+    assert (program is not leaves._quantize) == known
     base, tuned = np.ones((128, 128), np.float32), np.full((128, 128), 1.25, np.float32)
     how = leaves._How.of(tuned, daq.recipes.absmax, ((-2,), (-1,)))
     q, _ = program(base, tuned, None, how=how)

@@ -17,9 +17,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import daq_jax as daq
 from daq_jax import leaves
+from daq_jax.metrics import as_metric
 from daq_jax.numerics import kernel_choice
 from daq_jax.numerics.arithmetic import multiply
-from daq_jax.roundings import feedback, feedback_gpu, gains, gains_gpu
+from daq_jax.numerics.machine import Machine
+from daq_jax.roundings import gains, gains_gpu
+from daq_jax.roundings.rounding import as_rounding
 from daq_jax.searches import gpu_kernel
 from daq_jax.tiles import Tiles
 from daq_jax.tilings import TileView
@@ -48,27 +51,28 @@ def pair(shape, seed=0, native=False):
 
 def cut(base, tuned, recipe, matrix=((-2,), (-1,))):
     view = TileView(base.shape, matrix, recipe.tiling)
-    tiles = Tiles(view.cut(base), view.cut(tuned), None, view.tile_axes, view.grid_axes, recipe.format, True)
+    tiles = Tiles(
+        view.cut(base), view.cut(tuned), None, view.tile_axes, view.grid_axes, recipe.format, Machine(True)
+    )
     return view, tiles
 
 
 @pytest.fixture
-def kernels(monkeypatch):
+def kernels():
     """`quantize` takes the kernels, interpreted, wherever it would on a GPU."""
+    with kernel_choice.kernels("interpreted") as taken:
+        yield taken
 
-    def kernel(kernel, plain, *args):
-        taken.append(kernel)
-        return kernel(*args)
 
-    taken = []
-    for module in (leaves, gains, feedback):
-        monkeypatch.setattr(module, "has_fp8_gpu", lambda: True)
-        monkeypatch.setattr(module, "kernel_or_plain", kernel)
-    for module, name in ((gpu_kernel, "search"), (gains_gpu, "per_set"), (feedback_gpu, "codes")):
-        monkeypatch.setattr(module, name, functools.partial(getattr(module, name), interpret=True))
-    jax.clear_caches()  # programs compiled without
-    yield taken
-    jax.clear_caches()
+def search(recipe, tiles):
+    """Codes and scales by the search's kernel."""
+    with kernel_choice.kernels("interpreted"):
+        return gpu_kernel.search_tiles(recipe.search, recipe.metric, tiles)
+
+
+def applies(recipe, tiles):
+    metric, rounding = as_metric(recipe.metric), as_rounding(recipe.rounding)
+    return gpu_kernel.applies(recipe.search, metric, rounding, recipe.scales, tiles)
 
 
 def assert_same(q, expected, most_codes=0):
@@ -92,8 +96,8 @@ def assert_same(q, expected, most_codes=0):
 def test_search_kernel_picks_the_scales_and_codes_of_the_plain_search(recipe):
     base, tuned = pair((2, 128, 384))
     view, tiles = cut(base, tuned, recipe)
-    assert gpu_kernel.applies(recipe, tiles)
-    codes, scale = gpu_kernel.search(recipe, tiles, interpret=True)
+    assert applies(recipe, tiles)
+    codes, scale = search(recipe, tiles)
     expected = daq.quantize(base, tuned, recipe, rules=())
     np.testing.assert_array_equal(view.gather(scale), expected.scale)
     np.testing.assert_array_equal(
@@ -123,7 +127,7 @@ def test_search_kernel_gives_a_tile_that_is_not_finite_the_scale_nan():
     base, tuned = pair((128, 384))
     base, tuned = base.at[5, 200].set(jnp.inf), tuned.at[7, 300].set(jnp.nan)
     _, tiles = cut(base, tuned, daq.recipes.absmax)
-    _, scale = gpu_kernel.search(daq.recipes.absmax, tiles, interpret=True)
+    _, scale = search(daq.recipes.absmax, tiles)
     np.testing.assert_array_equal(np.isnan(np.ravel(scale)), [False, True, True])
 
 
@@ -137,11 +141,12 @@ def test_gains_kernel_ends_with_the_brackets_of_the_plain_bisection(per, matrix)
     scale = jnp.full([1 if i in tiles.axes else n for i, n in enumerate(tiles.shape)], 2e-4, jnp.float32)
 
     def kept(gain):
-        return tiles.kept(gains._round_towards(tiles, scale, jnp.asarray(gain, jnp.float32)), scale)
+        return tiles.kept(gains.round_towards(tiles, scale, jnp.asarray(gain, jnp.float32)), scale)
 
     expected = gains.bracket(tiles.change, kept, sets.total)
     arrays = (tiles.stored_base, tiles.stored_tuned, scale)
-    found = gains_gpu.per_set(gains.bracket, tiles.format, sets.axes, *arrays, interpret=True)
+    with kernel_choice.kernels("interpreted"):
+        found = gains_gpu.per_set(gains.bracket, tiles.format, sets.axes, *arrays)
     for name, x, y in zip(expected._fields, found, expected, strict=True):
         np.testing.assert_allclose(x, y, rtol=2e-5, atol=1e-12, err_msg=name)  # sums in another order
 
@@ -159,7 +164,7 @@ def test_gains_kernel_ends_with_the_brackets_of_the_plain_bisection(per, matrix)
     ],
 )
 def test_search_kernel_leaves_other_recipes_to_the_plain_search(recipe):
-    assert not gpu_kernel.applies(recipe, cut(*pair((128, 256)), recipe)[1])
+    assert not applies(recipe, cut(*pair((128, 256)), recipe)[1])
 
 
 @pytest.mark.slow
@@ -179,27 +184,20 @@ def few_directions(shape, change, dtype=jnp.float32):
     return jnp.asarray(base, dtype), jnp.asarray(tuned, dtype)
 
 
-def by_kernel_and_by_loop(base, tuned, recipe, monkeypatch):
-    """What error feedback keeps of a pair, under `absmax` scales."""
-    found = []
+def by_kernel_and_by_loop(base, tuned, recipe, wrap=lambda f: f):
+    """What error feedback keeps of a pair, under AbsMax scales."""
 
-    def both(kernel, plain, *args):
-        found.extend([kernel(*args), plain(*args)])
-        return found[0]
-
-    monkeypatch.setattr(feedback, "has_fp8_gpu", lambda: True)
-    monkeypatch.setattr(feedback, "kernel_or_plain", both)
-    monkeypatch.setattr(feedback_gpu, "codes", functools.partial(feedback_gpu.codes, interpret=True))
-
-    @jax.jit
     def kept(base, tuned):
         view, tiles = cut(base, tuned, recipe)
         scale = jnp.max(jnp.abs(tiles.tuned), tiles.axes, keepdims=True) / recipe.format.largest
-        recipe.rounding(tiles, scale)
-        tiled = (feedback._Blocks.of(tiles).tiles(codes.astype(jnp.float32)) for (codes,) in found)
-        return [view.join(multiply(x, scale)) for x in tiled]
+        return view.join(multiply(recipe.rounding(tiles, scale), scale))
 
-    return kept(base, tuned)
+    found = []
+    for use in ("interpreted", "never"):
+        with kernel_choice.kernels(use) as taken:
+            found.append(jax.jit(wrap(kept))(base, tuned))
+            assert bool(taken) == (use == "interpreted")
+    return found
 
 
 @pytest.mark.parametrize(
@@ -218,11 +216,11 @@ def by_kernel_and_by_loop(base, tuned, recipe, monkeypatch):
         ],
     ),
 )
-def test_feedback_kernel_does_what_the_plain_loop_does(shape, change, dtype, recipe, monkeypatch):
+def test_feedback_kernel_does_what_the_plain_loop_does(shape, change, dtype, recipe):
     base, tuned = few_directions(shape[-2:], change, dtype)
     if len(shape) > 2:
         base, tuned = jnp.stack([base, base + 0.01]), jnp.stack([tuned, tuned + 0.01])
-    kept = by_kernel_and_by_loop(base, tuned, recipe, monkeypatch)
+    kept = by_kernel_and_by_loop(base, tuned, recipe)
     assert_as_good(*kept, base, tuned)
 
 
@@ -237,10 +235,9 @@ def assert_as_good(q, expected, base, tuned):
     assert along[0] == pytest.approx(along[1], rel=0.02)
 
 
-def test_feedback_kernel_leaves_a_tile_without_change_as_it_is_under_vmap(monkeypatch):
+def test_feedback_kernel_leaves_a_tile_without_change_as_it_is_under_vmap():
     base, tuned = (x.reshape(1024, 2, 128).swapaxes(0, 1) for x in few_directions((1024, 256), 0.01))
-    run = functools.partial(by_kernel_and_by_loop, recipe=feedback_recipe(rank=16), monkeypatch=monkeypatch)
-    q, expected = jax.vmap(run)(base, tuned)
+    q, expected = by_kernel_and_by_loop(base, tuned, feedback_recipe(rank=16), jax.vmap)
     np.testing.assert_array_equal(q[0, :128], base[0, :128])
     assert_as_good(q, expected, base, tuned)
 
@@ -256,21 +253,17 @@ def test_feedback_kernel_leaves_a_tile_without_change_as_it_is_under_vmap(monkey
         ((1024, 128), feedback_recipe(tiling=daq.Group(8))),
     ],
 )
-def test_feedback_kernel_leaves_the_rest_to_the_plain_loop(shape, recipe, monkeypatch):
-    def never(kernel, plain, *args):
-        raise AssertionError("a kernel")
-
-    monkeypatch.setattr(feedback, "has_fp8_gpu", lambda: True)
-    monkeypatch.setattr(feedback, "kernel_or_plain", never)
+def test_feedback_kernel_leaves_the_rest_to_the_plain_loop(shape, recipe, kernels):
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
 
     def run(base, tuned):
         _, tiles = cut(base, tuned, recipe)
-        return recipe.rounding(
-            tiles, jnp.ones([1 if i in tiles.axes else n for i, n in enumerate(tiles.shape)])
-        )
+        scale = jnp.ones([1 if i in tiles.axes else n for i, n in enumerate(tiles.shape)])
+        return recipe.rounding(tiles, scale)
 
     jax.eval_shape(run, x, x)
+    names = [getattr(kernel, "func", kernel).__qualname__ for kernel in kernels]  # that of gains is partial
+    assert not any(name.startswith("UnbiasedFeedback") for name in names)
 
 
 @pytest.mark.slow
@@ -302,7 +295,7 @@ def test_kernel_runs_under_jit_and_vmap(request):
 
 def _alone(recipe, base, tuned):
     view, tiles = cut(base, tuned, recipe)
-    codes, scale = gpu_kernel.search(recipe, tiles)
+    codes, scale = gpu_kernel.search_tiles(recipe.search, recipe.metric, tiles)
     return daq.QTensor(
         view.join(codes), view.gather(scale), recipe.format, recipe.tiling, np.dtype(tuned.dtype)
     )
@@ -330,8 +323,7 @@ def test_devices_do_not_wait_for_one_another(recipe, kind):
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(kind,) * 2)
     where = NamedSharding(mesh, PartitionSpec("x", "y"))
     base, tuned = (jax.device_put(x, where) for x in pair((256, 512)))
-    how = leaves._How(recipe, ((-2,), (-1,)), where, False)
-    program = leaves._quantize_pair.lower(base, tuned, None, how=how).compile().as_text()
+    program = leaves.lowered(base, tuned, recipe=recipe, matrix=((-2,), (-1,))).compile().as_text()
     assert not re.search("all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter", program)
 
 
@@ -356,30 +348,9 @@ def test_kernel_is_not_for_arrays_too_large_for_its_addresses(function, shape, k
     assert ("stablehlo.cosine" in program) != kernel
 
 
-def test_kernels_of_the_default_trace_with_64_bits(monkeypatch):
-    taken = []
-
-    def kernel(kernel, plain, *args):
-        taken.append(kernel)
-        return kernel(*args)
-
-    for module in (leaves, gains, feedback):
-        monkeypatch.setattr(module, "has_fp8_gpu", lambda: True)
-        monkeypatch.setattr(module, "kernel_or_plain", kernel)
+def test_kernels_of_the_default_trace_with_64_bits(kernels):
     x = jax.ShapeDtypeStruct((1024, 256), jnp.float32)
-    how = leaves._How(daq.recipes.default, ((-2,), (-1,)), None, True)
     with jax.enable_x64(True):
-        q, _ = jax.eval_shape(functools.partial(leaves._quantize_pair, how=how), x, x, None)
-    assert len(taken) >= 3
-    assert q.scale.dtype == jnp.float32
-
-
-def test_kernel_is_for_the_gpu_at_hand_and_not_for_exported_programs():
-    x = jnp.ones((3, 4))
-    np.testing.assert_allclose(jax.jit(both)(x), np.cos(1), rtol=1e-6)
-    np.testing.assert_allclose(jax.vmap(jax.jit(both), in_axes=1)(x), np.full((4, 3), np.cos(1)), rtol=1e-6)
-    traced = jax.jit(both).trace(x)
-    assert "sine" in traced.lower(lowering_platforms=("cuda",)).as_text().replace("cosine", "")
-    assert "cosine" in traced.lower(lowering_platforms=("tpu",)).as_text()
-    exported = jax.export.export(jax.jit(both), platforms=["cuda", "cpu"])(x)
-    assert "sine" not in exported.mlir_module().replace("cosine", "")
+        program = leaves.lowered(x, x, recipe=daq.recipes.default, matrix=((-2,), (-1,)), one_device=True)
+    assert len(kernels) >= 3
+    assert program.out_info[0].scale.dtype == jnp.float32

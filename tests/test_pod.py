@@ -38,14 +38,11 @@ for axis_type in (AxisType.Auto, AxisType.Explicit):
     put = lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
     pair = {"w": put(base)}, {"w": put(tuned)}
     for recipe in (daq.recipes.absmax, daq.recipes.paper_sign, daq.Recipe(tiling=daq.PerTensor())):
-        programs, run = [], leaves._quantize_pair
-        def record(*args, **static):
-            programs.append(run.lower(*args, **static).compile().as_text())
-            return run(*args, **static)
-        leaves._quantize_pair = record
         q, wanted = daq.quantize(*pair, recipe), daq.quantize(*alone, recipe)
-        leaves._quantize_pair = run
-        found = re.search("all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter", programs[0])
+        (base_leaf,), (tuned_leaf,) = (tree.values() for tree in pair)
+        program = leaves.lowered(base_leaf, tuned_leaf, recipe=recipe, matrix=((-2,), (-1,))).compile()
+        collective = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+        found = re.search(collective, program.as_text())
         assert (found is None) == (recipe.tiling == daq.Block()), found
         same(q["w"].codes, wanted["w"].codes)
         same(q["w"].scale, wanted["w"].scale)

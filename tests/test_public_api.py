@@ -29,8 +29,8 @@ def documented(value: object) -> object:
 def test_all_lists_every_public_name_and_nothing_else():
     public = {name: getattr(daq, name) for name in dir(daq) if not name.startswith("_")}
     modules = {name for name, value in public.items() if isinstance(value, types.ModuleType)}
-    names = set(public) - (modules - {"recipes"})
-    assert set(daq.__all__) == names
+    assert modules == set(daq.NAMESPACES)
+    assert set(daq.__all__) == set(public) - (modules - {"recipes"})
     assert len(daq.__all__) == len(set(daq.__all__))
 
 

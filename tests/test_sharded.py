@@ -3,7 +3,6 @@
 import functools
 import re
 import warnings
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import daq_jax as daq
 from daq_jax import leaves
+from daq_jax.tilings import DEFAULT_MATRIX
 
 COLLECTIVE = re.compile(r"\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(-start)?\(")
 SEARCH = daq.CoarseToFine(0.8, 1.5, 5, 10)
@@ -46,18 +46,10 @@ def collectives(compiled):
     return sorted({match[0] for match in COLLECTIVE.findall(compiled.as_text())})
 
 
-def eager_program(call):
-    """The program that an eager call of `quantize` runs on its one weight, compiled, and the result."""
-    run, found = leaves._quantize_pair, []
-
-    def record(*args, **static):
-        found.append(run.lower(*args, **static).compile())
-        return run(*args, **static)
-
-    with mock.patch.object(leaves, "_quantize_pair", record):
-        result = call()
-    (program,) = found
-    return program, result
+def eager_program(base, tuned, recipe, matrix=None):
+    """The compiled program of an eager call of `quantize`, and the result of that call."""
+    program = leaves.lowered(base, tuned, recipe=recipe, matrix=matrix or DEFAULT_MATRIX).compile()
+    return program, daq.quantize(base, tuned, recipe, rules=[daq.use("", matrix=matrix)])
 
 
 # --- Communication ------------------------------------------------------------------------------------------
@@ -81,7 +73,7 @@ def test_where_tiles_lie_within_shards_no_program_communicates(name, recipe, axi
     sharded, _ = on_mesh(name, spec, shape, axis_type)
     rules = [daq.use("", matrix=matrix)]
     quantize = functools.partial(daq.quantize, recipe=TILE_LOCAL[recipe], rules=rules)
-    program, q = eager_program(lambda: quantize(*sharded))
+    program, q = eager_program(*sharded, TILE_LOCAL[recipe], matrix)
     assert collectives(program) == []
     assert collectives(jax.jit(quantize).lower(*sharded).compile()) == []
     assert collectives(jax.jit(daq.dequantize).lower(q).compile()) == []
@@ -93,7 +85,7 @@ def test_the_check_for_collectives_finds_them():
     """Tiles that cross devices, and work on whole matrices, do need to communicate."""
     sharded, _ = on_mesh("found", P("x", "y"), (64, 64), AxisType.Auto)
     for recipe in (daq.Recipe(tiling=daq.PerTensor()), SUBSPACE):
-        program, _ = eager_program(lambda recipe=recipe: daq.quantize(*sharded, recipe))
+        program, _ = eager_program(*sharded, recipe)
         assert collectives(program) != []
 
 

@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import daq_jax as daq
-from daq_jax import leaves, trees
+from daq_jax import batches, leaves
 
 ABSMAX = daq.Recipe(search=daq.AbsMax())
 BASE, TUNED = (jnp.asarray(x) for x in pair("trees", (24, 16)))
@@ -399,10 +399,10 @@ def test_leaves_of_one_shape_quantized_as_a_batch_are_those_quantized_alone(dona
     tuned["d"] = tuned["b"]
     expected = daq.quantize(base, tuned)
     sizes = []
-    alike = trees.quantize_alike
-    monkeypatch.setattr(trees, "better_together", lambda tuned, recipe: 2)
+    alike = batches.quantize_alike
+    monkeypatch.setattr(batches, "most_together", lambda pair: 2)
     monkeypatch.setattr(
-        trees, "quantize_alike", lambda b, t, **how: sizes.append(len(b)) or alike(b, t, **how)
+        batches, "quantize_alike", lambda b, t, **how: sizes.append(len(b)) or alike(b, t, **how)
     )
     copies = jax.tree.map(jnp.copy, (base, tuned))
     q = daq.quantize(*copies, donate=donate)
@@ -435,7 +435,8 @@ def test_weights_at_hand_may_be_used_inside_jit(closed_over):
 def test_weights_at_hand_inside_jit_ask_for_no_options_of_the_compiler(count, monkeypatch):
     base, tuned = ({str(i): {"kernel": x} for i in range(count)} for x in (BASE, TUNED))
     expected = daq.quantize(base, tuned)
-    monkeypatch.setattr(leaves, "_multiplies_on_gpu", lambda tuned, recipe: True)
+    for module in (leaves, batches):
+        monkeypatch.setattr(module, "multiplies_on_gpu", lambda tuned, rounding: True)
     inside, outside = jax.jit(lambda: daq.quantize(base, tuned))(), daq.quantize(base, tuned)
     for q in (inside, outside):
         assert_same_bits(q["0"]["kernel"].scale, expected["0"]["kernel"].scale)

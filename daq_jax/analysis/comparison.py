@@ -97,7 +97,7 @@ def compare(base: Any, tuned: Any, quantized: Any, *, details: bool = False) -> 
 
     >>> base = {"kernel": jnp.zeros((2, 2))}
     >>> tuned = {"kernel": jnp.ones((2, 2))}
-    >>> from daq_jax.trees import quantize
+    >>> from daq_jax.quantization import quantize
     >>> float(compare(base, tuned, quantize(base, tuned)).total.projection)
     1.0
     """

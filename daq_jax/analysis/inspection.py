@@ -28,10 +28,11 @@ from daq_jax.analysis.estimates import Findings, Sums, findings_of
 from daq_jax.analysis.sampling import Index, Patches, plan, scales, take
 from daq_jax.analysis.verdicts import verdict_of
 from daq_jax.errors import DaqError
-from daq_jax.leaves import quantize_pair
+from daq_jax.leaves import quantize_leaf
 from daq_jax.numerics.arithmetic import divide
 from daq_jax.qtensor import QTensor
-from daq_jax.recipes import Recipe
+from daq_jax.recipe import Recipe
+from daq_jax.roundings.rounding import as_rounding
 from daq_jax.rules import DEFAULT_RULES, Rule
 from daq_jax.scales import absmax_scale
 from daq_jax.tilings import DEFAULT_MATRIX, TileView
@@ -153,7 +154,7 @@ def inspect_sources(
     chosen = plan({path: source.patches for path, source in sources.items()}, most_elements)
     sums = _sums_by_leaf(sources, chosen)
     sizes = {path: math.prod(source.patches.view.shape) for path, source in sources.items()}
-    patchwise = any(hasattr(source.recipe.rounding, "scored_as") for source in sources.values())
+    patchwise = any(as_rounding(source.recipe.rounding).scope == "matrix" for source in sources.values())
     say = functools.partial(findings_of, patchwise=patchwise)
     leaves = {path: say([found], [sizes[path]], sizes[path]) for path, found in sums.items()}
     total = say([*sums.values()], [sizes[path] for path in sums], sum(sizes.values()))
@@ -202,9 +203,9 @@ def _sums_of(places: Sequence[_Place], together: int, recipe: Recipe) -> list[Su
     missing = [(0, together - len(places)), (0, 0), (0, 0)]
     base, tuned, stored = (np.pad(x, missing, mode="edge") for x in arrays)
     plain = dataclasses.replace(recipes.absmax, format=recipe.format, tiling=recipe.tiling)
-    separable = dataclasses.replace(recipe, rounding=getattr(recipe.rounding, "scored_as", recipe.rounding))
+    separable = dataclasses.replace(recipe, rounding=as_rounding(recipe.rounding).scored_as())
     kept = [
-        quantize_pair(base, tuned, recipe=how, matrix=DEFAULT_MATRIX) for how in (plain, recipe, separable)
+        quantize_leaf(base, tuned, recipe=how, matrix=DEFAULT_MATRIX) for how in (plain, recipe, separable)
     ]
     sums = jax.tree.map(np.asarray, _sums_of_patches(base, tuned, stored, *kept))
     return [jax.tree.map(lambda x, i=i: x[i].astype(np.float64), sums) for i in range(len(places))]

@@ -14,7 +14,7 @@ from rich.console import Console
 from daq_jax.demo.report import progress_on, sentence_of, table_of
 from daq_jax.demo.study import RECIPES, Study, make_pair, measure
 from daq_jax.demo.texts import load_text
-from daq_jax.recipes import Recipe
+from daq_jax.recipe import Recipe
 
 __all__ = ["FULL_SIZE", "RECIPES", "Study", "run"]
 

@@ -26,11 +26,11 @@ from daq_jax.density.group_layout import GroupLayout
 from daq_jax.density.output_rounding import Islands, round_by_output
 from daq_jax.errors import DaqError
 from daq_jax.metrics import Metric
-from daq_jax.numerics.sharding import run_sharded, scale_sharding, sharding_of
+from daq_jax.numerics.sharding import run_sharded, sharding_of
 from daq_jax.qtensor import QTensor
 from daq_jax.recipes import DensityRecipe
 from daq_jax.rules import DEFAULT_RULES, Rule
-from daq_jax.tilings import Matrix, TileView
+from daq_jax.tilings import Matrix, TileView, scale_sharding
 from daq_jax.trees import Pair, pair_leaves, refuse_unquantizable, warn_unused, with_leaves
 
 PyTree = Any

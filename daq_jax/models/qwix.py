@@ -18,7 +18,7 @@ from jaxtyping import Array
 from daq_jax.errors import DaqError
 from daq_jax.formats import FORMATS, Format, nf4
 from daq_jax.qtensor import QTensor
-from daq_jax.recipes import Recipe
+from daq_jax.recipe import Recipe
 from daq_jax.rules import DEFAULT_RULES, Rule, decide
 from daq_jax.tilings import Block, Channel, Group, Matrix, PerTensor, TileView, Tiling, matrix_problem
 from daq_jax.trees import PyTree, is_concrete, is_qtensor, keyed_leaves

@@ -5,9 +5,13 @@ score exactly what it stores. Each function here is an ordinary operation writte
 meaning on every backend, inside and outside `jax.jit`.
 """
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 SMALLEST_NORMAL = 2.0**-126  # float32; anything below may be flushed to zero by the hardware
@@ -65,6 +69,17 @@ def multiply(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..
     the product and the largest float stands between the two and changes no finite product.
     """
     return jnp.minimum(x * y, _LARGEST)
+
+
+@jax.jit
+def is_finite(tree: Any) -> Array:
+    """No NaN, no infinity, in any array of a tree; a scalar bool array."""
+    return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
+
+
+def is_staged() -> bool:
+    """Whether JAX only records what is computed here: then nobody can look at numbers that are at hand."""
+    return isinstance(jnp.zeros(()), Tracer)
 
 
 def power_below(x: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -5,10 +5,11 @@ program never holds the kernel: it may run on another GPU, and JAX promises noth
 another version.
 """
 
+import contextlib
 import functools
 import importlib.util
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
 
 import jax
 from jax.core import ShapedArray
@@ -21,8 +22,54 @@ Arrays = Sequence[Array]
 _MOST_ELEMENTS = 2**31 - 1  # of an array in a kernel: Pallas for Triton counts them in 32 bits
 
 
+Use = Literal["where possible", "interpreted", "never"]
+_use: Use = "where possible"
+_taken: list[Callable[..., Any]] = []  # kernels that ran interpreted since `kernels` was entered
+
+
+@contextlib.contextmanager
+def kernels(use: Use) -> Iterator[list[Callable[..., Any]]]:
+    """Says for a while how kernels are used; for tests and benchmarks.
+
+    Compiled programs are forgotten on the way in and out: they hold what was chosen when they were traced.
+
+    Args:
+        use: "where possible", as always; "interpreted", as plain JAX on any machine, also where there is no
+            GPU; or "never".
+
+    Yields:
+        A list that every kernel which runs interpreted is added to when it is traced.
+    """
+    global _use
+    before, _use = _use, use
+    _taken.clear()
+    jax.clear_caches()
+    try:
+        yield _taken
+    finally:
+        _use = before
+        jax.clear_caches()
+
+
+def interpreted() -> bool:
+    """Whether kernels run as plain JAX, so that they need instructions that every machine has."""
+    return _use == "interpreted"
+
+
+def pallas_call(kernel: Callable[..., None], **options: Any) -> Callable[..., Any]:
+    """`pl.pallas_call`, interpreted where `kernels` says so."""
+    from jax.experimental import pallas as pl
+
+    return pl.pallas_call(kernel, interpret=interpreted(), **options)
+
+
+def may_take_kernels() -> bool:
+    """Whether programs are traced with kernels of ours in them, for GPUs that have FP8 instructions."""
+    return interpreted() or (_use == "where possible" and _has_fp8_gpu())
+
+
 @functools.cache
-def has_fp8_gpu() -> bool:
+def _has_fp8_gpu() -> bool:
     """Whether there is a local NVIDIA GPU with instructions for FP8, and Pallas can compile for it."""
     try:
         gpus = jax.local_devices(backend="cuda")
@@ -44,6 +91,9 @@ def kernel_or_plain(kernel: Callable[..., Arrays], plain: Callable[..., Arrays],
     """
     if any(x.size > _MOST_ELEMENTS for x in args):
         return list(plain(*args))
+    if interpreted():
+        _taken.append(kernel)
+        return list(kernel(*args))
     return _choice.bind(*args, kernel=kernel, plain=plain)
 
 

@@ -1,10 +1,10 @@
 """How a program uses the machine that it is compiled for."""
 
 import dataclasses
+from typing import Any
 
 import jax
 from jax.core import Tracer
-from jax.typing import ArrayLike
 
 from daq_jax.numerics.sharding import sharding_of
 
@@ -24,8 +24,8 @@ class Machine:
     scores_at_once: bool = False
 
     @classmethod
-    def of(cls, array: ArrayLike) -> "Machine":
-        """The machine of an array, traced or concrete."""
+    def of(cls, array: Any) -> "Machine":
+        """The machine of an array: concrete, traced, or only its shape and dtype."""
         # A tracer does not tell on how many devices its array lies, where there are several.
         known = not isinstance(array, Tracer) or jax.device_count() == 1
         return cls(one_device=known and sharding_of(array) is None)

@@ -11,12 +11,9 @@ from typing import Any
 import jax
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
-from jax.typing import ArrayLike
-
-from daq_jax.tilings import TileView
 
 
-def sharding_of(x: ArrayLike) -> NamedSharding | None:
+def sharding_of(x: Any) -> NamedSharding | None:
     """Where an array lies, if on a mesh and known: for a tracer only if the mesh axes are Explicit."""
     traced = isinstance(x, Tracer)
     sharding = jax.typeof(x).sharding if traced else getattr(x, "sharding", None)
@@ -65,44 +62,6 @@ def on_each_device(
         out_specs=tuple(map(spec, out)),
         check_vma=False,
     )
-
-
-def keeps_tiles_whole(weight: NamedSharding, scale: NamedSharding, view: TileView) -> bool:
-    """Whether every tile lies on one device, given where the weight and its scales lie."""
-    batch, rows, columns = view.axes
-    spec = tuple(weight.spec) + (None,) * (len(view.shape) - len(weight.spec))
-    grid = tuple(scale.spec)[len(batch) :]
-    return all(
-        (spec[axes[0]] is None or spec[axes[0]] == names) and not any(spec[a] for a in axes[1:])
-        for axes, names in zip((rows, columns), grid, strict=True)
-    )
-
-
-def scale_sharding(weight: NamedSharding | None, view: TileView) -> NamedSharding | None:
-    """Where the scales of a weight lie: with their tiles, or everywhere if a tile crosses devices."""
-    if weight is None:
-        return None
-    spec = tuple(weight.spec) + (None,) * (len(view.shape) - len(weight.spec))
-    sizes = dict(weight.mesh.shape)
-    batch, rows, columns = view.axes
-
-    def parts(names: Any) -> int:
-        names = () if names is None else names if isinstance(names, tuple) else (names,)
-        n = 1
-        for name in names:
-            n *= sizes[name]
-        return n
-
-    def of(axes: tuple[int, ...], grid: int, tile: int, length: int) -> Any:
-        names = spec[axes[0]]  # the leading axis of several is the one whose shards are whole runs
-        if any(spec[a] for a in axes[1:]) or grid % parts(names) or (length // parts(names)) % tile:
-            return None
-        return names
-
-    r, c = view.tile
-    new = [spec[a] for a in batch]
-    new += [of(rows, view.grid[-2], r, view.rows), of(columns, view.grid[-1], c, view.columns)]
-    return NamedSharding(weight.mesh, PartitionSpec(*new))
 
 
 def committed_sharding(x: Any) -> Sharding | None:

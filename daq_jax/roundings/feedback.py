@@ -18,14 +18,15 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from daq_jax.cpu_parts import in_parts
-from daq_jax.errors import DaqError
+from daq_jax.errors import DaqError, check_whole_numbers
 from daq_jax.formats import weights_of
 from daq_jax.numerics.arithmetic import divide, power_below
-from daq_jax.numerics.kernel_choice import has_fp8_gpu, kernel_or_plain
-from daq_jax.numerics.linalg import factor, inverse_factor
+from daq_jax.numerics.kernel_choice import kernel_or_plain, may_take_kernels
+from daq_jax.numerics.linalg import factor, inverse_factor, leading_directions
 from daq_jax.roundings import feedback_gpu
 from daq_jax.roundings.feedback_rows import Plan, Rows, Size, lattice, over_strips
-from daq_jax.roundings.gains import Per, UnbiasedGain, check_whole_number, leading_directions, target_of
+from daq_jax.roundings.gains import Per, UnbiasedGain, target_of
+from daq_jax.roundings.rounding import Rounding
 from daq_jax.tiles import Tiles
 
 _MOST_BLOCKS = 64  # of rows, each a step of a loop
@@ -35,7 +36,7 @@ _AS_STORED = 1.5  # times the square of a step of bfloat16: what rounding such w
 
 
 @dataclasses.dataclass(frozen=True)
-class UnbiasedFeedback:
+class UnbiasedFeedback(Rounding):
     """`UnbiasedGain`, and then each block of rows makes up for the errors of those before it.
 
     Minimizes `tr(e' H e)` for the error `e` `[R, C]` against the tuned weights, `H = U U' d d' U U' + m I`:
@@ -65,26 +66,29 @@ class UnbiasedFeedback:
             adds more ordinary error.
     """
 
+    multiplies = True
+    bytes_per_element = 38  # 33 by XLA's own account
+
     rank: int = 128
     per: Per = "row"
     damping: float = 10.0
 
     def __post_init__(self) -> None:
         UnbiasedGain(self.per)  # checks `per`
-        check_whole_number("rank", self.rank)
+        check_whole_numbers(self, rank=self.rank)
         if not (isinstance(self.damping, float | int) and 0 < self.damping < math.inf):
             raise DaqError(f"`damping` must be a number above 0; got {self.damping!r}.")
 
-    @property
     def scored_as(self) -> UnbiasedGain:
         """The rounding that a search scores, tile by tile."""
         return UnbiasedGain(self.per)
 
     def __call__(self, tiles: Tiles, scale: Array) -> Array:
-        """Code values; see `roundings`."""
+        """The value of each element's code; see `Rounding`."""
         moved = jnp.any(tiles.change != 0, tiles.axes, keepdims=True)  # a tile without change is left alone
         as_stored = _in_parts_on_cpu(_as_stored, tiles, scale, step=1)
-        gain = _in_parts_on_cpu(self.scored_as.gains, tiles, scale, step=self.scored_as.alignment(tiles))
+        rounding = self.scored_as()
+        gain = _in_parts_on_cpu(rounding.gains, tiles, scale, step=rounding.alignment(tiles))
         dithered = moved & as_stored
         gain = jnp.where(dithered, 1, gain)
         tiles, gain = lax.optimization_barrier((tiles, gain))
@@ -97,7 +101,11 @@ class UnbiasedFeedback:
         scales, moves, dithers = map(blocks.by_row_of_tiles, (scale, moved, dithered))
         left = over_strips(change * change)
         plan = Plan(target, base, tuned, scales, moves, dithers, responses, directions, left)
-        if not (tiles.local and has_fp8_gpu() and feedback_gpu.applies(tiles.format, plan, blocks.height)):
+        if not (
+            tiles.machine.one_device
+            and may_take_kernels()
+            and feedback_gpu.applies(tiles.format, plan, blocks.height)
+        ):
             return blocks.tiles(_round(plan, blocks))
 
         def plain(*plan: Array) -> list[Array]:
@@ -142,7 +150,7 @@ def _in_parts_on_cpu(
     function: Callable[[Tiles, Array], Array], tiles: Tiles, scale: Array, *, step: int
 ) -> Array:
     """`function(tiles, scale)`; on a CPU part by part: at once it takes more float32 copies of the weight."""
-    if not tiles.local:
+    if not tiles.machine.one_device:
         return function(tiles, scale)
     on_cpu = functools.partial(in_parts, function, step=step)
     return lax.platform_dependent(tiles, scale, cpu=on_cpu, default=function)
@@ -199,7 +207,7 @@ class _Blocks:
         """`[1, size, C]` in [0, 1) for block `i`: a lattice on which neighbours differ widely."""
         columns = self.cut.shape[self.cut.grid[1]] * self.cut.shape[self.cut.axes[1]]
         row = i.astype(jnp.uint32) * self.size + jnp.arange(self.size, dtype=jnp.uint32)
-        return lattice(row[:, None], jnp.arange(columns, dtype=jnp.uint32))[None]
+        return lattice(row[:, None], jnp.arange(columns, dtype=jnp.uint32)[None])[None]
 
     def by_row_of_tiles(self, x: Array) -> Array:
         """What has the shape of a scale as `[B, R / r, C]`."""
@@ -228,10 +236,10 @@ def _responses(
         captured = jnp.trace(gram, axis1=1, axis2=2)
         k, unit = gram.shape[-1], jnp.maximum(captured, jnp.finfo(jnp.float32).tiny)
         identity = jnp.eye(k, dtype=jnp.float32)
-        root = factor(gram / unit[:, None, None] + 1e-6 * identity)[:, None]
+        root = factor(gram / unit[:, None, None] + 1e-6 * identity[None])[:, None]
         rest = jnp.maximum(total - captured, 0) / (blocks.rows - k) / unit
         mean = jnp.maximum(damping * rest, 1e-5)[:, None, None, None]  # turns off directions with no change
         parts = directions.reshape(len(directions), blocks.number, blocks.size, k)
-        left = jnp.cumsum((parts.mT @ parts)[:, ::-1], 1)[:, ::-1] + _LEAST_WEIGHT * identity
-        half = inverse_factor(mean * identity + root.mT @ left @ root) @ root.mT
+        left = jnp.cumsum((parts.mT @ parts)[:, ::-1], 1)[:, ::-1] + _LEAST_WEIGHT * identity[None, None]
+        half = inverse_factor(mean * identity[None, None] + root.mT @ left @ root) @ root.mT
         return parts @ (half.mT @ half)

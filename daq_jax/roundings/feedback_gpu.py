@@ -16,7 +16,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from daq_jax.formats import Format
-from daq_jax.numerics.gpu_arithmetic import INSTRUCTION
+from daq_jax.gpu_codes import INSTRUCTION
+from daq_jax.numerics.kernel_choice import pallas_call
 from daq_jax.roundings.feedback_rows import STRIP, Plan, Rows, Size, lattice
 
 _ROWS = 32  # of a block that are in registers at a time
@@ -37,14 +38,13 @@ def applies(number: Format, plan: Plan, height: int) -> bool:
     )
 
 
-def codes(plan: Plan, number: Format, height: int, *, interpret: bool = False) -> Float[Array, "B R C"]:
+def codes(plan: Plan, number: Format, height: int) -> Float[Array, "B R C"]:
     """Codes, in the dtype of the format.
 
     Args:
         plan: one that this `applies` to.
         number: the format of the codes.
         height: rows of a tile.
-        interpret: run as plain JAX, anywhere, for tests.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
@@ -60,14 +60,13 @@ def codes(plan: Plan, number: Format, height: int, *, interpret: bool = False) -
     specs = Plan(*map(strip, plan))._replace(
         responses=matrix(plan.responses), directions=matrix(plan.directions)
     )
-    return pl.pallas_call(
+    return pallas_call(
         functools.partial(_round_strip, number=number, height=height, strips=strips),
         grid=(len(plan.target) * strips,),  # one axis: `vmap` adds its own, and there can be three
         in_specs=list(specs),
         out_specs=strip(plan.target),
         out_shape=jax.ShapeDtypeStruct(plan.target.shape, number.dtype),
         compiler_params=triton.CompilerParams(num_warps=_WARPS, num_stages=_STAGES),
-        interpret=interpret,
         name="feedback",
     )(*plan)
 

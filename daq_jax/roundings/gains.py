@@ -21,13 +21,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from daq_jax.errors import DaqError
 from daq_jax.numerics.arithmetic import divide, in_runs, multiply, sum_as_computed
-from daq_jax.numerics.kernel_choice import has_fp8_gpu, kernel_or_plain
-from daq_jax.numerics.linalg import inverse_factor
+from daq_jax.numerics.kernel_choice import kernel_or_plain, may_take_kernels
 from daq_jax.roundings import gains_gpu
+from daq_jax.roundings.rounding import Rounding
 from daq_jax.tiles import Tiles
 
 Per = Literal["row", "column", "tile"]
@@ -197,7 +197,7 @@ def bracket(d: Array, kept: Callable[[Array | float], Array], total: Callable[[A
 
 
 @dataclasses.dataclass(frozen=True)
-class UnbiasedGain:
+class UnbiasedGain(Rounding):
     """The codes nearest to `base + g d`, with gains `g` that make the projection of each set of elements 1.
 
     Found by bisection, since projection never falls as the gain grows. In a tile (of narrow ones, in several)
@@ -216,6 +216,8 @@ class UnbiasedGain:
     UnbiasedGain(per='row')
     """
 
+    scope = "tile"
+
     per: Per = "column"
 
     def __post_init__(self) -> None:
@@ -223,8 +225,8 @@ class UnbiasedGain:
             raise DaqError(f"`per` must be 'row', 'column' or 'tile'; got {self.per!r}.")
 
     def __call__(self, tiles: Tiles, scale: Array) -> Array:
-        """Code values; see `roundings`."""
-        return _round_towards(tiles, scale, self.gains(tiles, scale))
+        """The value of each element's code; see `Rounding`."""
+        return round_towards(tiles, scale, self.gains(tiles, scale))
 
     def alignment(self, tiles: Tiles) -> int:
         """At multiples of how many tiles a weight may be taken apart."""
@@ -253,7 +255,9 @@ class UnbiasedGain:
 
     def _kernel_applies(self, tiles: Tiles) -> bool:
         sets = Sets.of(self.per, tiles)
-        return tiles.local and has_fp8_gpu() and gains_gpu.applies(tiles, sets.axes, sets.run)
+        return (
+            tiles.machine.one_device and may_take_kernels() and gains_gpu.applies(tiles, sets.axes, sets.run)
+        )
 
     def _gains(self, tiles: Tiles, scale: Array) -> Array:
         sets = Sets.of(self.per, tiles)
@@ -262,12 +266,12 @@ class UnbiasedGain:
             pair = dataclasses.replace(tiles, stored_base=base, stored_tuned=tuned)
 
             def kept(gain: Array | float) -> Array:
-                return pair.kept(_round_towards(pair, scale, jnp.asarray(gain)), scale)
+                return pair.kept(round_towards(pair, scale, jnp.asarray(gain)), scale)
 
             return bracket(pair.change, kept, total)
 
         def plain(*arrays: Array) -> Bracket:
-            total_on_cpu = functools.partial(sets.total_on_cpu, local=tiles.local)
+            total_on_cpu = functools.partial(sets.total_on_cpu, local=tiles.machine.one_device)
             on_cpu, elsewhere = (functools.partial(bisect, total=t) for t in (total_on_cpu, sets.total))
             return lax.platform_dependent(*arrays, cpu=on_cpu, default=elsewhere)
 
@@ -288,95 +292,6 @@ def target_of(tiles: Tiles, gain: Array) -> Array:
     return jnp.where(gain == 1, tiles.tuned, tiles.base + multiply(gain, tiles.change))
 
 
-def _round_towards(tiles: Tiles, scale: Array, gain: Array, correction: Array | float = 0.0) -> Array:
+def round_towards(tiles: Tiles, scale: Array, gain: Array, correction: Array | float = 0.0) -> Array:
     """Values of the codes nearest to `base + gain * d + correction`."""
     return tiles.format.round(divide(target_of(tiles, gain) + correction, scale))
-
-
-def check_whole_number(name: str, value: object) -> None:
-    """Raises DaqError unless `value`, called `name`, is an int of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise DaqError(f"`{name}` must be a whole number above 0; got {value!r}.")
-
-
-@dataclasses.dataclass(frozen=True)
-class UnbiasedSubspace:
-    """`UnbiasedGain`, and then little error in the directions in which the change acts.
-
-    With `U` and `V` the leading singular directions of the matrix's change and the gains fixed, it repeats:
-    round `base + g d + U C V'`, take the error `e` against the tuned weights, and subtract `U' e V` from `C`.
-    Little of the error is left there. The directions come from a randomized range finder (Halko,
-    Martinsson and Tropp, arXiv:0909.4061), as orthonormal bases; no full SVD is taken.
-
-    Works on whole matrices: on a sharded weight its products are collectives. A search scores the gain alone.
-    Products may run in bfloat16 or TF32: an error in a correction is corrected on the next turn.
-
-    Deterministic.
-
-    Attributes:
-        rank: number of directions, at most a quarter of the matrix's shorter side.
-        per: as in `UnbiasedGain`.
-        turns: number of corrections.
-    """
-
-    rank: int = 128
-    per: Per = "column"
-    turns: int = 12
-
-    def __post_init__(self) -> None:
-        UnbiasedGain(self.per)  # checks `per`
-        check_whole_number("rank", self.rank)
-        check_whole_number("turns", self.turns)
-
-    @property
-    def scored_as(self) -> UnbiasedGain:
-        """The rounding that a search scores, tile by tile."""
-        return UnbiasedGain(self.per)
-
-    def __call__(self, tiles: Tiles, scale: Array) -> Array:
-        """Code values; see `roundings`."""
-        gain = self.scored_as.gains(tiles, scale)
-        change = tiles.as_matrix(tiles.change)
-        rank = min(self.rank, max(1, min(change.shape[-2:]) // 4))
-        left, right = leading_directions(change, rank)
-        moved = jnp.any(tiles.change != 0, tiles.axes, keepdims=True)  # a tile without change is left alone
-
-        def values(core: Array) -> Array:
-            correction = tiles.from_matrix(left @ core @ right.mT)
-            return _round_towards(tiles, scale, gain, jnp.where(moved, correction, 0.0))
-
-        def turn(_: Array, core: Array) -> Array:
-            error = tiles.kept(values(core), scale) - tiles.change
-            return core - left.mT @ tiles.as_matrix(error) @ right
-
-        # Zeros of a product, and so inside `shard_map` as device-varying as the loop makes them.
-        core = jnp.zeros_like(left[:, :1].mT @ right[:, :1])
-        return values(lax.fori_loop(0, self.turns, turn, core))
-
-
-def leading_directions(
-    matrix: Float[Array, "B R C"], rank: int, *, iterations: int = 2
-) -> tuple[Float[Array, "B R k"], Float[Array, "B C k"]]:
-    """Orthonormal bases of about the leading `rank` left and right singular directions, for each matrix.
-
-    Subspace iteration from a fixed random start. In float32, at the machine's default matmul precision.
-    """
-    right = jax.random.normal(jax.random.key(0), (matrix.shape[-1], rank), jnp.float32)
-    left = right
-    for _ in range(iterations):
-        left = _orthonormalized(matrix @ right)
-        right = _orthonormalized(matrix.mT @ left)
-    return _orthonormalized(left), _orthonormalized(right)
-
-
-def _orthonormalized(x: Float[Array, "B n k"]) -> Float[Array, "B n k"]:
-    """About orthonormal columns spanning those of `x`, by the triangular factor of their Gram matrix.
-
-    Exactly orthonormal the second time. The shift keeps the factorization alive where columns depend on one
-    another, and gives zero for zero.
-    """
-    gram = jnp.matmul(x.mT, x, precision=lax.Precision.HIGHEST)
-    size = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
-    shift = jnp.maximum(1e-6 * size, 1e-37) * jnp.eye(gram.shape[-1], dtype=jnp.float32)
-    # The small inverse and a product: solving for all of `x` took three times as long on an H200.
-    return jnp.matmul(x, inverse_factor(gram + shift).mT, precision=lax.Precision.HIGHEST)

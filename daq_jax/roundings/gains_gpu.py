@@ -14,7 +14,9 @@ from jax import lax
 from jaxtyping import Array
 
 from daq_jax.formats import Format
-from daq_jax.numerics.gpu_arithmetic import INSTRUCTION, kept, moved
+from daq_jax.gpu_codes import INSTRUCTION, kept
+from daq_jax.numerics.gpu_arithmetic import moved
+from daq_jax.numerics.kernel_choice import pallas_call
 from daq_jax.tiles import Tiles
 
 _SIDE = 128  # rows and columns of a tile
@@ -41,8 +43,6 @@ def per_set(
     base: Array,
     tuned: Array,
     scale: Array,
-    *,
-    interpret: bool = False,
 ) -> list[Array]:
     """What `bracket(change, kept, total)` returns for every set, in a shape that broadcasts over the tiles.
 
@@ -53,7 +53,6 @@ def per_set(
         base: weights before tuning, cut into tiles.
         tuned: weights after.
         scale: of each tile.
-        interpret: run as plain JAX, anywhere, for tests.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
@@ -61,14 +60,13 @@ def per_set(
     across, count = base.shape[-2], base.size // _SIDE**2
     axis = 0 if axes[0] == base.ndim - 3 else 1  # in a tile
     tile = pl.BlockSpec((None, _SIDE, None, _SIDE), lambda i: (i // across, 0, i % across, 0))
-    found = pl.pallas_call(
-        functools.partial(_bracket_tile, bracket=bracket, number=number, axis=axis, interpret=interpret),
+    found = pallas_call(
+        functools.partial(_bracket_tile, bracket=bracket, number=number, axis=axis),
         grid=(count,),
         in_specs=[tile, tile, pl.BlockSpec((1,), lambda i: (i,))],
         out_specs=pl.BlockSpec((_RESULTS, None, _SIDE), lambda i: (0, i, 0)),
         out_shape=jax.ShapeDtypeStruct((_RESULTS, count, _SIDE), jnp.float32),
         compiler_params=triton.CompilerParams(num_warps=_WARPS, num_stages=1),
-        interpret=interpret,
         name="gains",
     )(*(x.reshape(-1, _SIDE, across, _SIDE) for x in (base, tuned)), scale.reshape(-1))
     found = found.reshape(_RESULTS, *base.shape[:-3], across, _SIDE)
@@ -84,7 +82,6 @@ def _bracket_tile(
     bracket: Any,
     number: Format,
     axis: int,
-    interpret: bool,
 ) -> None:
     """The kernel: all sets of one tile."""
     from jax.experimental import pallas as pl
@@ -98,8 +95,8 @@ def _bracket_tile(
         d = tuned - base
 
         def kept_at(gain: Array | float) -> Array:
-            target = tuned if not isinstance(gain, Array) else moved(base, d, gain, interpret)
-            return kept(base, target, scale, number, interpret)
+            target = tuned if not isinstance(gain, Array) else moved(base, d, gain)
+            return kept(base, target, scale, number)
 
         found = bracket(d, kept_at, lambda x: jnp.sum(x, axis, keepdims=True))
         for k, x in enumerate(found):

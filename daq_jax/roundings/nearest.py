@@ -1,19 +1,6 @@
-"""Which code stands for each element, once its tile's scale is chosen.
-
-A rounding takes the cut weights (`Tiles`) and one scale per tile, and returns the value of each element's
-code, float32, in code units, in the shape of the cut weights. The search scores what it returns. Any callable
-of that signature will do; it may also have
-
-- `draw(shape, stream)`, which makes the noise it finds in `tiles.noise`, in the shape of the weight;
-- `alignment(tiles)`, if it needs only some tiles at a time: a CPU may then take the weight part by part,
-  parts beginning at multiples of that number of tiles;
-- `scored_as`, a rounding that a search scores in its place, if it needs the whole weight at once.
-
-The unbiased roundings are in `unbiased`.
-"""
+"""Roundings that look at one element at a time: to the nearest code, or to either neighbour by chance."""
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -21,29 +8,34 @@ from jaxtyping import Array
 
 from daq_jax.formats import dither
 from daq_jax.numerics.arithmetic import divide
+from daq_jax.roundings.rounding import Rounding
 from daq_jax.tiles import Tiles
 
 _SALT = 0x5EED  # any number
 
-Rounding = Callable[[Tiles, Array], Array]  # (tiles, scale per tile) -> value of each code
-
 
 @dataclasses.dataclass(frozen=True)
-class Nearest:
+class Nearest(Rounding):
     """The code nearest to the tuned weight."""
 
+    scope = "tile"
+    bytes_per_element = 24
+
     def __call__(self, tiles: Tiles, scale: Array) -> Array:
-        """Code values; see the module's docstring."""
+        """The value of each element's code; see `Rounding`."""
         return tiles.format.round(tiles.over(scale))
 
 
 @dataclasses.dataclass(frozen=True)
-class Stochastic:
+class Stochastic(Rounding):
     """One of the two codes around the tuned weight, the nearer the likelier, so that errors average out.
 
-    Draws depend on `seed`, the weight's path and the element's place, and on nothing else. It needs neither a
-    base nor a change; the price is twice the mean squared error of `Nearest`.
+    The draws depend on `seed`, the weight's path and the element's place, and on nothing else. The base is
+    not looked at. The mean squared error is twice that of `Nearest`.
     """
+
+    scope = "tile"
+    draws = True
 
     seed: int = 0
 
@@ -54,6 +46,6 @@ class Stochastic:
         return jax.random.uniform(key, shape, jnp.float32)
 
     def __call__(self, tiles: Tiles, scale: Array) -> Array:
-        """Code values; see the module's docstring."""
+        """The value of each element's code; see `Rounding`."""
         assert tiles.noise is not None
         return dither(tiles.format, divide(tiles.tuned, scale), tiles.noise)

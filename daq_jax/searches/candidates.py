@@ -4,7 +4,7 @@ A search takes `Trials` and returns one scale per tile. `Trials` holds the AbsMa
 a candidate is a ratio to the AbsMax scale. All searches here also try AbsMax itself. Of equal scores the
 ratio nearest 1 wins, then the smaller, so a tile in which nothing changed keeps its AbsMax scale.
 
-A search of one's own is any callable of that signature.
+`Search` says what a search of one's own may declare; a plain function of that signature is one too.
 """
 
 import dataclasses
@@ -18,11 +18,11 @@ from daq_jax.errors import DaqError
 from daq_jax.metrics import neg_bias, neg_error
 from daq_jax.numerics.arithmetic import divide
 from daq_jax.roundings.nearest import Nearest
+from daq_jax.roundings.rounding import Rounding
 from daq_jax.scales import usable
+from daq_jax.searches.search import Search, as_search
 from daq_jax.searches.trials import Trial, Trials, better
 from daq_jax.tiles import Tiles
-
-Search = Callable[[Trials], Array]  # -> scale per tile, in the shape of `Trials.absmax`
 
 
 def _check_range(search: object, low: float, high: float, **counts: int) -> None:
@@ -39,16 +39,26 @@ def _one(trials: Trials) -> Trial:
 
 
 @dataclasses.dataclass(frozen=True)
-class AbsMax:
+class AbsMax(Search):
     """No search: the smallest scale at which nothing saturates."""
+
+    @property
+    def is_tile_local(self) -> bool:
+        """See `Search`."""
+        return True
+
+    @property
+    def reads_metric(self) -> bool:
+        """See `Search`."""
+        return False
 
     def __call__(self, trials: Trials) -> Array:
         """One scale per tile."""
-        return trials.recipe.scales(trials.absmax)
+        return trials.scales(trials.absmax)
 
 
 @dataclasses.dataclass(frozen=True)
-class Grid:
+class Grid(Search):
     """`n` ratios evenly spaced from `low` to `high`, both included, and AbsMax."""
 
     low: float
@@ -63,13 +73,18 @@ class Grid:
         """`[n]` float32."""
         return np.linspace(self.low, self.high, self.n).astype(np.float32)
 
+    @property
+    def is_tile_local(self) -> bool:
+        """See `Search`."""
+        return True
+
     def __call__(self, trials: Trials) -> Array:
         """One scale per tile."""
         return trials.best(jnp.asarray(self.ratios), _one(trials)).scale
 
 
 @dataclasses.dataclass(frozen=True)
-class CoarseToFine:
+class CoarseToFine(Search):
     """A coarse grid of ratios, then a fine one around its winner, which stays in play, and AbsMax.
 
     The fine points run from half a coarse step below the winner to half a step above, within the range.
@@ -102,6 +117,11 @@ class CoarseToFine:
         index = jnp.searchsorted(jnp.asarray(self.coarse_ratios), winner)
         return jnp.asarray(self.fine_ratios)[:, index]
 
+    @property
+    def is_tile_local(self) -> bool:
+        """See `Search`."""
+        return True
+
     def __call__(self, trials: Trials) -> Array:
         """One scale per tile."""
         winner = trials.best(jnp.asarray(self.coarse_ratios))
@@ -109,14 +129,22 @@ class CoarseToFine:
 
 
 @dataclasses.dataclass(frozen=True)
-class WithBaseScale:
+class WithBaseScale(Search):
     """Another search, with the scale of the base as one more candidate.
 
-    That is the scale the base was stored with if it came as a `QTensor` of the same tiling and format, and
-    its AbsMax scale otherwise. On a base that was shipped in FP8 this is the very grid the base lies on.
+    The scale of the base is the one it was stored with if it came as a `QTensor` of the same tiling and
+    format, and its AbsMax scale otherwise. A base that was shipped in FP8 is on the grid of that scale.
+
+    Attributes:
+        search: the other search, or a plain function of its signature.
     """
 
-    search: Search
+    search: Callable[[Trials], Array]
+
+    @property
+    def is_tile_local(self) -> bool:
+        """See `Search`."""
+        return as_search(self.search).is_tile_local
 
     def __call__(self, trials: Trials) -> Array:
         """One scale per tile."""
@@ -124,20 +152,27 @@ class WithBaseScale:
 
 
 @dataclasses.dataclass(frozen=True)
-class OffGrid:
-    """AbsMax, or a larger scale where the base lies on the grid of AbsMax and that works against the change.
+class OffGrid(Search):
+    """Keeps the AbsMax scale unless its grid pulls the change back to the base.
 
-    On such a grid plain rounding favours the base. On another it rounds base and change alike, at the price
-    of the format's ordinary noise. A tile in which AbsMax keeps the change at its size, within the noise of
-    rounding, stays as it is. So does one whose change is small beside that noise, for there an unbiased
-    rounding on the base's own grid costs less: it gets the AbsMax scale or the base's, whichever leaves less
-    error.
+    If the base is on the AbsMax grid, as a model shipped in FP8 is, every weight starts on a code and a small
+    change rounds back to it: the kept change is biased towards zero. A larger scale removes the bias and adds
+    ordinary rounding noise. For each tile:
+
+    1. Among AbsMax and `n` ratios in `[low, high]`, the scale of least bias is taken (`NegBias`: a bias
+       within two standard deviations of the noise counts as none, and ties go to AbsMax).
+    2. If the squared error under that scale exceeds `noise` times the squared change, the change is too small
+       to pay for the noise. The tile gets the AbsMax scale or the base's own, whichever errs less, and the
+       bias is left to an unbiased rounding such as `UnbiasedFeedback`.
+
+    The metric and the rounding of the recipe play no part: both steps score the nearest codes.
 
     Attributes:
         low: smallest ratio to the AbsMax scale that is tried.
-        high: largest.
-        n: how many, evenly spaced; the least biased is taken.
-        noise: how many times the change ordinary noise may be, as mean squares.
+        high: largest ratio to the AbsMax scale that is tried.
+        n: number of ratios, evenly spaced from `low` to `high`.
+        noise: most squared error that is accepted, in units of the squared change; chosen by the study in
+            docs/design/behaviour.md.
     """
 
     low: float = 1.05
@@ -152,8 +187,22 @@ class OffGrid:
 
     @property
     def ratios(self) -> tuple[float, ...]:
-        """What is tried beside AbsMax."""
+        """The ratios that are tried beside AbsMax, float32 values."""
         return tuple(float(r) for r in np.linspace(self.low, self.high, self.n).astype(np.float32))
+
+    @property
+    def is_tile_local(self) -> bool:
+        """See `Search`."""
+        return True
+
+    @property
+    def reads_metric(self) -> bool:
+        """See `Search`."""
+        return False
+
+    def judged(self, rounding: Rounding) -> Rounding:
+        """The rounding of both metrics of this search, whatever the recipe has."""
+        return Nearest()
 
     def __call__(self, trials: Trials) -> Array:
         """One scale per tile."""
@@ -165,7 +214,7 @@ class OffGrid:
 
 
 @dataclasses.dataclass(frozen=True)
-class Released:
+class Released(Search):
     """The coarse-to-fine search of the program released with arXiv:2603.22324, as it is, for comparison.
 
     It differs from `CoarseToFine` in three ways that cost quality: candidates are scored with weights that
@@ -177,6 +226,11 @@ class Released:
     high: float = 1.5
     coarse: int = 5
     fine: int = 10
+
+    @property
+    def is_tile_local(self) -> bool:
+        """See `Search`."""
+        return True
 
     def __call__(self, trials: Trials) -> Array:
         """One scale per tile."""
@@ -193,8 +247,8 @@ class Released:
         return jnp.where(winner.score < one.score, one.scale, winner.scale)
 
     def _trial(self, trials: Trials, ratio: Array) -> Trial:
-        scale = trials.recipe.scales(usable(ratio * trials.absmax))
-        return Trial(scale, jnp.broadcast_to(ratio, scale.shape), trials.score(scale, _twice))
+        scale = trials.scales(usable(ratio * trials.absmax))
+        return Trial(scale, jnp.broadcast_to(ratio, scale.shape), trials.score(scale, _Twice()))
 
 
 def _higher(a: Trial, b: Trial) -> Trial:
@@ -202,9 +256,12 @@ def _higher(a: Trial, b: Trial) -> Trial:
     return Trial(*(jnp.where(b.score > a.score, y, x) for x, y in zip(a, b, strict=True)))
 
 
-def _twice(tiles: Tiles, scale: Array) -> Array:
+@dataclasses.dataclass(frozen=True)
+class _Twice(Rounding):
     """Rounds to whole numbers first and then to the format."""
-    return tiles.format.round(jnp.round(divide(tiles.tuned, scale)))
 
+    scope = "tile"
 
-OURS = (AbsMax, Grid, CoarseToFine, Released)  # known to look at one tile at a time
+    def __call__(self, tiles: Tiles, scale: Array) -> Array:
+        """See `Rounding`."""
+        return tiles.format.round(jnp.round(divide(tiles.tuned, scale)))

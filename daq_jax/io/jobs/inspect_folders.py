@@ -17,7 +17,7 @@ from daq_jax.io.hf.layouts import LAYOUTS
 from daq_jax.io.hf.row_bands import band_around, band_step, open_for_bands
 from daq_jax.io.jobs.planning import Job, Plan, make_plan
 from daq_jax.qtensor import QTensor
-from daq_jax.recipes import Recipe
+from daq_jax.recipe import Recipe
 from daq_jax.tilings import TileView
 
 _Leaf = NDArray | QTensor

@@ -30,10 +30,11 @@ from daq_jax.io.jobs.journal import REPORT, fingerprint
 from daq_jax.io.jobs.planning import RUNTIME, MissingBase, work_of
 from daq_jax.io.jobs.progress import figures_of, plain_sums, pooled, progress_on
 from daq_jax.io.orbax.reader import OURS, VERSION, Checkpoint, array_names
-from daq_jax.recipes import Recipe
+from daq_jax.quantization import quantize
+from daq_jax.recipe import Recipe
 from daq_jax.records import record_of
 from daq_jax.rules import DEFAULT_RULES, decide
-from daq_jax.trees import Pair, quantize, refuse_unquantizable
+from daq_jax.trees import Pair, refuse_unquantizable
 
 _GROUP = 2**28  # bytes of leaves that are written together
 _WORK_FILE = "work.json"

@@ -21,7 +21,7 @@ from daq_jax.io.hf.layouts import (
     skipped_modules,
 )
 from daq_jax.io.hf.tensor_files import TensorSpec, plan_file
-from daq_jax.recipes import Recipe
+from daq_jax.recipe import Recipe
 from daq_jax.roundings.feedback import UnbiasedFeedback
 from daq_jax.roundings.nearest import Nearest
 from daq_jax.rules import DEFAULT_RULES, decide, keep

@@ -30,7 +30,8 @@ from daq_jax.io.jobs.options import (
 from daq_jax.io.jobs.planning import MissingBase, Plan, make_plan
 from daq_jax.io.jobs.progress import progress_on, result_of, table_of, warning_of
 from daq_jax.io.jobs.streaming import carry_out
-from daq_jax.recipes import DensityRecipe, Recipe
+from daq_jax.recipe import Recipe
+from daq_jax.recipes import DensityRecipe
 from daq_jax.version import __version__
 
 _SPARE_DISK = 10**8  # bytes left free for report and side files

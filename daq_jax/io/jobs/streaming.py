@@ -21,7 +21,7 @@ from daq_jax.io.jobs.bands import Leaf, figures_in_bands
 from daq_jax.io.jobs.journal import Journal
 from daq_jax.io.jobs.planning import Job, Plan, Shard
 from daq_jax.io.jobs.progress import figures_of, plain_sums, pooled
-from daq_jax.leaves import quantize_pair
+from daq_jax.leaves import quantize_leaf
 from daq_jax.qtensor import QTensor
 
 Tell = Callable[[str, int, Figures | None], None]  # (tensor, bytes of tuned done, its figures)
@@ -100,7 +100,7 @@ class _Work:
     def quantize(self, job: Job, part: slice, base: Leaf, tuned: Leaf) -> QTensor:
         """Codes and scales of a pair."""
         stream = zlib.crc32(f"{job.name}:{part.start}".encode())
-        q = quantize_pair(base, tuned, recipe=self.plan.recipe, matrix=job.tuned.matrix, stream=stream)
+        q = quantize_leaf(base, tuned, recipe=self.plan.recipe, matrix=job.tuned.matrix, stream=stream)
         if not bool(jnp.isfinite(q.scale).all()):  # what a tile that holds NaN or infinity gets
             raise DaqError(
                 f"{job.tuned.file}: tensor {job.name!r} holds NaN or infinity in base or tuned; every weight "

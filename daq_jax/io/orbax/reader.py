@@ -17,9 +17,9 @@ from jax.sharding import NamedSharding, Sharding
 from orbax.checkpoint import v1 as ocp
 
 from daq_jax.errors import DaqError
-from daq_jax.numerics.sharding import scale_sharding
 from daq_jax.qtensor import QTensor
 from daq_jax.records import WHOLE, Record, leaf_of
+from daq_jax.tilings import scale_sharding
 from daq_jax.trees import PyTree, keyed_leaves, word_of
 
 OURS = "daq_jax"  # where our part of the custom metadata stands

@@ -78,7 +78,7 @@ def test_other_work_than_that_begun_is_refused(pair, tmp_path, stop_at_third_fil
 
 def test_complete_work_is_not_done_again(pair, tmp_path, monkeypatch):
     report = run(pair, tmp_path / "out")
-    monkeypatch.setattr(streaming, "quantize_pair", None)
+    monkeypatch.setattr(streaming, "quantize_leaf", None)
     assert run(pair, tmp_path / "out")["crc32"] == report["crc32"]
 
 

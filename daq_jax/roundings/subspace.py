@@ -1,0 +1,68 @@
+"""Unbiased rounding with little error in the directions in which the change acts."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from daq_jax.errors import check_whole_numbers
+from daq_jax.numerics.linalg import leading_directions
+from daq_jax.roundings.gains import Per, UnbiasedGain, round_towards
+from daq_jax.roundings.rounding import Rounding
+from daq_jax.tiles import Tiles
+
+
+@dataclasses.dataclass(frozen=True)
+class UnbiasedSubspace(Rounding):
+    """`UnbiasedGain`, and then little error in the directions in which the change acts.
+
+    With `U` and `V` the leading singular directions of the matrix's change and the gains fixed, it repeats:
+    round `base + g d + U C V'`, take the error `e` against the tuned weights, and subtract `U' e V` from `C`.
+    Little of the error is left there. The directions come from a randomized range finder (Halko,
+    Martinsson and Tropp, arXiv:0909.4061), as orthonormal bases; no full SVD is taken.
+
+    Works on whole matrices: on a sharded weight its products are collectives. A search scores the gain alone.
+    Products may run in bfloat16 or TF32: an error in a correction is corrected on the next turn.
+
+    Deterministic.
+
+    Attributes:
+        rank: number of directions, at most a quarter of the matrix's shorter side.
+        per: as in `UnbiasedGain`.
+        turns: number of corrections.
+    """
+
+    multiplies = True
+
+    rank: int = 128
+    per: Per = "column"
+    turns: int = 12
+
+    def __post_init__(self) -> None:
+        UnbiasedGain(self.per)  # checks `per`
+        check_whole_numbers(self, rank=self.rank, turns=self.turns)
+
+    def scored_as(self) -> UnbiasedGain:
+        """The rounding that a search scores, tile by tile."""
+        return UnbiasedGain(self.per)
+
+    def __call__(self, tiles: Tiles, scale: Array) -> Array:
+        """The value of each element's code; see `Rounding`."""
+        gain = self.scored_as().gains(tiles, scale)
+        change = tiles.as_matrix(tiles.change)
+        rank = min(self.rank, max(1, min(change.shape[-2:]) // 4))
+        left, right = leading_directions(change, rank)
+        moved = jnp.any(tiles.change != 0, tiles.axes, keepdims=True)  # a tile without change is left alone
+
+        def values(core: Array) -> Array:
+            correction = tiles.from_matrix(left @ core @ right.mT)
+            return round_towards(tiles, scale, gain, jnp.where(moved, correction, 0.0))
+
+        def turn(_: Array, core: Array) -> Array:
+            error = tiles.kept(values(core), scale) - tiles.change
+            return core - left.mT @ tiles.as_matrix(error) @ right
+
+        # Zeros of a product, and so inside `shard_map` as device-varying as the loop makes them.
+        core = jnp.zeros_like(left[:, :1].mT @ right[:, :1])
+        return values(lax.fori_loop(0, self.turns, turn, core))
