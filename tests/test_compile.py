@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import LAYERS, Stored, assert_same_bits, is_qtensor, native, pair, slow_after
+from compilations import compilations
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -156,23 +157,6 @@ def test_sharded_comparison_and_cosine_search_agree_with_the_unsharded(axis_type
 
 
 # --- Compilation --------------------------------------------------------------------------------------------
-
-COMPILED = []
-
-
-def count_compilation(event: str, duration: float, **facts: object) -> None:
-    if event == "/jax/core/compile/backend_compile_duration":
-        COMPILED.append(duration)
-
-
-jax.monitoring.register_event_duration_secs_listener(count_compilation)
-
-
-def compilations(run):
-    """How many programs one call compiles."""
-    before = len(COMPILED)
-    jax.block_until_ready(run())
-    return len(COMPILED) - before
 
 
 def layers(count, dtype=np.float32):
