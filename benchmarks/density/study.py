@@ -1,45 +1,43 @@
 """Which 4-bit codes keep a language model's perplexity? Trains one, quantizes it each way, and judges.
 
-    python benchmarks/density.py --size gpu --out benchmarks/results/density
-    python benchmarks/density.py --size cpu --out benchmarks/results/density
-    python benchmarks/density.py --size gpu --draws 2 --seeds 0 1 2 --out benchmarks/results/density
+    python -m benchmarks density --size gpu
+    python -m benchmarks density --size cpu
+    python -m benchmarks density --size gpu --draws 2 --seeds 0 1 2
 
 A byte-level decoder, that of the behaviour study, learns messages of presidents to Congress. All matrices of
 its layers are quantized; Gram matrices are taken on the text it learned. Judged on held-out messages:
 perplexity, less that of the float model, and the KL divergence from the float model's predictions. The loss
 under an error of the weights has a part that changes sign with the error. It is as large as the other, and
 a matter of luck, so the mean of the increases under the error and its negative is given too.
-`density_baselines.py` holds round to nearest, AWQ and GPTQ.
+`baselines.py` holds round to nearest, AWQ and GPTQ.
 
-Also measures the loss of stage 2 on each layer against the released program's (`density_released.py`).
+Also measures the loss of stage 2 on each layer against the released program's (`released.py`).
 With `--draws`, the method and the best peer only, each calibrated on so many samples of the text, for models
 trained from several `--seeds`. Writes a JSON file and a Markdown table.
 """
 
-import argparse
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import behaviour_training
-import density_released
 import jax
 import jax.numpy as jnp
 import numpy as np
-from behaviour import CACHE, environment
-from behaviour_corpora import Text, load_corpora, windows
-from behaviour_training import Size, learn
-from density_baselines import BASELINES, Grid, Inputs, baseline
-from density_report import write_report
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
 import daq_jax as daq
+from benchmarks import common
+from benchmarks.behaviour import training
+from benchmarks.behaviour.corpora import Text, demo_corpora, load_corpora, windows
+from benchmarks.behaviour.training import Size, learn
+from benchmarks.density import released
+from benchmarks.density.baselines import BASELINES, Grid, Inputs, baseline
+from benchmarks.density.report import write_report
 from daq_jax.demo.model import (
     Decoder,
     ModelSize,
@@ -53,13 +51,10 @@ from daq_jax.density.centring import align
 from daq_jax.density.code_lines import Groups, Line
 from daq_jax.formats import Format
 
-RESULTS = Path(__file__).parent / "results" / "density"
 TOKENS = (1, 2, 16, 64)  # times 512, of calibration text
 STANDARD = 16  # of them, wherever that is not what varies
 JUDGED = {"gpu": 3072, "cpu": 512, "tiny": 16}  # held-out windows of the model's context
-SIZES = behaviour_training.SIZES | {
-    "cpu": dataclasses.replace(behaviour_training.SIZES["cpu"], base_steps=1000, tune_steps=100)
-}
+SIZES = training.SIZES | {"cpu": dataclasses.replace(training.SIZES["cpu"], base_steps=1000, tune_steps=100)}
 
 
 def ours(**choices: Any) -> daq.DensityRecipe:
@@ -235,8 +230,8 @@ def stage_two(study: Study, outputs: int) -> list[dict[str, Any]]:
         cut = weight.reshape(count, n, -1)
         grams = np.stack([np.asarray(gram)[i * n : (i + 1) * n, i * n : (i + 1) * n] for i in range(count)])
         levels = np.asarray(daq.fp4_bnb.levels)
-        begin = density_released.start(np.float64(cut), levels)
-        scale, zero, evaluations = density_released.adjust(np.float64(cut), np.float64(grams), levels, *begin)
+        begin = released.start(np.float64(cut), levels)
+        scale, zero, evaluations = released.adjust(np.float64(cut), np.float64(grams), levels, *begin)
         real = jnp.ones((count, n, 1), bool)
         groups = Groups(jnp.asarray(cut), real, jnp.asarray(grams), daq.fp4_bnb, True)
         first = Line(*align(groups.weight, real, daq.fp4_bnb, "quantile", 1.0))
@@ -245,7 +240,7 @@ def stage_two(study: Study, outputs: int) -> list[dict[str, Any]]:
 
         def loss(scale: Any, zero: Any, cut: Any = cut, grams: Any = grams, levels: Any = levels) -> float:
             s, z = (np.float64(x)[:, None] for x in (scale, zero))
-            error = cut - (density_released.nearest(cut / s + z, levels) - z) * s
+            error = cut - (released.nearest(cut / s + z, levels) - z) * s
             return float(np.sum(error * (grams @ error)))
 
         rows.append(
@@ -261,62 +256,65 @@ def stage_two(study: Study, outputs: int) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
-    folders = argparse.ArgumentParser(add_help=False)
-    folders.add_argument(
-        "--wheels", type=Path, default=CACHE, help="folder that holds the corpora, or gets them"
-    )
-    folders.add_argument("--out", type=Path, default=RESULTS)
-    folders.add_argument(
-        "--weights", type=Path, help=".npz file to keep the trained weights in, or to take them from"
-    )
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], parents=[folders])
-    parser.add_argument("--size", choices=SIZES, default="cpu")
-    parser.add_argument(
-        "--draws",
-        type=int,
-        choices=range(2, 1000),
-        metavar="N",
-        help="for a few methods only, over N samples of calibration text; at least 2",
-    )
-    parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[0], help="of models; several with --draws only"
-    )
-    parser.add_argument("--report", type=Path, help="only report on this JSON file")
-    given = parser.parse_args()
-    if given.report:
-        return write_report(given.report, BEST)
-    if len(given.seeds) > 1 and (given.weights or not given.draws):
-        parser.error("several --seeds need --draws, and no --weights, which are those of one model")
-    about = environment(folders.parse_known_args()[1], "density.py")
-    begun = time.perf_counter()
-    text = load_corpora(given.wheels.expanduser())[0]
-    given.out.mkdir(parents=True, exist_ok=True)
-    path = given.out / f"{given.size}{'_draws' if given.draws else ''}.json"
-    size = SIZES[given.size]
-    result: dict[str, Any] = about | {"size": given.size, "model": dataclasses.asdict(size.model)}
+def run(study: Study, size: str, draws: int | None, result: dict[str, Any]) -> None:
+    """The rows of one model."""
+    if draws:
+        return study.add_draws(draws)
+    result["layers"] = stage_two(study, {"gpu": 4, "cpu": 8, "tiny": 4}[size])
+    return study.add_all(size)
+
+
+def main(
+    *,
+    size: Literal[*SIZES] = "cpu",
+    draws: int | None = None,
+    seeds: tuple[int, ...] = (0,),
+    report: Path | None = None,
+    wheels: Path = common.CACHE,
+    weights: Path | None = None,
+    out: Path | None = None,
+    quick: bool = False,
+) -> None:
+    """Runs the study, or reports on the file of an earlier run.
+
+    Args:
+        size: of the model and of its training.
+        draws: for a few methods only, over so many samples of calibration text; at least 2.
+        seeds: of models; several with `--draws` only.
+        report: only report on this JSON file.
+        wheels: folder that holds the corpora, or gets them.
+        weights: .npz file to keep the trained weights of one model in, or to take them from.
+        out: folder for the results; None for `benchmarks/results/density`.
+        quick: the smallest model on a text of the demo, to see that it runs.
+    """
+    if report:
+        return write_report(report, BEST)
+    if draws is not None and draws < 2:
+        raise SystemExit(f"--draws must be 2 or more; got {draws}")
+    if len(seeds) > 1 and (weights or not draws):
+        raise SystemExit("several --seeds need --draws, and no --weights, which are those of one model")
+    size = "tiny" if quick else size
+    begun, model = time.perf_counter(), SIZES[size]
+    text = (demo_corpora() if quick else load_corpora(wheels.expanduser()))[0]
+    path = common.results(out, quick, "density") / f"{size}{'_draws' if draws else ''}.json"
+    result = common.environment() | {"size": size, "model": dataclasses.asdict(model.model)}
     result |= {"perplexities": {}, "rows": []}
 
     def keep(row: dict[str, Any], seed: int) -> None:
         """Rewrites the file after each row, so that a run cut short has its rows."""
         result["rows"].append({"seed": seed, **row})
         result["seconds"] = time.perf_counter() - begun
-        path.write_text(json.dumps(result, indent=1))
+        common.write(path, result)
 
-    amounts = (STANDARD,) if given.draws else (1, STANDARD) if given.size == "tiny" else TOKENS
-    for seed in given.seeds:
-        trained = train_model(size, text, JUDGED[given.size], given.weights, seed)
+    amounts = (STANDARD,) if draws else (1, STANDARD) if size == "tiny" else TOKENS
+    for seed in seeds:
+        trained = train_model(model, text, JUDGED[size], weights, seed)
         study = Study(trained, amounts, partial(keep, seed=seed))
         result["perplexities"][seed] = study.perplexity
         words = f"seed {seed} trained; perplexity {study.perplexity:.4f} a byte"
         print(f"{time.perf_counter() - begun:.0f} s: {words}", flush=True)
-        if given.draws:
-            study.add_draws(given.draws)
-        else:
-            result["layers"] = stage_two(study, {"gpu": 4, "cpu": 8, "tiny": 4}[given.size])
-            study.add_all(given.size)
-    write_report(path, BEST)
+        run(study, size, draws, result)
+    return write_report(path, BEST)
 
 
-if __name__ == "__main__":
-    main()
+COMMANDS = {"density": main}

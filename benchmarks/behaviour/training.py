@@ -10,11 +10,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from behaviour_corpora import Text
-from behaviour_recipes import in_layout
 from jax import Array
 
 import daq_jax as daq
+from benchmarks.behaviour.corpora import Text
+from benchmarks.behaviour.methods import in_layout
 from daq_jax.demo.model import (
     ModelSize,
     Params,

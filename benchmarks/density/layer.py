@@ -1,6 +1,6 @@
 """What does density-aware 4-bit quantization of one large layer take in time and memory?
 
-    python benchmarks/density_layer.py
+    python -m benchmarks density_layer
 
 Quantizes a `[4096, 4096]` kernel to nf4 in groups of 128, with the Gram matrix
 of 2 x 512 random inputs. For each set of stages: the output's loss must be below that of the plain scales,
@@ -8,18 +8,15 @@ or the exit status is 1; then seconds, compilation apart, and the memory that th
 arguments and results, in float32 copies of the layer. Writes `density_layer_DEVICE.json`.
 """
 
-import argparse
 import functools
-import json
-import pathlib
 import statistics
-import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import run
 
 import daq_jax as daq
+from benchmarks import common
 from daq_jax.density.grams import Grams, KernelInputs
 
 RECIPES = {
@@ -30,12 +27,15 @@ RECIPES = {
 PLAIN = daq.DensityRecipe(centre=None, adjust=None, sweeps=0)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--size", type=int, default=4096)
-    parser.add_argument("--out", type=pathlib.Path, default=run.HERE / "results")
-    args = parser.parse_args()
-    size = args.size
+def main(*, size: int = 4096, out: Path | None = None, quick: bool = False) -> None:
+    """Times one layer.
+
+    Args:
+        size: inputs and outputs of the layer.
+        out: folder for the results; None for `benchmarks/results`.
+        quick: a layer of 256 inputs, to see that it runs.
+    """
+    size = 256 if quick else size
     keys = jax.random.split(jax.random.key(0), 3)
     params = {"kernel": 0.02 * jax.random.normal(keys[0], (size, size))}
     spread = jnp.exp(jax.random.normal(keys[1], (size,)))  # some inputs matter more, as in a model
@@ -47,12 +47,11 @@ def main() -> None:
         error = daq.quantize_density(params, grams, recipe)["kernel"].dequantize() - params["kernel"]
         return float(jnp.sum(error * (gram @ error)))
 
-    report = run.environment() | {"size": size, "rows": []}
-    report["command"] = f"python benchmarks/density_layer.py --size {size}"
+    report = common.environment() | {"size": size, "rows": []}
     plain, repeats = loss(PLAIN), 3
     for name, recipe in RECIPES.items():
         if not loss(recipe) < plain:
-            sys.exit(f"{name}: WRONG: the output's loss {loss(recipe):.6g} is not below {plain:.6g}")
+            raise SystemExit(f"{name}: WRONG: the output's loss {loss(recipe):.6g} is not below {plain:.6g}")
         call = functools.partial(daq.quantize_density, params, grams, recipe)
         program = (
             jax.jit(functools.partial(daq.quantize_density, recipe=recipe)).lower(params, grams).compile()
@@ -60,13 +59,12 @@ def main() -> None:
         row = {
             "stages": name,
             "loss_beside_plain": loss(recipe) / plain,
-            "seconds": statistics.median(run.seconds(call, repeats)),
+            "seconds": statistics.median(common.seconds(call, repeats)),
             "memory_in_layers": program.memory_analysis().temp_size_in_bytes / (4 * size**2),
         }
         report["rows"].append(row)
         print(row, flush=True)
-    run.result_path("density_layer", report, args.out).write_text(json.dumps(report, indent=1) + "\n")
+    common.write(common.named("density_layer", report, common.results(out, quick)), report)
 
 
-if __name__ == "__main__":
-    main()
+COMMANDS = {"density_layer": main}
