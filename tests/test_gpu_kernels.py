@@ -1,6 +1,6 @@
 """Kernels against the plain functions that define them: here in interpret mode, which runs anywhere.
 
-What only a GPU can show, `benchmarks/exactness.py` checks there.
+What only a GPU can show, `python -m benchmarks exactness` checks there.
 """
 
 import dataclasses
