@@ -89,7 +89,7 @@ def check_arithmetic() -> dict[str, int]:
     }
 
 
-def a_pair(seed: int, size: int = 1024) -> tuple[np.ndarray, np.ndarray]:
+def a_pair(seed: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     base = (rng.normal(size=(size, size)) * 0.02).astype(ml_dtypes.bfloat16)
     tuned = (base.astype(np.float32) + rng.normal(size=base.shape).astype(np.float32) * 2e-4).astype(
@@ -98,10 +98,11 @@ def a_pair(seed: int, size: int = 1024) -> tuple[np.ndarray, np.ndarray]:
     return base, tuned
 
 
-def check_searches() -> dict[str, float | int]:
+def check_searches(size: int) -> dict[str, float | int]:
+    """Scales and codes of recipes against the oracle's search over every tile."""
     number, found = oracles.FORMATS["fp8_e4m3fn"], {}
     search = oracles.coarse_to_fine(0.8, 1.5, 5, 10)
-    base, tuned = a_pair(2)
+    base, tuned = a_pair(2, size)
     for name, metric in (
         ("absmax", None),
         ("paper_sign", oracles.sign_rate),
@@ -129,10 +130,10 @@ def check_searches() -> dict[str, float | int]:
     return found
 
 
-def check_gains() -> dict[str, float | int]:
+def check_gains(size: int) -> dict[str, float | int]:
     """Unbiased rounding: every set's codes are those of one gain, and the change keeps its size."""
     number, found = oracles.FORMATS["fp8_e4m3fn"], {}
-    base, tuned = rounding_oracles.native(5, (1024, 1024), 0.01)
+    base, tuned = rounding_oracles.native(5, (size, size), 0.01)
     for per in ("row", "column", "tile"):
         recipe = daq.Recipe(rounding=daq.UnbiasedGain(per))
         q = daq.quantize(jnp.asarray(base), jnp.asarray(tuned), recipe)
@@ -150,7 +151,7 @@ def check_gains() -> dict[str, float | int]:
 
 def check_traps() -> dict[str, float]:
     """What the obvious code does on this machine; none of it is in the library."""
-    tuned = jnp.asarray(a_pair(3)[1], jnp.float32)
+    tuned = jnp.asarray(a_pair(3, 1024)[1], jnp.float32)
     scale = jnp.max(jnp.abs(tuned)) / 448
 
     def cast(x):
@@ -193,20 +194,21 @@ def failures(report: dict[str, Any]) -> list[str]:
     return bad + [k for k, v in gains.items() if "no one gain" in k and v]
 
 
-def main(*, values: int = 10_000_000, out: Path | None = None, quick: bool = False) -> int:
+def main(*, values: int = 10_000_000, size: int = 1024, out: Path | None = None, quick: bool = False) -> int:
     """Writes `exactness_DEVICE.json`.
 
     Args:
         values: random values that are rounded.
+        size: inputs and outputs of the weights that are quantized.
         out: folder for the results; None for `benchmarks/results`.
-        quick: a hundred thousand values, to see that it runs.
+        quick: a hundred thousand values and small weights, to see that it runs.
     """
-    values = 100_000 if quick else values
+    values, size = (100_000, 256) if quick else (values, size)
     start = time.time()
     report = common.environment() | {
         "exact": {**check_rounding(values), **check_arithmetic()},
-        "searches": check_searches(),
-        "gains": check_gains(),
+        "searches": check_searches(size),
+        "gains": check_gains(size),
         "traps": check_traps(),
     }
     report["seconds"] = round(time.time() - start)
