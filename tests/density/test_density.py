@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import daq_jax as daq
-from benchmarks.density import baselines
+from benchmarks.density import baselines, released
 from daq_jax.density.centring import align, mode
 from daq_jax.density.code_lines import Groups, Line
 from daq_jax.density.grams import KernelInputs
