@@ -48,6 +48,7 @@ def main() -> int:
 
     module = importlib.import_module(MODULES[name])
     how = {"prog": f"python -m benchmarks {name}", "description": module.__doc__, "args": options}
+    how["config"] = (tyro.conf.FlagCreatePairsOff,)  # no `--no-quick` beside `--quick`
     if len(module.COMMANDS) == 1:
         return tyro.cli(module.COMMANDS[name], **how) or 0
     return tyro.extras.subcommand_cli_from_dict(module.COMMANDS, **how) or 0

@@ -171,9 +171,9 @@ def pairs(*, wheels: Path = common.CACHE, out: Path | None = None, quick: bool =
     """
     rows = []
     made = itertools.islice(generated(), 2 if quick else None)
+    shipped = () if quick else real(wheels)
     cases = itertools.chain(
-        ((*case, [*daq.DEFAULT_RULES]) for case in made),
-        ((*case, [HF]) for case in real(wheels.expanduser()) if not quick),
+        ((*case, [*daq.DEFAULT_RULES]) for case in made), ((*case, [HF]) for case in shipped)
     )
     for *case, rules in cases:
         rows += rows_of(*case, rules)

@@ -114,9 +114,10 @@ def speed(
         seconds: no repeat begins after so many, but the first.
         format: as of `daq-jax quantize`.
         out: folder for the results; None for `benchmarks/results`.
-        quick: two narrow layers and one repeat, to see that it runs.
+        quick: one narrow layer, AbsMax and one repeat, to see that it runs.
     """
-    layers, width, repeats = (2, 384, 1) if quick else (layers, width, repeats)
+    if quick:
+        layers, width, repeats, recipe = 1, 384, 1, "absmax"
     start = time.monotonic()
     here = disk / "folders_speed"
     model = llama(layers, vocabulary=1024, width=width)  # what is quantized, and little else
