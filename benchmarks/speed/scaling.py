@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import daq_jax as daq
 from benchmarks import common, workloads
-from benchmarks.speed.programs import compiled_by
+from benchmarks.speed.programs import compiled
 from benchmarks.speed.study import RECIPES
 
 COMPARED = ("absmax", "paper_sign", "paper_cosine", "unbiased_gain")
@@ -33,7 +33,7 @@ def measure(recipe: str, shape: tuple[int, int], devices: list[jax.Device], repe
     where = NamedSharding(Mesh(np.array(devices), ("x",)), PartitionSpec("x", None))
     base, tuned = (jax.device_put(x, where) for x in workloads.pair(shape))
     call = functools.partial(daq.quantize, base, tuned, RECIPES[recipe], rules=())
-    ((_, program),) = compiled_by(call)
+    _, program = compiled(base, tuned, RECIPES[recipe])
     times = common.seconds(call, repeats)
     queued = common.queued_seconds(functools.partial(call, check_finite=False), repeats)
     codes, scale = (

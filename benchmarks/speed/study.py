@@ -12,7 +12,6 @@ of it without our kernels as well ("plain"), in about four minutes. Writes `spee
 `speed_DEVICE.md`.
 """
 
-import contextlib
 import functools
 import itertools
 import os
@@ -32,7 +31,8 @@ import daq_jax as daq
 from benchmarks import common, workloads
 from benchmarks.speed import reference
 from benchmarks.speed.checks import ORACLES, Tree, check
-from benchmarks.speed.programs import compiled_by, without_kernels
+from benchmarks.speed.programs import compiled
+from daq_jax.numerics.kernel_choice import kernels
 
 RECIPES = daq.recipes.RECIPES | {"unbiased_gain": daq.Recipe(rounding=daq.UnbiasedGain())}
 
@@ -80,7 +80,7 @@ def programs(recipe: daq.Recipe, base: Tree) -> dict[str, float]:
     quantize = functools.partial(daq.quantize, recipe=recipe, rules=())
     compile_seconds, temp, temp_in_jit = 0.0, [], []
     for leaf in {x.shape: x for x in base.values()}.values():
-        ((took, eager),) = compiled_by(functools.partial(quantize, leaf, leaf))
+        took, eager = compiled(leaf, leaf, recipe)
         compile_seconds += took
         temp.append(eager.memory_analysis().temp_size_in_bytes / leaf.size)
         in_jit = jax.jit(quantize).lower(leaf, leaf).compile()
@@ -101,7 +101,6 @@ def _touch(base: jax.Array, tuned: jax.Array) -> jax.Array:
 
 def measure(job: Job, repeats: int) -> dict[str, Any]:
     """One row of the table."""
-    jax.clear_caches()  # of programs with other kernels
     name, recipe_name = job.workload, job.recipe
     recipe, elements = RECIPES[recipe_name], workloads.WORKLOADS[name].elements
     base, tuned = trees(workloads.WORKLOADS[name])
@@ -202,7 +201,7 @@ def main(
     report, folder = common.environment() | {"rows": []}, common.results(out, quick)
     for job in GPU if gpu else jobs:
         found = released(job, repeats, wheels)
-        with without_kernels() if job.plain else contextlib.nullcontext():
+        with kernels("never" if job.plain else "where possible"):
             report["rows"].append(with_reference(measure(job, repeats), found))
         text = markdown(report)
         print(text.splitlines()[1 + len(report["rows"])], flush=True)
