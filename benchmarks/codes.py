@@ -1,28 +1,28 @@
 """Are codes and scales bit for bit what they were? A table of checksums over every recipe, format and tiling.
 
-    python benchmarks/codes.py FILE.json [--like OTHER.json] [--part NAME]
+    python -m benchmarks codes FILE.json [--like OTHER.json] [--part NAME]
 
 Inputs are drawn by NumPy from fixed seeds. Each case quantizes one of them and notes the CRC-32 of the codes
 and of the scales. `--like` compares with a table made before, on a machine of the same kind: exit status 1
 names every case that differs. A change that should move no code is checked by a table made before it.
 """
 
-import argparse
 import dataclasses
 import json
-import pathlib
-import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import tyro
 
 import daq_jax as daq
+from benchmarks import common
 
 TILINGS = (daq.Block(128, 128), daq.Block(16, 32), daq.Channel(), daq.PerTensor(), daq.Group(32))
 FORMATS = (
@@ -122,32 +122,36 @@ def checksums(tree: Any) -> list[str]:
     return [f"{zlib.crc32(np.ascontiguousarray(x).tobytes()):08x}" for x in jax.tree.leaves(tree)]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("file", type=pathlib.Path)
-    parser.add_argument("--like", type=pathlib.Path, help="a table to compare with")
-    parser.add_argument("--part", default="", help="only cases whose name begins so")
-    options = parser.parse_args()
+def main(
+    file: Annotated[Path, tyro.conf.arg(metavar="FILE")],
+    /,
+    *,
+    like: Path | None = None,
+    part: str = "",
+    quick: bool = False,
+) -> int:
+    """Makes a table of checksums, and compares it with an earlier one.
+
+    Args:
+        file: where to write the table, JSON.
+        like: a table to compare with.
+        part: only cases whose name begins so.
+        quick: only the cases of one recipe, to see that it runs.
+    """
+    part = "deep: absmax" if quick else part
     start, found = time.monotonic(), {}
     for name, run in cases():
-        if name.startswith(options.part):
+        if name.startswith(part):
             found[name] = checksums(run())
-    table = {
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-        "seconds": round(time.monotonic() - start),
-        "cases": found,
-    }
-    options.file.write_text(json.dumps(table, indent=0) + "\n")
+    table = common.environment() | {"seconds": round(time.monotonic() - start), "cases": found}
+    common.write(file, table)
     print(f"{len(found)} cases in {table['seconds']} s")
-    if options.like is None:
+    if like is None:
         return 0
-    known = json.loads(options.like.read_text())["cases"]
+    known = json.loads(like.read_text())["cases"]
     differing = [name for name in found if found[name] != known.get(name)]
     print("\n".join(differing) or "every code and scale is the same")
-    return bool(differing)
+    return int(bool(differing))
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+COMMANDS = {"codes": main}

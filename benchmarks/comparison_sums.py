@@ -1,15 +1,12 @@
 """Do the sums of `compare` hold on a leaf of 64M elements? Prints a table; exit status 1 if they do not.
 
-    python benchmarks/comparison_sums.py [SIZE]
+    python -m benchmarks comparison_sums [--size SIZE]
 
 Every figure of a `[SIZE, SIZE]` leaf (8192 unless said otherwise) is compared with NumPy in float64, for
 bfloat16 and float32 weights with small changes, eagerly and inside `jax.jit`. A plain float32 sum of that
 many terms can be wrong in the third digit; ours must agree to 1e-5 relative.
 """
 
-import pathlib
-import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,9 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 import daq_jax as daq
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tests"))
-import oracles
+from benchmarks import common
+from tests import oracles
 
 BOUND = 1e-5  # relative
 TILE = (128, 128)
@@ -72,17 +68,22 @@ def rows(size: int, dtype: str) -> dict[str, dict[str, float]]:
     }
 
 
-def main() -> int:
-    size, bad = int(sys.argv[1]) if len(sys.argv) > 1 else 8192, []
-    print("| dtype | figure | float64 | eager, relative difference | in jit |\n|---|---|---|---|---|")
+def main(*, size: int = 8192, quick: bool = False) -> int:
+    """Prints a table.
+
+    Args:
+        size: rows and columns of the leaf.
+        quick: a leaf of 512 rows, to see that it runs.
+    """
+    size, bad, lines = 512 if quick else size, [], []
     for dtype in DTYPES:
         for name, row in rows(size, dtype).items():
-            print(f"| {dtype} | {name} | {row['float64']:.9g} | {row['eager']:.1e} | {row['jit']:.1e} |")
+            lines.append([dtype, name, f"{row['float64']:.9g}", f"{row['eager']:.1e}", f"{row['jit']:.1e}"])
             bad += [f"{dtype} {name}, {way}" for way in WAYS if not row[way] <= BOUND]
-    print(f"\n{jax.devices()[0].device_kind}, JAX {jax.__version__}, {time.strftime('%Y-%m-%d')}:")
+    print(common.table(["dtype", "figure", "float64", "eager, relative difference", "in jit"], lines))
+    print(f"\n{common.provenance(common.environment())}:")
     print(f"FAILED: {'; '.join(bad)}" if bad else f"all within {BOUND:g} on {size * size} elements")
-    return bool(bad)
+    return int(bool(bad))
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+COMMANDS = {"comparison_sums": main}

@@ -1,6 +1,6 @@
 """Is the arithmetic exact on this machine's accelerator? Prints and writes what was found.
 
-    python benchmarks/exactness.py [FILE.json]
+    python -m benchmarks exactness
 
 Run it with XLA's default flags on every kind of accelerator that is claimed to work: the traps it looks for
 do not show on a CPU. Every line compares with NumPy, ml_dtypes or the oracles of the tests; the last ones
@@ -8,10 +8,9 @@ show what the obvious code would have done here. Exit status 1 if a line that mu
 """
 
 import json
-import pathlib
-import platform
-import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,17 +18,15 @@ import ml_dtypes
 import numpy as np
 
 import daq_jax as daq
+from benchmarks import common
 from daq_jax.numerics.arithmetic import divide, multiply
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tests"))
-import oracles
-import rounding_oracles
+from tests import oracles, rounding_oracles
 
 FORMATS = {"fp8_e4m3fn": daq.fp8_e4m3fn, "fp8_e5m2": daq.fp8_e5m2, "int8": daq.int8}
 TILE = (128, 128)
 
 
-def samples(number: oracles.NumberFormat, n: int = 10_000_000) -> np.ndarray:
+def samples(number: oracles.NumberFormat, n: int) -> np.ndarray:
     """All bfloat16 values, all midpoints between codes with their neighbours, and `n` random float32."""
     bf16 = np.arange(2**16, dtype=np.uint16).view(ml_dtypes.bfloat16).astype(np.float32)
     middle = number.midpoints().astype(np.float32)
@@ -57,10 +54,11 @@ def differing(a: np.ndarray, b: np.ndarray) -> int:
     return int(np.sum(~((a == b) | (np.isnan(a) & np.isnan(b)))))
 
 
-def check_rounding() -> dict[str, int]:
+def check_rounding(n: int) -> dict[str, int]:
+    """Rounds `n` random values and all hard ones; counts what differs from ml_dtypes."""
     found = {}
     for name, fmt in FORMATS.items():
-        x = samples(oracles.FORMATS[name])
+        x = samples(oracles.FORMATS[name], n)
         truth = rounded(x, name, fmt.largest)
         with np.errstate(all="ignore"):
             codes = np.nan_to_num(truth).astype(fmt.dtype)
@@ -91,7 +89,7 @@ def check_arithmetic() -> dict[str, int]:
     }
 
 
-def a_pair(seed: int, size: int = 1024) -> tuple[np.ndarray, np.ndarray]:
+def a_pair(seed: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     base = (rng.normal(size=(size, size)) * 0.02).astype(ml_dtypes.bfloat16)
     tuned = (base.astype(np.float32) + rng.normal(size=base.shape).astype(np.float32) * 2e-4).astype(
@@ -100,10 +98,11 @@ def a_pair(seed: int, size: int = 1024) -> tuple[np.ndarray, np.ndarray]:
     return base, tuned
 
 
-def check_searches() -> dict[str, float | int]:
+def check_searches(size: int) -> dict[str, float | int]:
+    """Scales and codes of recipes against the oracle's search over every tile."""
     number, found = oracles.FORMATS["fp8_e4m3fn"], {}
     search = oracles.coarse_to_fine(0.8, 1.5, 5, 10)
-    base, tuned = a_pair(2)
+    base, tuned = a_pair(2, size)
     for name, metric in (
         ("absmax", None),
         ("paper_sign", oracles.sign_rate),
@@ -131,10 +130,10 @@ def check_searches() -> dict[str, float | int]:
     return found
 
 
-def check_gains() -> dict[str, float | int]:
+def check_gains(size: int) -> dict[str, float | int]:
     """Unbiased rounding: every set's codes are those of one gain, and the change keeps its size."""
     number, found = oracles.FORMATS["fp8_e4m3fn"], {}
-    base, tuned = rounding_oracles.native(5, (1024, 1024), 0.01)
+    base, tuned = rounding_oracles.native(5, (size, size), 0.01)
     for per in ("row", "column", "tile"):
         recipe = daq.Recipe(rounding=daq.UnbiasedGain(per))
         q = daq.quantize(jnp.asarray(base), jnp.asarray(tuned), recipe)
@@ -152,7 +151,7 @@ def check_gains() -> dict[str, float | int]:
 
 def check_traps() -> dict[str, float]:
     """What the obvious code does on this machine; none of it is in the library."""
-    tuned = jnp.asarray(a_pair(3)[1], jnp.float32)
+    tuned = jnp.asarray(a_pair(3, 1024)[1], jnp.float32)
     scale = jnp.max(jnp.abs(tuned)) / 448
 
     def cast(x):
@@ -185,34 +184,39 @@ def check_traps() -> dict[str, float]:
     }
 
 
-def main() -> int:
-    start = time.time()
-    must_be_zero = {**check_rounding(), **check_arithmetic()}
-    searches, gains = check_searches(), check_gains()
-    report = {
-        "device": jax.devices()[0].device_kind,
-        "backend": jax.default_backend(),
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
-        "exact": must_be_zero,
-        "searches": searches,
-        "gains": gains,
-        "traps": check_traps(),
-        "seconds": round(time.time() - start),
-    }
-    bad = [k for k, v in must_be_zero.items() if v]
+def failures(report: dict[str, Any]) -> list[str]:
+    """The lines of a report that must hold and do not."""
+    searches, gains = report["searches"], report["gains"]
+    bad = [k for k, v in report["exact"].items() if v]
     bad += [k for k, v in searches.items() if "not the nearest" in k and v]
     bad += [k for k, v in searches.items() if "shortfall" in k and v > 1e-6]
     bad += [k for k, v in searches.items() if k.startswith(("absmax", "paper_sign")) and "differs" in k and v]
-    bad += [k for k, v in gains.items() if "no one gain" in k and v]
-    text = json.dumps(report, indent=1)
-    print(text)
+    return bad + [k for k, v in gains.items() if "no one gain" in k and v]
+
+
+def main(*, values: int = 10_000_000, size: int = 1024, out: Path | None = None, quick: bool = False) -> int:
+    """Writes `exactness_DEVICE.json`.
+
+    Args:
+        values: random values that are rounded.
+        size: inputs and outputs of the weights that are quantized.
+        out: folder for the results; None for `benchmarks/results`.
+        quick: a hundred thousand values and small weights, to see that it runs.
+    """
+    values, size = (100_000, 256) if quick else (values, size)
+    start = time.time()
+    report = common.environment() | {
+        "exact": {**check_rounding(values), **check_arithmetic()},
+        "searches": check_searches(size),
+        "gains": check_gains(size),
+        "traps": check_traps(),
+    }
+    report["seconds"] = round(time.time() - start)
+    print(json.dumps(report, indent=1))
+    bad = failures(report)
     print("FAILED: " + "; ".join(bad) if bad else "all exact")
-    if len(sys.argv) > 1:
-        pathlib.Path(sys.argv[1]).write_text(text + "\n")
-    return bool(bad)
+    common.write(common.named("exactness", report, common.results(out, quick)), report)
+    return int(bool(bad))
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+COMMANDS = {"exactness": main}

@@ -1,6 +1,6 @@
 """What does a Flax model cost to hold and to run on FP8 weights, beside bfloat16 ones?
 
-    python benchmarks/flax_models.py --size cpu
+    python -m benchmarks flax_models --size cpu
 
 Makes one transformer in Flax Linen and one in Flax NNX, with random bfloat16 weights, and runs each on its
 plain weights and on quantized ones, held as codes and scales and decoded inside `jit`. First the logits are
@@ -10,29 +10,22 @@ exit status 1. Reported are tokens a second and the bytes of the weights. Writes
 `--size gpu` is meant for a GPU and takes about a minute there.
 """
 
-import argparse
-import datetime
 import functools
 import gc
 import json
-import os
-import pathlib
-import platform
 import statistics
-import sys
-import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 import daq_jax as daq
+from benchmarks import common
 
-HERE = pathlib.Path(__file__).parent
 TOLERATED = 1e-2  # of the largest logit
 RECIPES = {
     "fp8 block": daq.recipes.absmax,
@@ -51,6 +44,7 @@ class Size(NamedTuple):
 
 
 SIZES = {
+    "tiny": Size(2, 64, 4, 256, {"prompt": (2, 8), "token": (2, 1)}),
     "cpu": Size(8, 768, 12, 4096, {"prompt": (2, 32), "token": (2, 1)}),
     "gpu": Size(16, 4096, 32, 16384, {"prompt": (8, 512), "token": (8, 1)}),
 }
@@ -171,14 +165,8 @@ def is_qtensor(x: Any) -> bool:
 
 
 def speed(apply: Callable[[Any, jax.Array], jax.Array], held: Any, tokens: jax.Array, repeats: int) -> float:
-    """Tokens a second, the median of several calls after one that is not counted."""
-    jax.block_until_ready(apply(held, tokens))
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(apply(held, tokens))
-        times.append(time.perf_counter() - start)
-    return tokens.size / statistics.median(times)
+    """Tokens a second, the median of several calls."""
+    return tokens.size / statistics.median(common.seconds(lambda: apply(held, tokens), repeats))
 
 
 def measure(library: str, recipe: str, size: Size, repeats: int) -> dict[str, Any]:
@@ -199,7 +187,9 @@ def measure(library: str, recipe: str, size: Size, repeats: int) -> dict[str, An
         got, wanted = (model.apply(x, tokens).astype(jnp.float32) for x in (held, dequantized))
         error = float(jnp.max(jnp.abs(got - wanted)) / jnp.max(jnp.abs(wanted)))
         if not error <= TOLERATED:
-            sys.exit(f"{library}, {recipe}, {name}: WRONG: logits are off by {error:.1e} of the largest")
+            raise SystemExit(
+                f"{library}, {recipe}, {name}: WRONG: logits are off by {error:.1e} of the largest"
+            )
         row[name] = {
             "tokens": tokens.size,
             "error_of_logits": error,
@@ -216,37 +206,26 @@ def held_plain(library: str, weights: Any, size: Size) -> Any:
     return daq.nnx_with(nnx.eval_shape(lambda: NNXTransformer(size, nnx.Rngs(0))), weights)
 
 
-def environment() -> dict[str, Any]:
-    """Where and when."""
-    return {
-        "device": jax.devices()[0].device_kind,
-        "backend": jax.default_backend(),
-        "jax": jax.__version__,
-        "flax": flax.__version__,
-        "python": platform.python_version(),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    }
+def main(
+    *, size: Literal[*SIZES] = "cpu", repeats: int = 9, out: Path | None = None, quick: bool = False
+) -> None:
+    """Runs both models on weights of each recipe.
 
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="cpu")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--out", type=pathlib.Path, default=HERE / "results", help="folder for the file")
-    args = parser.parse_args()
+    Args:
+        size: of the models.
+        repeats: timed calls.
+        out: folder for the results; None for `benchmarks/results`.
+        quick: tiny models, to see that it runs.
+    """
+    size = "tiny" if quick else size
     rows = []
     for library in MODELS:
         for recipe in RECIPES:
-            rows.append(measure(library, recipe, SIZES[args.size], args.repeats))
+            rows.append(measure(library, recipe, SIZES[size], repeats))
             print(json.dumps(rows[-1], indent=1), flush=True)
             gc.collect()
-    facts = {**environment(), "size": args.size, **SIZES[args.size]._asdict(), "rows": rows}
-    device = "cpu" if jax.default_backend() == "cpu" else jax.devices()[0].device_kind.split()[-1].lower()
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / f"flax_models_{device}.json").write_text(json.dumps(facts, indent=1) + "\n")
+    report = common.environment() | {"size": size, **SIZES[size]._asdict(), "rows": rows}
+    common.write(common.named("flax_models", report, common.results(out, quick)), report)
 
 
-if __name__ == "__main__":
-    main()
+COMMANDS = {"flax_models": main}

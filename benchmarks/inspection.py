@@ -1,7 +1,7 @@
 """Does an inspection's sample hold the whole within its stated bounds, and is it quick on large folders?
 
-    python benchmarks/inspection.py pairs [--wheels DIR] [--out FILE]
-    python benchmarks/inspection.py large DIR [--gigabytes 20]
+    python -m benchmarks inspection pairs [--wheels DIR]
+    python -m benchmarks inspection large DIR [--gigabytes 20]
 
 `pairs` inspects a sample of 20 generated pairs and of three real ones, quantizes all of each, and holds every
 estimate against the figure of the whole; status 1 if one is off by more than its bound. The real pairs come
@@ -16,7 +16,6 @@ import io
 import itertools
 import json
 import os
-import platform
 import resource
 import shutil
 import subprocess
@@ -27,13 +26,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import jax
 import ml_dtypes
 import numpy as np
 import tyro
 from numpy.typing import NDArray
 
 import daq_jax as daq
+from benchmarks import common
 from daq_jax.analysis.inspection import Findings
 from daq_jax.io.hf.tensor_files import TensorSpec, TensorWriter
 
@@ -154,26 +153,27 @@ def rows_of(name: str, base: Tree, tuned: Tree, most: int, rules: list[daq.Rule]
 def table_of(rows: list[dict[str, Any]]) -> str:
     """Rows as Markdown: estimate with its bound, and the whole in brackets."""
     names = ("on_grid", "absmax_projection", "projection", "cosine")
-    lines = ["| pair | recipe | sampled | " + " | ".join(names) + " | worst, in bounds |"]
-    lines.append("|---" * (len(names) + 4) + "|")
+    lines = []
     for row in rows:
         cells = [f"{v:.3f} ± {b:.3f} ({w:.3f})" for v, b, w in (row["estimates"][n] for n in names)]
         worst = max(map(abs, row["off"].values()))
-        lines.append(
-            f"| {row['pair']} | {row['recipe']} | {row['sampled']:.0%} | {' | '.join(cells)} | {worst:.2f} |"
-        )
-    return "\n".join(lines)
+        lines.append([row["pair"], row["recipe"], f"{row['sampled']:.0%}", *cells, f"{worst:.2f}"])
+    return common.table(["pair", "recipe", "sampled", *names, "worst, in bounds"], lines)
 
 
-def pairs(
-    wheels: Path = Path("~/.cache/daq_jax/wheels"),
-    out: Path = Path(__file__).parent / "results" / "inspection.md",
-) -> int:
-    """Holds the estimates of samples against the whole."""
+def pairs(*, wheels: Path = common.CACHE, out: Path | None = None, quick: bool = False) -> int:
+    """Holds the estimates of samples against the whole.
+
+    Args:
+        wheels: folder that holds the real pairs, or gets them.
+        out: folder for the results; None for `benchmarks/results`.
+        quick: two generated pairs and no real one, to see that it runs.
+    """
     rows = []
+    made = itertools.islice(generated(), 2 if quick else None)
+    shipped = () if quick else real(wheels)
     cases = itertools.chain(
-        ((*case, [*daq.DEFAULT_RULES]) for case in generated()),
-        ((*case, [HF]) for case in real(wheels.expanduser())),
+        ((*case, [*daq.DEFAULT_RULES]) for case in made), ((*case, [HF]) for case in shipped)
     )
     for *case, rules in cases:
         rows += rows_of(*case, rules)
@@ -181,17 +181,18 @@ def pairs(
     checks = {r: [abs(x) for row in rows if row["recipe"] == r for x in row["off"].values()] for r in RECIPES}
     counts = {r: f"{sum(x <= 1 for x in xs)} of {len(xs)} within their bounds" for r, xs in checks.items()}
     said = "; ".join(f"{r}: {words}" for r, words in counts.items())
-    where = f"JAX {jax.__version__}, {platform.machine()} CPU, {time.strftime('%Y-%m-%d')}"
+    report = common.environment()
     verdicts = "\n".join(f"* {row['pair']}, {row['recipe']}: {row['verdict']}" for row in rows)
     said += f". The default is `{daq.recipes.default}`."
-    out.write_text(f"{HEAD}\n{where}. {said}\n\n{table_of(rows)}\n\n{verdicts}\n")
+    text = f"{HEAD}\n{common.provenance(report)}. {said}\n\n{table_of(rows)}\n\n{verdicts}\n"
+    common.write(common.results(out, quick) / "inspection.json", report | {"rows": rows}, text)
     print(said)
     return int(any(x > 1 for x in checks["default"]))
 
 
 HEAD = """# Samples against the whole
 
-`python benchmarks/inspection.py pairs`: each estimate ± its bound, the figure of the whole in brackets, and
+`python -m benchmarks inspection pairs`: each estimate ± its bound, the figure of the whole in brackets, and
 the largest error of a row's estimates in units of its bound (above 1 it lies outside). A recipe that works on
 whole matrices is tried by the sample on patches of 128 x 128, where it does more to each weight: the bound of
 its projection makes room for that, and its cosine and sign rate have none (± nan).
@@ -239,8 +240,21 @@ def drop_from_cache(path: Path) -> None:
         os.close(handle)
 
 
-def large(folder: Annotated[Path, tyro.conf.Positional], gigabytes: float = 20.0) -> int:
-    """Inspects a pair of folders of that size together."""
+def large(
+    folder: Annotated[Path, tyro.conf.arg(metavar="DIR")],
+    /,
+    *,
+    gigabytes: float = 20.0,
+    quick: bool = False,
+) -> int:
+    """Inspects a pair of folders of that size together.
+
+    Args:
+        folder: where to make them; must not hold `base` or `tuned`.
+        gigabytes: of both folders together, at least 0.9.
+        quick: the smallest size, to see that it runs.
+    """
+    gigabytes = 0.0 if quick else gigabytes
     layer = 2 * (2 * 4096**2 + 3 * 4096 * 14336)  # bytes
     layers = max(1, round(gigabytes * 1e9 / 2 / layer))
     base, tuned = folder / "base", folder / "tuned"
@@ -269,10 +283,9 @@ def large(folder: Annotated[Path, tyro.conf.Positional], gigabytes: float = 20.0
     print(
         f"{size / 1e9:.1f} GB in {2 * layers} files, {total['sampled']:,} of {total['elements']:,} weights "
         f"in {len(found['leaves'])} leaves looked at: {seconds:.1f} s, {peak / 1e9:.2f} GB at most; "
-        f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before it ended, JAX {jax.__version__}"
+        f"load {os.getloadavg()[0]:.1f} before it ended; {common.provenance(common.environment())}"
     )
     return int(seconds > 60 or peak > 1e9)
 
 
-if __name__ == "__main__":
-    sys.exit(tyro.extras.subcommand_cli_from_dict({"pairs": pairs, "large": large}))
+COMMANDS = {"pairs": pairs, "large": large}

@@ -3,7 +3,7 @@
 Trains a byte-level model on Lincoln, rounds it to FP8 as a model that ships in FP8 is, and tunes it on
 Macbeth. Then it asks of each recipe how far the quantized model's predictions are from the tuned model's
 (KL), and how much of what tuning gained is left. Takes about a minute on two CPU cores. `daq-jax demo` does
-the same at length, and `python benchmarks/behaviour.py --size gpu` with 25M parameters and every recipe.
+the same at length, and `python -m benchmarks behaviour --size gpu` with 25M parameters and every recipe.
 """
 
 import jax

@@ -12,11 +12,11 @@ from collections.abc import Iterable
 import jax
 import ml_dtypes
 import numpy as np
-import oracles
 import pytest
 from numpy.typing import NDArray
 
 import daq_jax as daq
+from tests import oracles
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = {"bf16": BF16, "f16": np.dtype(np.float16), "f32": np.dtype(np.float32)}

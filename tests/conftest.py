@@ -1,7 +1,11 @@
 """Set up before JAX starts: eight CPU devices, strict dtype promotion, and types checked on every call."""
 
 import os
+import sys
+from pathlib import Path
 
+# For `from benchmarks import ..`. At the end: an installed daq_jax must be found before the checkout's.
+sys.path.append(str(Path(__file__).parents[1]))
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 )

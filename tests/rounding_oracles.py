@@ -10,8 +10,9 @@ import math
 import statistics
 
 import numpy as np
-import oracles
 from numpy.typing import NDArray
+
+from tests import oracles
 
 SMALLEST_SET = 64  # narrow tiles join up until a set has as many elements
 LARGEST_GAIN = 1024.0

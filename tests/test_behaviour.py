@@ -1,6 +1,5 @@
 import json
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,18 +7,12 @@ import numpy as np
 import pytest
 
 import daq_jax as daq
+from benchmarks import __main__ as runner
+from benchmarks.behaviour import baselines, corpora, methods, study, training
 from daq_jax.demo.model import ModelSize, make_params, mean_divergence, mean_loss, next_byte_log_probs
 from daq_jax.demo.texts import load_text
 
-pytest.importorskip("matplotlib")
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-import behaviour
-import behaviour_baselines
-import behaviour_corpora
-import behaviour_recipes
-import behaviour_training
-
-SMALL = behaviour_training.Size(
+SMALL = training.Size(
     model=ModelSize(layers=1, width=16, heads=2, context=8),
     batch=4,
     base_steps=20,
@@ -33,14 +26,14 @@ RECIPES = ("absmax", "gain_column", "awq")
 
 
 def test_each_twelfth_document_is_held_out():
-    text = behaviour_corpora.split("letters", [bytes([65 + i]) * 3 for i in range(20)])
+    text = corpora.split("letters", [bytes([65 + i]) * 3 for i in range(20)])
     assert bytes(text.held_out) == b"GGG\n\nSSS"
     assert b"G" not in bytes(text.train)
     assert len(text.train) == 18 * 3 + 17 * 2
 
 
 def test_windows_lie_at_even_distances_and_reach_both_ends():
-    found = behaviour_corpora.windows(np.arange(11, dtype=np.uint8), 3, 5)
+    found = corpora.windows(np.arange(11, dtype=np.uint8), 3, 5)
     np.testing.assert_array_equal(found[:, 0], [0, 3, 6])
     np.testing.assert_array_equal(found[-1], [6, 7, 8, 9, 10])
 
@@ -49,8 +42,8 @@ def test_a_judge_agrees_with_the_demo():
     first, second = (make_params(SMALL.model, jax.random.key(i)) for i in range(2))
     text = jnp.asarray(np.random.default_rng(0).integers(0, 256, 33), jnp.uint8)
     windows = text[jnp.arange(4)[:, None] * 8 + jnp.arange(9)]
-    log_p = behaviour.predict(first, windows, size=SMALL.model)
-    loss, divergence = behaviour.judge(second, windows, log_p, size=SMALL.model)
+    log_p = study.predict(first, windows, size=SMALL.model)
+    loss, divergence = study.judge(second, windows, log_p, size=SMALL.model)
     np.testing.assert_allclose(loss, mean_loss(second, text, size=SMALL.model), rtol=1e-5)
     expected = mean_divergence(first, second, text, size=SMALL.model)
     np.testing.assert_allclose(divergence, expected, rtol=1e-4)
@@ -62,7 +55,7 @@ def test_figures_without_a_qtensor_equal_those_of_compare():
     tuned = jax.tree.map(lambda w: w + np.float32(0.02) * rng.normal(size=w.shape).astype(np.float32), base)
     quantized = daq.quantize(base, tuned, daq.recipes.absmax)
     kept = daq.dequantize(quantized)
-    found = behaviour.change_figures(behaviour_training.Pair(base, tuned), kept, ["a/kernel"])
+    found = study.change_figures(training.Pair(base, tuned), kept, ["a/kernel"])
     expected = daq.compare(base, tuned, quantized).total
     assert found == pytest.approx({name: float(getattr(expected, name)) for name in found}, rel=1e-4)
 
@@ -71,7 +64,7 @@ def test_figures_without_a_qtensor_equal_those_of_compare():
 def test_the_inputs_that_are_watched_are_those_of_the_matrices():
     params = make_params(SMALL.model, jax.random.key(0))
     windows = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 9)), jnp.uint8)
-    seen = behaviour_baselines.watch_inputs(params, windows, size=SMALL.model)
+    seen = baselines.watch_inputs(params, windows, size=SMALL.model)
     assert {"layer_0/qkv_proj/kernel", "layer_0/down_proj/kernel"} < set(seen)
     # The head's input times its weight is the logits, whose log-softmax the model returns.
     head = np.float64(params["lm_head"]["kernel"])
@@ -89,15 +82,13 @@ def test_awq_is_never_worse_than_absmax_at_the_output_and_smoothquant_is_a_resca
     rng = np.random.default_rng(0)
     x = rng.normal(size=(200, 32)) * np.exp(rng.normal(size=32))
     weight = jnp.asarray(rng.normal(size=(32, 24)), jnp.float32)
-    seen = behaviour_baselines.Inputs(
-        *(jnp.asarray(a, jnp.float32) for a in (x.T @ x, abs(x).mean(0), abs(x).max(0)))
-    )
+    seen = baselines.Inputs(*(jnp.asarray(a, jnp.float32) for a in (x.T @ x, abs(x).mean(0), abs(x).max(0))))
     plain = daq.quantize(weight, weight, daq.recipes.absmax).dequantize()
-    kept = behaviour_baselines.awq(weight, seen, daq.recipes.absmax)
+    kept = baselines.awq(weight, seen, daq.recipes.absmax)
     errors = [np.linalg.norm(x @ np.float64(w - weight)) for w in (kept, plain)]
     assert errors[0] <= errors[1]
 
-    kept = behaviour_baselines.smoothquant(weight, seen, daq.recipes.absmax)
+    kept = baselines.smoothquant(weight, seen, daq.recipes.absmax)
     factor = np.sqrt(abs(x).max(0) / np.abs(np.asarray(weight)).max(1))[:, None].astype(np.float32)
     scaled = jnp.asarray(np.asarray(weight) * factor)
     expected = daq.quantize(scaled, scaled, daq.recipes.absmax).dequantize() / factor
@@ -105,27 +96,29 @@ def test_awq_is_never_worse_than_absmax_at_the_output_and_smoothquant_is_a_resca
     assert np.mean(np.isclose(kept, expected, rtol=1e-5)) > 0.99
 
 
-@pytest.mark.parametrize("layout", behaviour_recipes.LAYOUTS)
+@pytest.mark.parametrize("layout", methods.LAYOUTS)
 def test_every_recipe_of_the_table_fits_every_layout(layout):
-    for method in behaviour_recipes.METHODS.values():
+    for method in methods.METHODS.values():
         if isinstance(method.means, daq.Recipe):
-            recipe = behaviour_recipes.in_layout(method.means, layout)
-            assert (recipe.format, recipe.tiling) == behaviour_recipes.LAYOUTS[layout]
+            recipe = methods.in_layout(method.means, layout)
+            assert (recipe.format, recipe.tiling) == methods.LAYOUTS[layout]
             assert recipe.rounding == method.means.rounding
 
 
 @pytest.mark.slow
 def test_a_small_study_writes_json_table_and_plots(tmp_path, monkeypatch, capsys):
     texts = tuple(load_text(name, held_out=600) for name in ("lincoln", "macbeth"))
-    monkeypatch.setattr(behaviour, "load_corpora", lambda folder: texts_of(texts))
-    monkeypatch.setitem(behaviour_training.SIZES, "tiny", SMALL)
-    options = ["--size", "tiny", "--recipes", *RECIPES]
-    monkeypatch.setattr(sys, "argv", ["behaviour.py", *options, "--out", str(tmp_path)])
-    behaviour.main()
+    monkeypatch.setattr(study, "load_corpora", lambda folder: texts_of(texts))
+    monkeypatch.setitem(training.SIZES, "tiny", SMALL)
+    pytest.importorskip("matplotlib")
+    options = ["--size", "tiny", "--pictures", "--recipes", *RECIPES]
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "behaviour", *options, "--out", str(tmp_path)])
+    runner.main()
 
     path = tmp_path / "tiny_fp8-block_seed0.json"
     found = json.loads(path.read_text())
-    assert found["command"].endswith("behaviour.py --size tiny --recipes absmax gain_column awq")
+    command = "python -m benchmarks behaviour --size tiny --pictures --recipes absmax gain_column awq"
+    assert found["command"] == command
     assert [(row["base_kind"], row["recipe"]) for row in found["rows"]] == [
         (kind, name) for kind in ("fp8", "bf16") for name in RECIPES
     ]
@@ -149,14 +142,14 @@ def test_a_small_study_writes_json_table_and_plots(tmp_path, monkeypatch, capsys
     other["pairs"] = [pair | {"seed": 1} for pair in other["pairs"]]
     (tmp_path / "other.json").write_text(json.dumps(other))
     merged = ["--merge", str(path), str(tmp_path / "other.json")]
-    monkeypatch.setattr(sys, "argv", ["behaviour.py", *merged, "--out", str(tmp_path)])
-    behaviour.main()
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "behaviour", *merged, "--out", str(tmp_path)])
+    runner.main()
     table = (tmp_path / "tiny_fp8-block.md").read_text()
     assert f"| absmax | {2 * floor:.1e} ± {2**0.5 * floor:.0e} (1.00, 1.00) |" in table
 
 
 def texts_of(texts):
-    return tuple(behaviour_corpora.Text(t.name, t.train, t.held_out) for t in texts)
+    return tuple(corpora.Text(t.name, t.train, t.held_out) for t in texts)
 
 
 def test_studies_of_different_layouts_are_not_merged(tmp_path, monkeypatch):
@@ -164,17 +157,17 @@ def test_studies_of_different_layouts_are_not_merged(tmp_path, monkeypatch):
     for layout in ("fp8-block", "int8-channel"):
         paths.append(tmp_path / f"{layout}.json")
         paths[-1].write_text(json.dumps({"size": "tiny", "layout": layout, "rows": []}))
-    monkeypatch.setattr(sys, "argv", ["x", "--merge", *map(str, paths), "--out", str(tmp_path)])
+    monkeypatch.setattr(
+        sys, "argv", ["benchmarks", "behaviour", "--merge", *map(str, paths), "--out", str(tmp_path)]
+    )
     with pytest.raises(SystemExit, match="different sizes, layouts or dtypes"):
-        behaviour.main()
+        runner.main()
 
 
 def test_stored_pairs_are_exact_in_bfloat16(monkeypatch):
-    monkeypatch.setattr(
-        behaviour_training, "learn", lambda params, *_: jax.tree.map(lambda x: x * 1.001, params)
-    )
+    monkeypatch.setattr(training, "learn", lambda params, *_: jax.tree.map(lambda x: x * 1.001, params))
     text = load_text("lincoln", held_out=600)
-    pairs = behaviour_training.make_pairs(
+    pairs = training.make_pairs(
         SMALL, "fp8-block", ("fp8",), "bf16", texts_of((text, text)), 0, lambda _: None
     )
     for _, _, pair in pairs:
@@ -184,5 +177,5 @@ def test_stored_pairs_are_exact_in_bfloat16(monkeypatch):
 
 
 def test_base_steps_share_the_program_of_tuning():
-    for size in behaviour_training.SIZES.values():
+    for size in training.SIZES.values():
         assert size.base_steps % size.tune_steps == 0

@@ -59,7 +59,7 @@ def test_help_is_status_0(words, ran, capsys):
     assert "demo" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("error", [ValueError("no such thing"), OSError("no such thing")])
+@pytest.mark.parametrize("error", [daq.DaqError("no such thing"), OSError("no such thing")])
 def test_a_failure_is_status_1_and_one_line_on_stderr(error, monkeypatch, capsys):
     def run(*_, **__):
         raise error

@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import LAYERS, Stored, assert_same_bits, is_qtensor, native, pair, slow_after
-from compilations import compilations
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import daq_jax as daq
 from daq_jax import leaves
+from tests.cases import LAYERS, Stored, assert_same_bits, is_qtensor, native, pair, slow_after
+from tests.compilations import compilations
 
 SEARCH = daq.CoarseToFine(0.8, 1.5, 5, 10)
 EXACT = {

@@ -56,7 +56,7 @@ def test_docstring_examples_are_found():
     assert sum(bool(test.examples) for name in MODULES for test in doctests_of(name)) >= 5
 
 
-@pytest.mark.parametrize("name", ["README.md", "CHANGELOG.md"])
+@pytest.mark.parametrize("name", ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"])
 def test_relative_links_lead_to_files(name):
     links = re.findall(r"\]\((?!https?:|#)([^)]+)\)", (ROOT / name).read_text())
     assert [link for link in links if not (ROOT / link).is_file()] == []

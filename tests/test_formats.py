@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import BF16, FORMATS
+
+from tests.cases import BF16, FORMATS
 
 FAMILIES = pytest.mark.parametrize(("fmt", "number"), FORMATS, ids=lambda f: getattr(f, "name", None))
 STORAGE = {"fp8_e4m3fn": ml_dtypes.float8_e4m3fn, "fp8_e5m2": ml_dtypes.float8_e5m2, "int8": np.int8}

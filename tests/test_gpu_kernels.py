@@ -1,6 +1,6 @@
 """Kernels against the plain functions that define them: here in interpret mode, which runs anywhere.
 
-What only a GPU can show, `benchmarks/exactness.py` checks there.
+What only a GPU can show, `python -m benchmarks exactness` checks there.
 """
 
 import dataclasses
@@ -11,8 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import rounding_oracles
-from cases import slow_after
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import daq_jax as daq
@@ -26,6 +24,8 @@ from daq_jax.roundings.rounding import as_rounding
 from daq_jax.searches import gpu_kernel
 from daq_jax.tiles import Tiles
 from daq_jax.tilings import TileView
+from tests import rounding_oracles
+from tests.cases import slow_after
 
 PAPER = daq.CoarseToFine(0.8, 1.5, 5, 10)
 COSINE = daq.Recipe(search=PAPER)

@@ -3,11 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
-from cases import METRICS, rng_for
 
 import daq_jax as daq
+from tests import oracles
+from tests.cases import METRICS, rng_for
 
 EACH = pytest.mark.parametrize(("metric", "oracle"), METRICS, ids=["cosine", "sign_rate", "neg_mse"])
 

@@ -3,9 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
-from cases import (
+
+import daq_jax as daq
+from tests import oracles
+from tests.cases import (
     BF16,
     DTYPES,
     FORMATS,
@@ -18,8 +20,6 @@ from cases import (
     pair,
     slow_after,
 )
-
-import daq_jax as daq
 
 ABSMAX = daq.Recipe(search=daq.AbsMax())
 SMALL = daq.Recipe(tiling=daq.Block(16, 16), search=daq.CoarseToFine(0.8, 1.5, 5, 10))

@@ -1,11 +1,11 @@
 """The recipes named after the released program pick the scales that it picks, faults included."""
 
 import numpy as np
-import oracles
 import pytest
-from cases import BF16, native, pair, slow_after
 
 import daq_jax as daq
+from tests import oracles
+from tests.cases import BF16, native, pair, slow_after
 
 TILE = (128, 128)
 

@@ -5,11 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import is_qtensor
 from flax import nnx
 
 import daq_jax as daq
 from daq_jax.trees import named_leaves
+from tests.cases import is_qtensor
 
 CHANNEL = daq.Recipe(tiling=daq.Channel())
 LAST_TWO = ((-2,), (-1,))

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import assert_same_bits, native, pair
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import daq_jax as daq
 from daq_jax import leaves
 from daq_jax.tilings import DEFAULT_MATRIX
+from tests.cases import assert_same_bits, native, pair
 
 COLLECTIVE = re.compile(r"\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(-start)?\(")
 SEARCH = daq.CoarseToFine(0.8, 1.5, 5, 10)

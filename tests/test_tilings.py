@@ -2,11 +2,11 @@
 
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
-from cases import LAYERS, TILINGS, Stored, pair
 
 import daq_jax as daq
+from tests import oracles
+from tests.cases import LAYERS, TILINGS, Stored, pair
 
 NUMBER = oracles.FORMATS["fp8_e4m3fn"]
 

@@ -12,13 +12,13 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
-from cases import DTYPES, pair, rng_for, slow_after
 from numpy.typing import NDArray
 
 import daq_jax as daq
 from daq_jax.numerics.arithmetic import divide, multiply, total
+from tests import oracles
+from tests.cases import DTYPES, pair, rng_for, slow_after
 
 F32 = DTYPES["f32"]
 E4M3 = oracles.FORMATS["fp8_e4m3fn"]

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import BF16, Stored, assert_same_bits, is_qtensor, leaves_of, pair
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import daq_jax as daq
 from daq_jax import batches, leaves
+from tests.cases import BF16, Stored, assert_same_bits, is_qtensor, leaves_of, pair
 
 ABSMAX = daq.Recipe(search=daq.AbsMax())
 BASE, TUNED = (jnp.asarray(x) for x in pair("trees", (24, 16)))

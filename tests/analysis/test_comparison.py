@@ -5,11 +5,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
-from cases import FORMATS, LAYERS, TILINGS, Stored, native, pair
 
 import daq_jax as daq
+from tests import oracles
+from tests.cases import FORMATS, LAYERS, TILINGS, Stored, native, pair
 
 FIGURES = [
     "elements",

@@ -6,9 +6,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
-from cases import BF16, rng_for
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import daq_jax as daq
@@ -16,6 +14,8 @@ from daq_jax.analysis.estimates import ESTIMATES, Estimate, Findings, findings_o
 from daq_jax.analysis.inspection import Inspection
 from daq_jax.analysis.sheets import ON_GRID
 from daq_jax.analysis.verdicts import KEPT, UNRELATED, verdict_of
+from tests import oracles
+from tests.cases import BF16, rng_for
 
 E4M3 = oracles.FORMATS["fp8_e4m3fn"]
 ABSMAX = daq.recipes.absmax  # held against itself it compiles one program

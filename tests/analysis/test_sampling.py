@@ -1,11 +1,11 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import LAYERS, pair
 
 import daq_jax as daq
 from daq_jax.analysis.sampling import Patches, evenly_spread, plan, scales, take, weights
 from daq_jax.tilings import DEFAULT_MATRIX, TileView
+from tests.cases import LAYERS, pair
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -1,14 +1,14 @@
-"""Every strategy of daq_jax by name, as the recipe that holds it to the contract. A new one joins by a line."""
+"""Every strategy of daq_jax by name, as a recipe that is held to the contract; a new one joins by a line."""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cases import native, rng_for
 
 import daq_jax as daq
 from daq_jax.scales import InDtype
+from tests.cases import native, rng_for
 
 SHAPE, TILE = (96, 80), (32, 40)
 BLOCK = daq.Block(*TILE)
@@ -80,7 +80,7 @@ BY_PRODUCTS = ("UnbiasedSubspace", "UnbiasedFeedback", "recipes.default")
 
 
 def a_pair() -> tuple[np.ndarray, np.ndarray]:
-    """Float32 base and tuned, the base on a grid of e4m3. The first tile is zero, the second did not change."""
+    """Float32 pair, the base on a grid of e4m3; the first tile is zero, the second did not change."""
     base, tuned = native("contract", SHAPE, change=0.02)
     r, c = TILE
     base[:r, :c] = tuned[:r, :c] = 0

@@ -1,4 +1,4 @@
-"""One contract for all strategies: what holds for every format, tiling, metric, search, rounding and recipe."""
+"""One contract: what holds for every format, tiling, metric, search, rounding, scales and recipe."""
 
 import functools
 import pickle
@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import assert_same_bits
-from compilations import compilations
-from contracts.members import BY_PRODUCTS, MEMBERS, SHAPE, TILE, a_pair, twin
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import daq_jax as daq
 from daq_jax import leaves
 from daq_jax.tilings import DEFAULT_MATRIX
+from tests.cases import assert_same_bits
+from tests.compilations import compilations
+from tests.contracts.members import BY_PRODUCTS, MEMBERS, SHAPE, TILE, a_pair, twin
 
 EACH = pytest.mark.parametrize("name", MEMBERS)
 BASE, TUNED = map(jnp.asarray, a_pair())

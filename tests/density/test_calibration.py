@@ -5,11 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import rng_for, slow_after
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import daq_jax as daq
+from tests.cases import rng_for, slow_after
 
 
 def inputs(name, *shape):

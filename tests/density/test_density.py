@@ -1,23 +1,18 @@
 """Density-aware quantization: the zero of a QTensor, the stages, the losses, and what is refused."""
 
 import dataclasses
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import rng_for, slow_after
 
 import daq_jax as daq
+from benchmarks.density import baselines, released
 from daq_jax.density.centring import align, mode
 from daq_jax.density.code_lines import Groups, Line
 from daq_jax.density.grams import KernelInputs
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import density_baselines
-import density_released
+from tests.cases import rng_for, slow_after
 
 FORMATS = [daq.nf4, daq.fp4_e2m1, daq.fp4_bnb, daq.int4]
 OFF = daq.DensityRecipe(centre=None, adjust=None, sweeps=0)
@@ -148,14 +143,12 @@ def small_groups(name):
 def test_sign_steps_are_those_of_the_released_program():
     weight, grams = small_groups("released")
     levels = np.asarray(daq.fp4_bnb.levels)
-    scale, zero = density_released.start(np.float64(weight), levels)
+    scale, zero = released.start(np.float64(weight), levels)
     groups = Groups(jnp.asarray(weight), jnp.ones((3, 16, 1), bool), jnp.asarray(grams), daq.fp4_bnb, True)
     start = Line(*align(groups.weight, groups.real, daq.fp4_bnb, "none", 0.9))
     np.testing.assert_allclose(start.scale, scale, rtol=1e-5)
     assert not start.zero.any()
-    wanted = density_released.adjust(
-        np.float64(weight), np.float64(grams), levels, scale, zero, epochs=2, turns=30
-    )
+    wanted = released.adjust(np.float64(weight), np.float64(grams), levels, scale, zero, epochs=2, turns=30)
     line = daq.SignSteps(epochs=2, turns=30)(groups, groups.loss, start)
     same = np.isclose(line.scale, wanted[0], rtol=1e-4) & np.isclose(
         line.zero, wanted[1], rtol=1e-3, atol=1e-4
@@ -168,15 +161,13 @@ def test_sign_steps_are_those_of_the_released_program():
 def test_least_squares_find_lower_losses_than_the_released_program_in_a_tenth_of_the_evaluations():
     weight, grams = small_groups("least squares")
     levels = np.asarray(daq.fp4_bnb.levels)
-    start = density_released.start(np.float64(weight), levels)
-    *_, evaluations = released = density_released.adjust(
-        np.float64(weight), np.float64(grams), levels, *start
-    )
+    start = released.start(np.float64(weight), levels)
+    *_, evaluations = found = released.adjust(np.float64(weight), np.float64(grams), levels, *start)
     groups = Groups(jnp.asarray(weight), jnp.ones((3, 16, 1), bool), jnp.asarray(grams), daq.fp4_bnb, True)
     first = Line(*align(groups.weight, groups.real, daq.fp4_bnb, "quantile", 1.0))
     adjust = daq.LeastSquares()
     line = jax.jit(lambda groups: adjust(groups, groups.loss, first))(groups)
-    scale, zero = (jnp.asarray(x, jnp.float32) for x in released[:2])
+    scale, zero = (jnp.asarray(x, jnp.float32) for x in found[:2])
     theirs = Line(scale, zero)
     ours, theirs = (float(groups.loss(groups.nearest(x), x).sum()) for x in (line, theirs))
     assert ours <= theirs
@@ -243,10 +234,8 @@ def test_constant_and_zero_groups_are_exact_and_finite():
 def test_gptq_of_the_benchmark_is_elimination_one_input_at_a_time(symmetric):
     weight, grams = weight_and_grams("gptq", (24, 5))
     gram = np.float64(grams.products["kernel"])
-    grid = density_baselines.Grid(daq.int4, 8, symmetric)
-    got = density_baselines.gptq(
-        jnp.asarray(weight), density_baselines.Inputs.of(grams.products["kernel"]), grid
-    )
+    grid = baselines.Grid(daq.int4, 8, symmetric)
+    got = baselines.gptq(jnp.asarray(weight), baselines.Inputs.of(grams.products["kernel"]), grid)
     inverse = np.linalg.inv(gram + 0.01 * np.mean(np.diag(gram)) * np.eye(24))
     left, wanted = np.float64(weight), np.zeros((24, 5))
     for i in range(24):

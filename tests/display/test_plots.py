@@ -3,12 +3,12 @@
 import matplotlib as mpl
 import numpy as np
 import pytest
-from cases import native, pair
 
 import daq_jax as daq
 from daq_jax.analysis.histograms import CHANGE_EDGES, RATIO_EDGES, SIZE_EDGES, details_of
 from daq_jax.display import plots
 from daq_jax.display.plots import place_of
+from tests.cases import native, pair
 
 RECIPE = daq.Recipe(tiling=daq.Block(16, 16), search=daq.Grid(0.8, 1.25, 2))
 

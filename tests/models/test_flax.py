@@ -1,21 +1,16 @@
 """Flax models on quantized weights give what they give on those weights dequantized, their code untouched."""
 
-import pathlib
-import sys
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import is_qtensor, leaves_of
 from flax import nnx
 
 import daq_jax as daq
+from benchmarks import flax_models
 from daq_jax.models.flax import InPlace
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "benchmarks"))
-import flax_models
+from tests.cases import is_qtensor, leaves_of
 
 RECIPE = daq.Recipe(tiling=daq.Block(16, 16))
 RECIPES = {

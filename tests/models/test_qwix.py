@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import BF16, assert_same_bits, rng_for
 from flax import nnx
 
 import daq_jax as daq
 from daq_jax.tilings import TileView
+from tests.cases import BF16, assert_same_bits, rng_for
 
 qwix = pytest.importorskip("qwix")
 pytestmark = pytest.mark.peers

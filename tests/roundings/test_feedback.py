@@ -6,15 +6,15 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
-import rounding_oracles as ro
-from cases import BF16, slow_after
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import daq_jax as daq
 from daq_jax.roundings import feedback as feedback_module
+from tests import oracles
+from tests import rounding_oracles as ro
+from tests.cases import BF16, slow_after
 
 E4M3 = oracles.FORMATS["fp8_e4m3fn"]
 BLOCK = (128, 128)

@@ -5,14 +5,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
-import rounding_oracles as ro
-from cases import BF16, assert_same_bits, pair, slow_after
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import daq_jax as daq
+from tests import oracles
+from tests import rounding_oracles as ro
+from tests.cases import BF16, assert_same_bits, pair, slow_after
 
 PER = ("column", "row", "tile")
 EVERY_PER = pytest.mark.parametrize("per", PER)

@@ -3,12 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
-import rounding_oracles
-from cases import DTYPES, assert_same_bits, native, pair, slow_after
 
 import daq_jax as daq
+from tests import oracles, rounding_oracles
+from tests.cases import DTYPES, assert_same_bits, native, pair, slow_after
 
 NAMES = ["fp8_e4m3fn", "fp8_e5m2", "int8", "int4", "fp4_e2m1", "nf4", "fp4_bnb"]
 EVERY_FORMAT = pytest.mark.parametrize("name", NAMES)

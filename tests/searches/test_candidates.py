@@ -9,9 +9,11 @@ import itertools
 
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
-from cases import (
+
+import daq_jax as daq
+from tests import oracles
+from tests.cases import (
     DTYPES,
     FORMATS,
     METRICS,
@@ -24,8 +26,6 @@ from cases import (
     rng_for,
     slow_after,
 )
-
-import daq_jax as daq
 
 TOLERANCE = 1e-6  # relative
 E4M3 = oracles.FORMATS["fp8_e4m3fn"]

@@ -8,12 +8,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from hf_folders import BF16, E4M3, E8M0, normal, spread, write_folder
 
 from daq_jax.io.hf.folders import open_folder
 from daq_jax.io.hf.tensor_files import TensorReader, TensorSpec, TensorWriter
 from daq_jax.qtensor import QTensor
 from daq_jax.tilings import Block, Channel, Group, PerTensor
+from tests.hf_folders import BF16, E4M3, E8M0, normal, spread, write_folder
 
 RANDOM = np.random.default_rng(0)
 

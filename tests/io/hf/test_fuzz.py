@@ -12,11 +12,11 @@ import shutil
 from typing import Any
 
 import pytest
-from hf_folders import CONFIG, in_shards, llama, to_fp8, tuned_from, write_folder
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from daq_jax import cli
+from tests.hf_folders import CONFIG, in_shards, llama, to_fp8, tuned_from, write_folder
 
 CASES = int(os.environ.get("DAQ_FUZZ_CASES", "40"))
 NASTY = (

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from cases import pair, rng_for
 
 import daq_jax as daq
 from daq_jax.io.hf.packed_int4 import pack, packed_config, packed_tensors, unpack
+from tests.cases import pair, rng_for
 
 INT4 = daq.Recipe(format=daq.int4, tiling=daq.Group(32))
 

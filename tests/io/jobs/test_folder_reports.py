@@ -7,17 +7,17 @@ import types
 
 import ml_dtypes
 import numpy as np
-import oracles
 import pytest
 import safetensors.numpy
-from cases import pair
-from hf_folders import CONFIG, write_folder
 
 import daq_jax as daq
 from daq_jax import cli
 from daq_jax.io.hf.folders import open_folder
 from daq_jax.io.hf.row_bands import band_around, bands
 from daq_jax.io.jobs import compare_folders, inspect_folders
+from tests import oracles
+from tests.cases import pair
+from tests.hf_folders import CONFIG, write_folder
 
 BF16, E4M3 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
 NUMBER = oracles.FORMATS["fp8_e4m3fn"]

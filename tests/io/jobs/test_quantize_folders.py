@@ -7,7 +7,6 @@ import pathlib
 
 import numpy as np
 import pytest
-from hf_folders import BF16, CONFIG, in_shards, llama, normal, spread, to_fp8, tuned_from, write_folder
 from rich.console import Console
 
 import daq_jax as daq
@@ -15,6 +14,7 @@ from daq_jax import cli
 from daq_jax.io.hf.folders import open_folder
 from daq_jax.io.hf.layouts import LAYOUTS
 from daq_jax.scales import InDtype
+from tests.hf_folders import BF16, CONFIG, in_shards, llama, normal, spread, to_fp8, tuned_from, write_folder
 
 ABSMAX = daq.recipes.absmax
 SMALL = daq.Recipe(search=daq.Grid(0.9, 1.3, 4))

@@ -9,10 +9,10 @@ import sys
 import time
 
 import pytest
-from hf_folders import in_shards, llama, tuned_from, write_folder
 
 import daq_jax as daq
 from daq_jax.io.jobs import streaming
+from tests.hf_folders import in_shards, llama, tuned_from, write_folder
 
 ABSMAX = daq.recipes.absmax
 

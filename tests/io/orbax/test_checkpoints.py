@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint
 import pytest
-from cases import BF16, DTYPES, LAYERS, assert_same_bits, is_qtensor, pair, rng_for, slow_after
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -23,6 +22,7 @@ from orbax.checkpoint import v1 as ocp
 import daq_jax as daq
 from daq_jax.formats import FORMATS, SmallFloat
 from daq_jax.tilings import TileView
+from tests.cases import BF16, DTYPES, LAYERS, assert_same_bits, is_qtensor, pair, rng_for, slow_after
 
 TILINGS = (daq.Block(16, 32), daq.Channel(), daq.PerTensor(), daq.Group(16))
 BASE, TUNED = (jnp.asarray(x) for x in pair("checkpoints", (32, 64)))

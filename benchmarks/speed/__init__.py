@@ -1,0 +1,1 @@
+"""How fast `quantize` is, on one device and on several, and how fast the released search is."""
