@@ -10,7 +10,7 @@ search take the sums wherever the elements lie, without gathering each tile into
 
 import abc
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from daq_jax.errors import DaqError
 from daq_jax.tiles import Tiles
 
+MultiplyAdd = Callable[[Array, Array, Array], Array]
 Total = Callable[[Array], Array]  # sums over each tile, in a shape that broadcasts over the tiles
 
 
@@ -88,6 +89,12 @@ class Additive(Metric):
     def score(self, *sums: Array) -> Array:
         """The score, given the sums of `fixed_terms` and then of `terms` over a tile."""
 
+    def add_terms(
+        self, sums: Sequence[Array], d: Array, q: Array, multiply_add: MultiplyAdd
+    ) -> tuple[Array, ...]:
+        """`sums` and the terms of more elements, one by one; `multiply_add(a, b, c)` is `a * b + c`."""
+        return tuple(sum + term for sum, term in zip(sums, self.terms(d, q), strict=True))
+
     def fixed_sums(self, tiles: Tiles, total: Total) -> tuple[Array, ...]:
         """See `Metric`."""
         return tuple(map(total, self.fixed_terms(tiles.change)))
@@ -110,6 +117,12 @@ class SumOfProducts(Additive):
 
     def terms(self, d: Array, q: Array) -> tuple[Array, ...]:
         return tuple(a * b for a, b in self.factors(d, q))
+
+    def add_terms(
+        self, sums: Sequence[Array], d: Array, q: Array, multiply_add: MultiplyAdd
+    ) -> tuple[Array, ...]:
+        """See `Additive`."""
+        return tuple(multiply_add(a, b, sum) for (a, b), sum in zip(self.factors(d, q), sums, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from daq_jax.errors import DaqError
-from daq_jax.formats import Format, Integer, SmallFloat
+from daq_jax.formats import Format, codes_are_values
 from daq_jax.numerics.arithmetic import divide
 from daq_jax.qtensor import QTensor
 from daq_jax.scales import absmax_scale
@@ -46,7 +46,7 @@ def dot(x: Float[Array, "..."], q: QTensor, *, activations: Format | None = None
         raise DaqError(f"x is {x.shape}; for this weight it must be {(*shared, '...', *inputs)}.")
     contracted = (tuple(range(first, x.ndim)), rows), (tuple(range(len(batch))), batch)
     late = _scale_can_wait(q)
-    if activations is not None and not (late and isinstance(activations, (SmallFloat, Integer))):
+    if activations is not None and not (late and codes_are_values(activations)):
         raise DaqError(
             f"activations={activations.name} needs a weight in Channel() or PerTensor() and formats whose "
             f"codes are numbers; the weight is in {q.tiling}, {q.format.name}."
@@ -63,8 +63,7 @@ def dot(x: Float[Array, "..."], q: QTensor, *, activations: Format | None = None
 
 def _scale_can_wait(q: QTensor) -> bool:
     """Whether codes are numbers, exact in 16 bits, and no scale varies along the inputs."""
-    numbers = isinstance(q.format, (SmallFloat, Integer)) and getattr(q, "zero", None) is None
-    return numbers and q.view.grid[-2] == 1
+    return codes_are_values(q.format) and q.zero is None and q.view.grid[-2] == 1
 
 
 def _after(q: QTensor, first: int) -> Array:

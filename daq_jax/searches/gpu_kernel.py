@@ -20,7 +20,7 @@ from jaxtyping import Array
 
 from daq_jax.formats import Format
 from daq_jax.gpu_codes import INSTRUCTION, kept
-from daq_jax.metrics import Additive, Cosine, NegMse, SignRate, SumOfProducts, neg_bias, neg_error
+from daq_jax.metrics import Additive, Cosine, NegMse, SignRate, neg_bias, neg_error
 from daq_jax.numerics.arithmetic import divide
 from daq_jax.numerics.gpu_arithmetic import multiply_add, reciprocal
 from daq_jax.numerics.kernel_choice import interpreted, pallas_call
@@ -160,7 +160,7 @@ class _Tile:
         def step(_: Array, sums: Any, base: Array, tuned: Array) -> Any:
             d = tuned - base
             changes = (kept(base, tuned, s, self.number) for s in scales)
-            return [_add_terms(metric, sum, d, q) for sum, q in zip(sums, changes, strict=True)]
+            return [metric.add_terms(sum, d, q, multiply_add) for sum, q in zip(sums, changes, strict=True)]
 
         like = jax.eval_shape(metric.terms, zeros, zeros)
         start = [tuple(jnp.zeros(x.shape, x.dtype) for x in like) for _ in scales]
@@ -292,11 +292,3 @@ def _best_lane(ratio: Array, score: Array, count: int) -> Trial:
     off = jnp.where((score == top) & (lane < count), jnp.abs(ratio - 1), jnp.inf)
     ratio = jnp.min(jnp.where(off == jnp.min(off), ratio, jnp.inf))
     return Trial(ratio, ratio, top)
-
-
-def _add_terms(metric: Any, sums: Sequence[Array], d: Array, q: Array) -> tuple[Array, ...]:
-    """`sums` and the metric's terms."""
-    if isinstance(metric, SumOfProducts):
-        pairs = zip(metric.factors(d, q), sums, strict=True)
-        return tuple(multiply_add(a, b, sum) for (a, b), sum in pairs)
-    return tuple(a + b for a, b in zip(sums, metric.terms(d, q), strict=True))

@@ -16,7 +16,11 @@ from tests.cases import assert_same_bits
 from tests.compilations import compilations
 from tests.contracts.members import BY_PRODUCTS, MEMBERS, SHAPE, TILE, a_pair, twin
 
-EACH = pytest.mark.parametrize("name", MEMBERS)
+# Those that take long to compile are in the slow tests, but for the first check.
+HEAVY = ("UnbiasedSubspace", "recipes.default")
+EACH = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in HEAVY else ()) for name in MEMBERS]
+)
 BASE, TUNED = map(jnp.asarray, a_pair())
 
 
@@ -40,7 +44,7 @@ def assert_same(name: str, q: daq.QTensor, expected: daq.QTensor) -> None:
     assert float(found.mse) == pytest.approx(float(wanted.mse), rel=2e-2)
 
 
-@EACH
+@pytest.mark.parametrize("name", MEMBERS)
 def test_jit_gives_the_bits_of_an_eager_call(name):
     assert_same(name, jax.jit(functools.partial(run, MEMBERS[name]))(BASE, TUNED), eager(name))
 
