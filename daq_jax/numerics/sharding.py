@@ -1,8 +1,8 @@
 """Keeping the sharding of a weight through reshapes.
 
 Cutting a weight into tiles reshapes it, which JAX refuses for an array whose mesh axes are Explicit: there
-the user says where things lie. We do: codes lie as the weight does and scales with their tiles, so the
-reshapes in between may be left to the compiler (mesh axes Auto).
+the caller states every sharding. Codes are sharded like their weight and scales like their tiles, so only the
+results need a statement, and the reshapes in between are left to the compiler (mesh axes Auto).
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding
 
 
 def sharding_of(x: Any) -> NamedSharding | None:
-    """Where an array lies, if on a mesh and known: for a tracer only if the mesh axes are Explicit."""
+    """The sharding of an array over a mesh; None if it has none, or is traced over Auto mesh axes."""
     traced = isinstance(x, Tracer)
     sharding = jax.typeof(x).sharding if traced else getattr(x, "sharding", None)
     if not isinstance(sharding, NamedSharding) or sharding.mesh.empty:
@@ -27,7 +27,7 @@ def _is_explicit(sharding: NamedSharding) -> bool:
 
 
 def run_sharded(function: Callable[..., Any], out: Any) -> Callable[..., Any]:
-    """`function`, with its result lying as `out` says and everything inside left to the compiler.
+    """`function`, with its result sharded as `out` says and everything inside left to the compiler.
 
     Args:
         function: of arrays.
@@ -44,12 +44,12 @@ def run_sharded(function: Callable[..., Any], out: Any) -> Callable[..., Any]:
 def on_each_device(
     function: Callable[..., Any], inside: Sequence[NamedSharding | None], out: Sequence[NamedSharding]
 ) -> Callable[..., Any]:
-    """`function`, called on each device with the shards that lie there: no device waits for another.
+    """`function`, called on each device with the shards of that device: no device waits for another.
 
     Args:
         function: of arrays, to a tuple of arrays.
-        inside: where each argument lies; None where it lies everywhere, or is None.
-        out: where each result lies.
+        inside: the sharding of each argument; None where it is replicated, or is None.
+        out: the sharding of each result.
     """
 
     def spec(sharding: NamedSharding | None) -> PartitionSpec:
@@ -65,20 +65,20 @@ def on_each_device(
 
 
 def committed_sharding(x: Any) -> Sharding | None:
-    """Where an array must stay; None if it is no array of JAX's, is traced, or may be moved."""
+    """The sharding that an array is committed to; None for NumPy, traced and uncommitted arrays."""
     bound = isinstance(x, jax.Array) and not isinstance(x, Tracer) and x.committed
     return x.sharding if bound else None
 
 
 def lie_apart(a: Sharding | None, b: Sharding | None) -> bool:
-    """Whether two arrays lie on other devices, or on two meshes: not every program can take both."""
+    """Whether two arrays are on other devices, or on two meshes: not every program can take both."""
     if isinstance(a, NamedSharding) and isinstance(b, NamedSharding):
         return a.mesh != b.mesh
     return a is not None and b is not None and a.device_set != b.device_set
 
 
 def place_of(sharding: Sharding | None) -> str:
-    """Where arrays of this sharding lie, in words."""
+    """The devices of a sharding, for messages."""
     if isinstance(sharding, NamedSharding):
         ids = [d.id for d in sharding.mesh.devices.flat]  # pyright: ignore[reportOptionalMemberAccess]
         return f"{sharding.mesh} of devices {ids}"

@@ -1,10 +1,11 @@
-"""Error feedback: later rows of a matrix make up for the rounding errors of earlier ones.
+"""Error feedback: later rows of a matrix make up for the rounding errors of earlier rows.
 
-A weight acts as `x W`. If the error of a row is known before the next rows are rounded, they can be rounded
-so that what `x` sees of it cancels, in the directions of `x` that matter most. Adaptive rounding with linear
-feedback does this with the second moments of calibration inputs (GPTQ, arXiv:2210.17323; LDLQ,
-arXiv:2307.13304). Here there is no data, but there is a fine-tune: a gradient step is a sum of inputs times
-errors, so the left singular directions of the change are those of the inputs, and `d d'` stands for `x' x`.
+A weight acts as `x W`. Once the error of a row is known, the next rows can be rounded so that the effect of
+that error on `x W` cancels, in the directions of `x` that matter most. Adaptive rounding with linear feedback
+does this with the second moments of calibration inputs (GPTQ, arXiv:2210.17323; LDLQ, arXiv:2307.13304). Here
+there is no data, but there is a fine-tune. A gradient step is a sum of products of inputs and output
+gradients, so the left singular directions of the change are directions of the inputs, and `d d'` stands for
+the second moments `x' x`.
 """
 
 import dataclasses
@@ -37,33 +38,34 @@ _AS_STORED = 1.5  # times the square of a step of bfloat16: what rounding such w
 
 @dataclasses.dataclass(frozen=True)
 class UnbiasedFeedback(Rounding):
-    """`UnbiasedGain`, and then each block of rows makes up for the errors of those before it.
+    """`UnbiasedGain`, and then each row block makes up for the errors of the row blocks before it.
 
-    Minimizes `tr(e' H e)` for the error `e` `[R, C]` against the tuned weights, `H = U U' d d' U U' + m I`:
-    `U` are the `rank` leading left singular directions of the change `d`, `m` is `damping` times the mean of
-    the other eigenvalues of `d d'`. One pass over the rows, in up to 64 blocks: with `s = U' e` of the rows
-    done, the next block aims at `base + g d - K s`, where `K` is what is best if the rows left could take any
-    value. Where a change has no leading directions, as a random one has not, little is done. Each strip of
-    128 outputs is held to the size of its change: where what it has kept so far is clearly too much or too
-    little, the gains of its next block are smaller or larger.
+    Minimizes `tr(e' H e)` for the error `e` `[R, C]` against the tuned weights, with
+    `H = U U' d d' U U' + m I`: `U` are the `rank` leading left singular directions of the change `d`, and `m`
+    is `damping` times the mean of the other eigenvalues of `d d'`. There is one pass over the rows, in up to
+    64 row blocks. With `s = U' e` of the rows done, the next block aims at `base + g d - K s`, where `K` is
+    the best response if the rows left could take any value. A change without leading directions, such as
+    random noise, is hardly corrected. Each strip of 128 outputs is held to the size of its change: where the
+    change kept so far is clearly too large or too small, the gains of the next block are smaller or larger.
 
-    A gain keeps the largest changes, for all, and drops the rest. That is wrong where they are single steps
-    of bfloat16, whose sizes are those of the rounding of what was stored. A tile of bfloat16 numbers that
-    plain rounding moves by less than their steps, as on the grid of its base, gets a dither in place of a
-    gain: thresholds between neighbouring codes, spread evenly over the matrix, for the weights that changed.
+    A gain keeps the largest changes at full size and drops the others. That is wrong where changes are single
+    steps of bfloat16, whose sizes only tell how the weights were stored. A tile of bfloat16 numbers that
+    nearest rounding moves by less than their steps, as on the grid of its base, is therefore rounded by a
+    dither in place of a gain: thresholds between neighbouring codes, spread evenly over the matrix, for the
+    weights that changed.
 
-    Works on whole matrices. On a weight sharded over its outputs, in whole strips, only the search for `U`
-    communicates; over its inputs, every block does. A search scores the gain alone. Products may run in
-    bfloat16 or TF32: errors are taken after rounding, so that an inexact correction is made up for like any
-    other error.
+    Sees the whole matrix. On a weight sharded over its outputs, in whole strips, only the search for `U`
+    communicates; on a weight sharded over its inputs, every row block does. A search scores the gain alone.
+    Products may run in bfloat16 or TF32: errors are taken after rounding, so the error of a correction is
+    corrected like any other error.
 
     Deterministic. Rounds once more than `UnbiasedGain`.
 
     Attributes:
         rank: number of directions, at most half of the matrix's rows.
-        per: what shares a gain; see `UnbiasedGain`.
-        damping: weight of ordinary error beside error in the leading directions; smaller corrects more and
-            adds more ordinary error.
+        per: the elements that share a gain; see `UnbiasedGain`.
+        damping: weight of error in general against error in the leading directions. A smaller value corrects
+            more and adds more error elsewhere. 10 is the choice of docs/design/behaviour.md.
     """
 
     multiplies = True
@@ -138,7 +140,7 @@ def _round(plan: Plan, blocks: "_Blocks") -> Float[Array, "B R C"]:
 
 
 def _as_stored(tiles: Tiles, scale: Array) -> Array:
-    """Whether a tile holds bfloat16 numbers, in any dtype, that plain rounding moves by less than a step."""
+    """Whether a tile holds bfloat16 numbers, in any dtype, that nearest rounding moves by under a step."""
     bits = lax.bitcast_convert_type(tiles.tuned, jnp.int32)  # a cast and back may be optimized away
     step = power_below(tiles.tuned) * 2.0**-7
     error = weights_of(tiles.format.round(divide(tiles.tuned, scale)), scale) - tiles.tuned
@@ -158,7 +160,7 @@ def _in_parts_on_cpu(
 
 @dataclasses.dataclass(frozen=True)
 class _Blocks:
-    """The rows of a matrix in blocks that are rounded one after another.
+    """The rows of a matrix in row blocks, which are rounded one after another.
 
     Attributes:
         cut: the cut weight.
@@ -225,10 +227,10 @@ class _Blocks:
 def _responses(
     change: Float[Array, "B R C"], directions: Float[Array, "B R k"], blocks: _Blocks, damping: float
 ) -> Float[Array, "B n b k"]:
-    """The matrix `K` of each block: what its `b` rows do about the error `s` in each direction so far.
+    """The matrix `K` of each row block: how its `b` rows answer the error `s` in each direction so far.
 
     With `U` the directions, `U_i` the rows of block `i` and `G_i` the sum of `U_j' U_j` over `j >= i`, the
-    best that the rows left can do for a given `s` gives `K_i = U_i (m (U' d d' U)^-1 + G_i)^-1`.
+    least loss that the rows left can reach for a given `s` gives `K_i = U_i (m (U' d d' U)^-1 + G_i)^-1`.
     """
     seen = directions.mT @ change
     with jax.default_matmul_precision("highest"):  # small matrices, whose inverses are taken

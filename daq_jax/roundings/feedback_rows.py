@@ -1,7 +1,7 @@
-"""Some rows of a matrix as error feedback takes them: how they are rounded, and what the rows left must know.
+"""The rows of one row block, as error feedback takes them: how they are rounded, and what is handed on.
 
-The loop of `feedback` and the kernel of `gpu_feedback` are both made of this. Rows are `[b, C]`, in the loop
-with a batch axis before.
+The plain loop of `feedback` and the kernel of `feedback_gpu` are both made of this. Rows are `[b, C]`; in the
+loop they have a batch axis in front.
 """
 
 from collections.abc import Callable
@@ -14,26 +14,27 @@ from jaxtyping import Array, Float
 from daq_jax.formats import Format, dither, weights_of
 from daq_jax.numerics.arithmetic import divide
 
+# The three limits below were chosen by the behaviour study; docs/design/behaviour.md says what others did.
 STRIP = 128  # columns whose change is held to its size together
-_TOLERATED = 2.0  # standard deviations of what a strip keeps of its change, and
-_NEAR = 0.04  # how far from its size it may be in any case: every correction is an error along the change
-_MOST_MORE = 0.15  # of a gain, to make up for other rows
+_TOLERATED = 2.0  # standard deviations of a strip's kept change that are left uncorrected
+_NEAR = 0.04  # share of a strip's change that is left uncorrected: a correction is itself an error
+_MOST_MORE = 0.15  # largest relative correction of a gain, up or down
 _LATTICE = np.array([3242174889, 2447445414], np.uint32)  # 2^32 over the plastic number, and over its square
 
 
 class Plan(NamedTuple):
-    """What is known of matrices before their first rows are rounded: `R` rows in `n` blocks of `b`.
+    """What is known of matrices before their first rows are rounded: `R` rows in `n` row blocks of `b` rows.
 
     Attributes:
-        target: `[B, R, C]` float32. What rounding aims at where nothing has to be made up for.
-        base: `[B, R, C]`, as stored. Weights before tuning.
-        tuned: the same after.
-        scale: `[B, t, C]` float32, for each of `t` rows of tiles.
-        moved: `[B, t, C]` bool. Whether tuning changed the tile; if not, it makes up for nothing.
-        dithered: `[B, t, C]` bool. Whether the tile gets a dither.
-        responses: `[B, n, b, k]` float32. What rows do about the error `s` in each of `k` directions so far.
-        directions: `[B, R, k]` float32, `U`.
-        left: `[B, 1, C]` float32. `d^2`, summed over each strip.
+        target: `[B, R, C]` float32, what rounding aims at before any correction.
+        base: `[B, R, C]`, weights before tuning, as stored.
+        tuned: `[B, R, C]`, weights after tuning, as stored.
+        scale: `[B, t, C]` float32, weight units per code unit, for each of `t` rows of tiles.
+        moved: `[B, t, C]` bool, whether tuning changed the tile; a tile without change is not corrected.
+        dithered: `[B, t, C]` bool, whether the tile is rounded by a dither in place of a gain.
+        responses: `[B, n, b, k]` float32, `K`: how the rows of a block answer the error `s` so far.
+        directions: `[B, R, k]` float32, `U`: orthonormal leading left singular directions of the change.
+        left: `[B, 1, C]` float32, `d^2` summed over each strip.
     """
 
     target: Array
@@ -48,9 +49,16 @@ class Plan(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Rows of a `Plan` that are rounded at once, float32; what concerns tiles broadcasts.
+    """Rows of a `Plan` that are rounded at once.
 
-    `thresholds` are those of the dither, in [0, 1).
+    Attributes:
+        target: `[b, C]` float32, what rounding aims at before any correction.
+        base: `[b, C]` float32, weights before tuning.
+        tuned: `[b, C]` float32, weights after tuning.
+        scale: float32, weight units per code unit; broadcasts over the rows.
+        moved: bool, whether tuning changed the tile; broadcasts.
+        dithered: bool, whether the tile is rounded by a dither; broadcasts.
+        thresholds: `[b, C]` float32 in [0, 1), those of the dither.
     """
 
     target: Array
@@ -65,7 +73,7 @@ class Rows(NamedTuple):
     def of(
         cls, plan: Plan, take: Callable[[Any], Array], take_tiles: Callable[[Any], Array], thresholds: Array
     ) -> "Rows":
-        """Of a plan, what `take` takes of its weights and `take_tiles` of what concerns its tiles."""
+        """The rows that `take` picks from arrays `[B, R, C]`, and `take_tiles` from arrays `[B, t, C]`."""
         target, base, tuned = (take(x).astype(jnp.float32) for x in (plan.target, plan.base, plan.tuned))
         scale, moved, dithered = map(take_tiles, (plan.scale, plan.moved, plan.dithered))
         return cls(target, base, tuned, scale, moved, dithered, thresholds)
@@ -76,7 +84,7 @@ class Rows(NamedTuple):
         return self.tuned - self.base
 
     def aim(self, more: Array, response: Array) -> Array:
-        """The target with gains `more` times as large, less the response to the errors of rows before."""
+        """The target with gains `more` times as large, less the response to the errors of earlier rows."""
         target = jnp.where(more == 1, self.target, self.base + more * (self.target - self.base))
         return target - jnp.where(self.moved, response, 0)
 
@@ -88,12 +96,12 @@ class Rows(NamedTuple):
         return jnp.where(self.dithered & (self.change != 0), by_dither, number.round(x))
 
     def error(self, values: Array) -> Array:
-        """How far codes of these values are from the tuned weights."""
+        """Dequantized weights of these code values less the tuned weights, `[b, C]` float32."""
         return weights_of(values, self.scale) - self.tuned
 
 
 def lattice(rows: Array, columns: Array) -> Array:
-    """Numbers in [0, 1) for places in a matrix, `uint32`, that broadcast: neighbours differ widely."""
+    """Numbers in [0, 1) for positions in a matrix, uint32 arrays that broadcast: neighbours differ widely."""
     place = rows * _LATTICE[0] + columns * _LATTICE[1]
     return (place >> 8).astype(jnp.float32) * 2.0**-24
 
@@ -107,18 +115,18 @@ def over_strips(x: Float[Array, "B b C"]) -> Float[Array, "B 1 C"]:
 
 
 class Size(NamedTuple):
-    """How far the change kept so far is from its size, over each strip of outputs; sums `[B, 1, C]`.
+    """How far the change kept so far is from its size, over each strip of 128 outputs; sums `[B, 1, C]`.
 
-    A gain is right for rounding alone. What feedback adds moves weights that are near the edge between two
-    codes, mostly outwards, since more are on their way to the next code than beyond it; later rows make up
-    for that as well.
+    Gains are right for rounding without feedback. A correction by feedback moves weights that are near the
+    edge between two codes, and mostly away from the base, since more of them are on their way to the next
+    code than beyond it. Later rows make up for this excess too.
 
     Attributes:
-        excess: `d e` of the rows done.
-        noise: its square, were errors independent.
-        done: `d^2` of the rows done.
-        aimed: the same, times the correction they had.
-        left: `d^2` of the rows left.
+        excess: `d e` summed over the rows done.
+        noise: variance of `excess` if errors were independent, the sum of `(d e)^2`.
+        done: `d^2` summed over the rows done.
+        aimed: `d^2` of the rows done, times the correction that each had.
+        left: `d^2` summed over the rows left.
     """
 
     excess: Array
@@ -144,7 +152,7 @@ class Size(NamedTuple):
         return jnp.where(far, factor, 1)
 
     def after(self, d: Array, error: Array, correction: Array, total: Callable[[Array], Array]) -> "Size":
-        """The sums with those of more rows, each a `total` over a strip."""
+        """The sums once more rows are done; `total` sums over a strip."""
         excess, noise, size = map(total, (d * error, (d * error) ** 2, d * d))
         return Size(
             self.excess + excess,

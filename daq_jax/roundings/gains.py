@@ -1,14 +1,10 @@
-"""Unbiased rounding: choose between neighbouring codes so that the kept change has the size of the true one.
+"""Unbiased rounding by gains: choose between neighbouring codes so that the kept change has the true size.
 
-Rounding to the nearest code keeps a weight, not a change. Where a base lies on the grid of the codes, as one
-that was itself shipped in FP8 does, a change below half a step rounds to nothing. Here the target of rounding
+Rounding to the nearest code keeps a weight, not a change. Where a base is on the grid of the codes, as one
+that was itself shipped in FP8 is, a change below half a step rounds to nothing. Here the target of rounding
 moves instead: the codes nearest to `base + g d`, with a gain `g` for each small set of elements such that the
-projection `<d, q> / <d, d>` of the set is 1. The gain is stored nowhere: format, scales and servers are the
-same as without it.
-
-`UnbiasedGain` is that. `UnbiasedSubspace` then drives the error of the whole matrix orthogonal to the
-directions in which the change acts: a small error that lines up with them does far more harm than the same
-error at random.
+projection `<d, q> / <d, d>` of the set is 1. The gain is not stored: format, scales and servers are the same
+as without it.
 """
 
 import dataclasses
@@ -43,18 +39,20 @@ _TOLERATED = 2.0  # standard deviations of a projection's own noise
 
 @dataclasses.dataclass(frozen=True)
 class Sets:
-    """The sets of elements that share a gain: rows, columns or the whole of a tile, or of a run of tiles.
+    """The sets of elements that share a gain.
 
-    In the matrix view a row is one input and a column one output. Where a tile gives a set fewer than 64
-    elements, as in narrow tiles of `Channel` and `Group`, the set reaches over several tiles in line.
+    A set is one row, one column or the whole of a tile; in the matrix view a row is one input and a column
+    one output. Where that is fewer than 64 elements, as in narrow tiles of `Channel` and `Group`, a set takes
+    in several neighbouring tiles. The bias of nearest rounding is judged over a region, of 4096 elements or
+    more: several sets side by side.
 
     Attributes:
         axes: axes of a tile that a set sums over.
-        rest: the axis of a tile along which sets stand side by side, if there are several in a tile.
-        along: axis over tiles along which a set may reach.
-        across: the other axis over tiles.
-        run: number of tiles that a set reaches over, a power of two.
-        region: number of runs, across, over which the bias of plain rounding is judged; a power of two.
+        rest: axis of a tile along which its sets are numbered; None where a tile has one set.
+        along: axis over tiles along which a set takes in neighbouring tiles.
+        across: axis over tiles along which a region takes in neighbouring sets.
+        run: number of tiles in a set, a power of two.
+        region: number of sets in a region along `across`, a power of two.
     """
 
     axes: tuple[int, ...]
@@ -85,13 +83,13 @@ class Sets:
         return _sum_of_runs(jnp.sum(x, self.axes, keepdims=True), self.along, self.run)
 
     def total_on_cpu(self, x: Array, *, local: bool) -> Array:
-        """The same in the order that is quick on a CPU; `local` as in `Tiles`."""
+        """As `total`, in the order that is quick on a CPU; `local` if the tiles are on one device."""
         for axis in reversed(self.axes):
             x = sum_as_computed(x, axis, local)
         return _sum_of_runs(x, self.along, self.run)
 
     def region_total(self, sums: Array) -> Array:
-        """Sum over the whole region that each set lies in, of the totals of sets; in their shape."""
+        """Sum, over the region of each set, of the totals of its sets; in the shape of the totals."""
         sums = sums if self.rest is None else jnp.sum(sums, self.rest, keepdims=True)
         return _sum_of_runs(sums, self.across, self.region)
 
@@ -109,7 +107,7 @@ class Sets:
 
     @property
     def alignment(self) -> int:
-        """At multiples of how many tiles a weight may be taken apart, so that nothing is cut through."""
+        """A weight may be taken apart at multiples of this number of tiles without cutting a region."""
         return 1 if self.rest is not None and self.run == self.region == 1 else _WINDOW
 
 
@@ -140,16 +138,16 @@ def _between(low: Array, high: Array) -> Array:
 
 
 class Bracket(NamedTuple):
-    """What is known of each set when its bisection ends, in a shape that broadcasts over the tiles.
+    """What is known of each set when its bisection ends; arrays broadcast over the tiles.
 
     Attributes:
         size: `<d, d>`.
-        excess: `<d, e>`, with the error `e` of plain rounding.
-        squares: the sum of `(d e)^2`.
-        low: a gain that reaches no projection above 1,
-        high: and one that reaches none below, the next one.
-        at_low: `<d, q>` there,
-        at_high: and there.
+        excess: `<d, e>`, with the error `e` of nearest rounding.
+        squares: the sum of `(d e)^2` over the set.
+        low: largest gain tried whose projection is below 1.
+        high: smallest gain tried whose projection is 1 or more; next to `low` when the bisection ends.
+        at_low: `<d, q>` under the gain `low`.
+        at_high: `<d, q>` under the gain `high`.
     """
 
     size: Array
@@ -165,9 +163,9 @@ def bracket(d: Array, kept: Callable[[Array | float], Array], total: Callable[[A
     """Bisects for the gain of each set.
 
     Args:
-        d: the true change.
-        kept: the kept change under a gain.
-        total: sums over each set.
+        d: the true change, in the shape of the tiles.
+        kept: gives the kept change under a gain, which broadcasts over the tiles.
+        total: sums over each set, in a shape that broadcasts over the tiles.
     """
     size, plain = total(d * d), kept(1.0)
     excess, squares, at_one = total(d * (plain - d)), total((d * (plain - d)) ** 2), total(d * plain)
@@ -200,17 +198,19 @@ def bracket(d: Array, kept: Callable[[Array | float], Array], total: Callable[[A
 class UnbiasedGain(Rounding):
     """The codes nearest to `base + g d`, with gains `g` that make the projection of each set of elements 1.
 
-    Found by bisection, since projection never falls as the gain grows. In a tile (of narrow ones, in several)
-    where the projection of plain rounding is 1 within two standard deviations of its own noise, the codes are
-    those of `Nearest`; so they are where nothing changed, or no gain up to 1024 reaches 1. Projection jumps
-    where an element takes its next code; sets take the gain before or after the jump nearest 1 in such shares
-    that their total is right.
+    The gain of a set is found by bisection, since the projection never falls as the gain grows. The codes are
+    those of `Nearest` in three cases: where the projection of nearest rounding is 1 within two standard
+    deviations of its own noise, where nothing changed, and where no gain up to 1024 reaches 1.
+
+    The projection of a set jumps where an element takes its next code, so no gain may reach 1 exactly. Some
+    sets then take the gain before the jump and the others the gain after it, in such shares that the total
+    projection is 1.
 
     Deterministic. Rounds about 18 times.
 
     Attributes:
-        per: what shares a gain: a "row" (one input), a "column" (one output) or the whole of a "tile", in the
-            matrix view of the weight. Narrow tiles join up until a set has 64 elements.
+        per: the elements that share a gain: a "row" (one input), a "column" (one output) or the whole of a
+            "tile", in the matrix view of the weight; of narrow tiles several, until a set has 64 elements.
 
     >>> UnbiasedGain(per="row")
     UnbiasedGain(per='row')

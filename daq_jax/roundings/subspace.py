@@ -17,19 +17,20 @@ from daq_jax.tiles import Tiles
 class UnbiasedSubspace(Rounding):
     """`UnbiasedGain`, and then little error in the directions in which the change acts.
 
-    With `U` and `V` the leading singular directions of the matrix's change and the gains fixed, it repeats:
-    round `base + g d + U C V'`, take the error `e` against the tuned weights, and subtract `U' e V` from `C`.
-    Little of the error is left there. The directions come from a randomized range finder (Halko,
-    Martinsson and Tropp, arXiv:0909.4061), as orthonormal bases; no full SVD is taken.
+    A small error that lines up with the leading singular directions of the change does far more harm than an
+    equally large error at random. With `U` and `V` these directions and the gains fixed, each turn rounds
+    `base + g d + U C V'`, takes the error `e` against the tuned weights, and subtracts `U' e V` from `C`; the
+    projection of the error on the directions shrinks from turn to turn. The directions come from a randomized
+    range finder (Halko, Martinsson and Tropp, arXiv:0909.4061), as orthonormal bases; no full SVD is taken.
 
-    Works on whole matrices: on a sharded weight its products are collectives. A search scores the gain alone.
-    Products may run in bfloat16 or TF32: an error in a correction is corrected on the next turn.
+    Sees the whole matrix: on a sharded weight its products are collectives. A search scores the gain alone.
+    Products may run in bfloat16 or TF32: the error of a correction is corrected on the next turn.
 
     Deterministic.
 
     Attributes:
         rank: number of directions, at most a quarter of the matrix's shorter side.
-        per: as in `UnbiasedGain`.
+        per: the elements that share a gain; see `UnbiasedGain`.
         turns: number of corrections.
     """
 
