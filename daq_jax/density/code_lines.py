@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from daq_jax.formats import Format
+from daq_jax.formats import Format, weights_of
 from daq_jax.numerics.arithmetic import divide
 from daq_jax.scales import usable
 
@@ -31,7 +31,7 @@ class Line(NamedTuple):
 
     def weights(self, values: Float[Array, "N n C"]) -> Float[Array, "N n C"]:
         """The weights that code values stand for."""
-        return (values - self.zero[:, None]) * self.scale[:, None]
+        return weights_of(values, self.scale[:, None], self.zero[:, None])
 
     def replaced(self, where: Bool[Array, "N C"], other: "Line") -> "Line":
         """Another line for some of the groups."""

@@ -19,7 +19,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from daq_jax.density.code_lines import Groups, Line, across, better_line
-from daq_jax.formats import Format
+from daq_jax.formats import Format, weights_of
 from daq_jax.numerics.linalg import inverse_factor
 
 BLOCK = 128  # inputs whose errors are kept up to date one by one; beyond, by a product once a block
@@ -103,8 +103,10 @@ def _feed_back(factor: Array, weight: Array, line: Line, fmt: Format) -> Array:
 
         def one(weight: Array, this: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
             i, row = this
+            # Both quotients are plain. One unit in the last place decides between codes only where two are as
+            # near, and the error is taken from the code that was chosen, whichever it is.
             value = fmt.round(weight[i] / line.scale + line.zero)
-            error = (weight[i] - _weights(value, line)) / row[i]
+            error = (weight[i] - weights_of(value, line.scale, line.zero)) / row[i]
             return weight - jnp.where(jnp.arange(m) > i, row, 0)[:, None] * error, (value, error)
 
         own = lax.dynamic_slice_in_dim(rows, start, m, 1)
@@ -149,11 +151,11 @@ def _descend(
     def visit(pull: Array, this: tuple[Array, _Group]) -> tuple[Array, tuple[Array, Line]]:
         g, group = this
         own = lax.dynamic_index_in_dim(group.rows, g, 1, keepdims=False)
-        before = _weights(group.values, group.line)
+        before = weights_of(group.values, group.line.scale, group.line.zero)
         values, pulled = _choose(own, group, pull[g], fmt)
         alone = jax.tree.map(lambda x: x[None], (values, group.line, pulled, group.real, own))
         line = jax.tree.map(lambda x: x[0], better_line(*alone, shift=shift)[0])
-        moved = jnp.where(group.real, _weights(values, line) - before, 0)
+        moved = jnp.where(group.real, weights_of(values, line.scale, line.zero) - before, 0)
         everywhere = across(group.rows.reshape(-1, size).T, moved)
         return pull - everywhere.reshape(pull.shape), (values, line)
 
@@ -164,10 +166,6 @@ def _descend(
         return pull, values, line
 
     return lax.fori_loop(0, sweeps, sweep, (pull, values, line))[1:]
-
-
-def _weights(values: Array, line: Line) -> Array:
-    return (values - line.zero) * line.scale
 
 
 def _choose(gram: Array, group: _Group, pull: Array, fmt: Format) -> tuple[Array, Array]:
@@ -196,7 +194,8 @@ def _choose_block(
     def choose(pull: Array, this: tuple[Array, Array, Array, Array]) -> tuple[Array, Array]:
         i, row, value, exists = this
         own = jnp.where(row[i] > 0, row[i], 1)
-        wanted = _weights(value, line) + pull[i] / own
+        # Both quotients are plain: they only propose a code, and `lowers` is asked of that very code.
+        wanted = weights_of(value, line.scale, line.zero) + pull[i] / own
         new = fmt.round(wanted / line.scale + line.zero)
         step = (new - value) * line.scale
         lowers = exists & (row[i] > 0) & (step * (step * own - 2 * pull[i]) < 0)
