@@ -26,10 +26,10 @@ from jaxtyping import Array, Float
 from rich.console import Console
 from rich.progress import track
 
-from daq_jax import recipes
 from daq_jax.density.grams import Grams, KernelInputs
 from daq_jax.errors import DaqError
 from daq_jax.numerics.sharding import run_sharded, sharding_of
+from daq_jax.recipe import Recipe
 from daq_jax.rules import DEFAULT_RULES, Rule, decide
 from daq_jax.trees import PyTree, named_leaves
 
@@ -145,7 +145,7 @@ def _paths(params: PyTree, rules: Sequence[Rule]) -> list[str | None]:
 
     def path_of(path: str, leaf: Any) -> str | None:
         is_float = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
-        return path if decide(path, np.ndim(leaf), is_float, rules, recipes.default).quantize else None
+        return path if decide(path, np.ndim(leaf), is_float, rules, Recipe()).quantize else None
 
     return [path_of(*item) for item in named_leaves(params).items()]
 

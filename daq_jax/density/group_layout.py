@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from daq_jax.density.output_rounding import BLOCK
+from daq_jax.density.output_rounding import ROW_BLOCK
 from daq_jax.tilings import TileView
 
 
@@ -33,7 +33,7 @@ class GroupLayout:
     @property
     def size(self) -> int:
         """n, the number of rows of a group."""
-        return self.inputs if self.inputs <= BLOCK else -(-self.inputs // BLOCK) * BLOCK
+        return self.inputs if self.inputs <= ROW_BLOCK else -(-self.inputs // ROW_BLOCK) * ROW_BLOCK
 
     @property
     def real(self) -> np.ndarray:

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import rng_for
 
 import daq_jax as daq
-from daq_jax.density.code_lines import Groups, Line
-from daq_jax.density.output_rounding import Islands, round_by_output
+from daq_jax.density.groups import AffineMap, Groups
+from daq_jax.density.output_rounding import LossBlocks, round_by_output
+from tests.cases import rng_for
 
 GROUPS, INPUTS, OUTPUTS = 3, 32, 5
 
@@ -39,7 +39,7 @@ def test_codes_that_stand_for_the_weights_have_no_error():
     obvious = jax.jit(lambda v, s, z, w: w - (v - z[:, None]) * s[:, None])(values, scale, zero, weight)
     assert np.mean(np.asarray(obvious) != 0) > 0.5
     for number in ("error", "loss"):
-        ours = jax.jit(lambda v, s, z, w, number=number: getattr(groups_of(w), number)(v, Line(s, z)))
+        ours = jax.jit(lambda v, s, z, w, number=number: getattr(groups_of(w), number)(v, AffineMap(s, z)))
         np.testing.assert_array_equal(ours(values, scale, zero, weight), 0)
 
 
@@ -49,7 +49,7 @@ def test_rounding_by_the_output_leaves_exact_codes_as_they_are():
     @jax.jit
     def rounded(scale, zero, weight):
         groups = groups_of(weight)
-        return round_by_output(groups, Islands.of(groups.gram), Line(scale, zero), sweeps=2)
+        return round_by_output(groups, LossBlocks.of(groups.gram), AffineMap(scale, zero), sweeps=2)
 
     found, (new_scale, new_zero) = rounded(scale, zero, weight)
     for got, wanted in ((found, values), (new_scale, scale), (new_zero, zero)):
