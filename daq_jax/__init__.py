@@ -13,6 +13,7 @@ from daq_jax import errors as errors
 from daq_jax import formats as formats
 from daq_jax import metrics as metrics
 from daq_jax import recipes as recipes
+from daq_jax import records as records  # tells `jax.export` how to write a QTensor
 from daq_jax import roundings as roundings
 from daq_jax import rules as rules
 from daq_jax import scales as scales

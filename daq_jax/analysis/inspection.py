@@ -75,11 +75,15 @@ class Inspection:
         )
         return dict(ranked[:n])
 
+    def sheet(self, n: int = sheets.SHOWN) -> sheets.Sheet:
+        """The inspection as a table of words: the verdict, the total, and the `n` worst leaves."""
+        return sheets.inspected(self.verdict, self.total, self.worst(n), leaves=len(self.leaves))
+
     def __repr__(self) -> str:
-        return sheets.text(sheets.inspected(self))
+        return sheets.text(self.sheet())
 
     def _repr_html_(self) -> str:
-        return sheets.html(sheets.inspected(self))
+        return sheets.html(self.sheet())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,8 +142,10 @@ def _source(pair: Pair) -> Source:
     how = pair.decision
 
     def read(index: Index) -> tuple[NDArray, NDArray, NDArray | None]:
-        stored = isinstance(pair.base, QTensor) and pair.base.format == how.recipe.format
-        return take(pair.base, index), take(pair.tuned, index), scales(pair.base, index) if stored else None
+        base = pair.base
+        # A base with a zero is passed over: its grid is not codes times scales alone.
+        stored = isinstance(base, QTensor) and base.format == how.recipe.format and base.zero is None
+        return take(base, index), take(pair.tuned, index), scales(base, index) if stored else None
 
     patches = Patches(TileView(tuple(pair.tuned.shape), how.matrix, how.recipe.tiling))
     return Source(patches, (np.dtype(pair.base.dtype), np.dtype(pair.tuned.dtype)), how.recipe, read)

@@ -1,4 +1,4 @@
-"""Some elements of a large weight: read where they lie, not the whole of it."""
+"""Samples of a large weight: some of its elements, read without a copy of the whole weight."""
 
 import dataclasses
 import functools
@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array
 from numpy.typing import NDArray
 
+from daq_jax.formats import weights_of
 from daq_jax.numerics.sharding import run_sharded, sharding_of
 from daq_jax.qtensor import QTensor
 from daq_jax.tilings import TileView
@@ -49,12 +50,19 @@ def _take(x: Array, index: Index, *, sharding: NamedSharding | None) -> Array:
 
 
 def weights(q: QTensor, index: Index) -> NDArray[np.float32]:
-    """Float32 elements of a quantized weight, before the cast to its dtype; see `take`."""
-    return np.asarray(q.format.decode(jnp.asarray(take(q.codes, index)))) * scales(q, index)
+    """Float32 elements of a quantized weight, before the cast to its dtype; `index` as in `take`."""
+    values = q.format.decode(jnp.asarray(take(q.codes, index)))
+    zero = None if q.zero is None else jnp.asarray(_of_tile(q, q.zero, index))
+    return np.asarray(weights_of(values, jnp.asarray(scales(q, index)), zero))
 
 
 def scales(q: QTensor, index: Index) -> NDArray[np.float32]:
-    """The scale of each element of a quantized weight; see `take`."""
+    """The scale of each of some elements of a quantized weight; `index` as in `take`."""
+    return _of_tile(q, q.scale, index)
+
+
+def _of_tile(q: QTensor, x: ArrayLike, index: Index) -> NDArray:
+    """For each of some elements, the value of an array in the shape of the scales at the element's tile."""
     view = q.view
     batch, rows, columns = view.axes
 
@@ -66,7 +74,7 @@ def scales(q: QTensor, index: Index) -> NDArray[np.float32]:
         return found
 
     r, c = view.tile
-    return take(q.scale, (*(index[a] for a in batch), number(rows) // r, number(columns) // c))
+    return take(x, (*(index[a] for a in batch), number(rows) // r, number(columns) // c))
 
 
 def evenly_spread(shape: tuple[int, ...], most: int) -> Index:

@@ -223,7 +223,7 @@ def _refuse_misfits(leaves: dict[str, Any], model: dict[str, Any]) -> None:
 
 
 # --- Exported programs --------------------------------------------------------------------------------------
-# `jax.export` writes the types of a program's arguments; those of ours it has to be told how to write.
+# `jax.export` writes the types of a program's arguments, and is told here how to write an InPlace.
 
 
 def _to_bytes(static: QTensor, *roles: str) -> bytes:
@@ -235,24 +235,9 @@ def _from_bytes(data: bytes | bytearray) -> tuple[QTensor, tuple[str, ...]]:
     return qtensor_of(record, dict.fromkeys(QTENSOR_ARRAYS)), tuple(roles)
 
 
-def _static_fields(q: QTensor) -> tuple[Any, ...]:
-    return tuple(getattr(q, f.name) for f in dataclasses.fields(q) if f.metadata.get("static"))
-
-
-def _qtensor_to_bytes(fields: tuple[Any, ...]) -> bytes:
-    names = [f.name for f in dataclasses.fields(QTensor) if f.metadata.get("static")]
-    return _to_bytes(QTensor(**dict.fromkeys(QTENSOR_ARRAYS), **dict(zip(names, fields, strict=True))))
-
-
 jax.export.register_pytree_node_serialization(
     InPlace,
     serialized_name="daq_jax.InPlace",
     serialize_auxdata=lambda fields: _to_bytes(fields[0], *fields[1]),
     deserialize_auxdata=_from_bytes,
-)
-jax.export.register_pytree_node_serialization(
-    QTensor,
-    serialized_name="daq_jax.QTensor",
-    serialize_auxdata=_qtensor_to_bytes,
-    deserialize_auxdata=lambda data: _static_fields(_from_bytes(data)[0]),
 )
