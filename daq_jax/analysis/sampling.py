@@ -78,9 +78,9 @@ def _of_tile(q: QTensor, x: ArrayLike, index: Index) -> NDArray:
 
 
 def evenly_spread(shape: tuple[int, ...], most: int) -> Index:
-    """The index of at most `most` elements, spread evenly; of all of them in order if they are fewer.
+    """The index of at most `most` elements, spread evenly; of all elements in order if there are fewer.
 
-    Multiples of the golden ratio leave no gaps and, unlike a fixed stride, follow no row or column.
+    Multiples of the golden ratio leave no large gaps and, unlike a fixed stride, favour no row or column.
     """
     size = math.prod(shape)
     flat = np.arange(size)
@@ -91,9 +91,10 @@ def evenly_spread(shape: tuple[int, ...], most: int) -> Index:
 
 @dataclasses.dataclass(frozen=True)
 class Patches:
-    """A weight as a grid of patches: pieces `[r, c]` of its matrix view, each of whole tiles.
+    """A weight as a grid of patches: slices `[r, c]` of its matrix view, each of whole tiles.
 
-    A patch is at least 128 inputs by 128 outputs where the matrix is. Patches at the edge may be smaller.
+    A patch has at least 128 inputs and 128 outputs, or all that the matrix has. Patches at an edge may have
+    fewer.
     """
 
     view: TileView
@@ -107,12 +108,12 @@ class Patches:
 
     @property
     def grid(self) -> tuple[int, ...]:
-        """Number of patches: batch axes, then along the inputs and the outputs."""
+        """Number of patches along each batch axis, along the inputs and along the outputs."""
         r, c = self.size
         return (*self.view.batch, -(-self.view.rows // r), -(-self.view.columns // c))
 
     def index(self, number: int) -> Index:
-        """Where the elements of one patch lie in the weight, as `[r, c]`."""
+        """The index, `[r, c]` for each axis of the weight, of the elements of one patch."""
         *batch, i, j = np.unravel_index(number, self.grid)
         (r, c), shape = self.size, self.view.shape
         rows = np.arange(i * r, min((i + 1) * r, self.view.rows))[:, None]
@@ -124,14 +125,14 @@ class Patches:
 
 
 def plan(patches: Mapping[str, Patches], most: int) -> dict[str, list[int]]:
-    """Which patches of which leaves to look at: a fixed choice, spread over all leaves by their size.
+    """Which patches of which leaves to look at: a fixed choice, in proportion to the size of each leaf.
 
-    Each leaf gives at least four patches, or all it has. Where that is too much for so many leaves, evenly
-    spaced leaves are looked at.
+    At least four patches are taken from a leaf, or all it has. If that is more than `most` elements, some of
+    the leaves are taken, evenly spaced.
 
     Args:
-        patches: of every leaf, by path.
-        most: number of elements not to go beyond, but for one patch of one leaf.
+        patches: how each leaf divides into patches, by path.
+        most: largest number of elements, unless four patches of one leaf have more.
 
     Returns:
         Patch numbers by path, in order; paths without any are left out.
