@@ -13,15 +13,13 @@ from daq_jax import errors as errors
 from daq_jax import formats as formats
 from daq_jax import metrics as metrics
 from daq_jax import recipes as recipes
+from daq_jax import records as records  # tells `jax.export` how to write a QTensor
 from daq_jax import roundings as roundings
 from daq_jax import rules as rules
 from daq_jax import scales as scales
 from daq_jax import searches as searches
 from daq_jax import tilings as tilings
 from daq_jax.analysis.comparison import Comparison, Figures, compare
-from daq_jax.density.adjustment import LeastSquares, SignSteps
-from daq_jax.density.grams import Grams
-from daq_jax.density.quantizer import quantize_density
 from daq_jax.errors import DaqError
 from daq_jax.formats import (
     Codebook,
@@ -40,7 +38,6 @@ from daq_jax.metrics import Additive, Metric, SignRate, cosine, neg_mse
 from daq_jax.qtensor import QTensor
 from daq_jax.quantization import dequantize, quantize
 from daq_jax.recipe import Recipe
-from daq_jax.recipes import DensityRecipe
 from daq_jax.roundings.feedback import UnbiasedFeedback
 from daq_jax.roundings.gains import UnbiasedGain
 from daq_jax.roundings.nearest import Nearest, Stochastic
@@ -67,7 +64,11 @@ from daq_jax.version import __version__ as __version__
 
 if typing.TYPE_CHECKING:  # the names of `_EDGES`, for editors and type checkers
     from daq_jax.analysis.inspection import Inspection, inspect
+    from daq_jax.density.adjustment import Adjustment, LeastSquares, SignSteps
     from daq_jax.density.calibration import calibrate, calibrate_from
+    from daq_jax.density.grams import Grams
+    from daq_jax.density.quantizer import quantize_density
+    from daq_jax.density.recipe import DensityRecipe
     from daq_jax.io.jobs.compare_folders import compare_folders
     from daq_jax.io.jobs.inspect_folders import inspect_folder
     from daq_jax.io.jobs.quantize_folders import quantize_folder
@@ -78,7 +79,12 @@ if typing.TYPE_CHECKING:  # the names of `_EDGES`, for editors and type checkers
 
 # Names at the edges, by the module that holds them; loaded when first used: the core imports none of it.
 _EDGES: dict[str, str] = {
+    "Adjustment": "daq_jax.density.adjustment",
+    "DensityRecipe": "daq_jax.density.recipe",
+    "Grams": "daq_jax.density.grams",
     "Inspection": "daq_jax.analysis.inspection",
+    "LeastSquares": "daq_jax.density.adjustment",
+    "SignSteps": "daq_jax.density.adjustment",
     "calibrate": "daq_jax.density.calibration",
     "calibrate_from": "daq_jax.density.calibration",
     "compare_folders": "daq_jax.io.jobs.compare_folders",
@@ -91,6 +97,7 @@ _EDGES: dict[str, str] = {
     "load": "daq_jax.io.orbax.checkpoints",
     "load_weights": "daq_jax.io.orbax.checkpoints",
     "nnx_with": "daq_jax.models.flax",
+    "quantize_density": "daq_jax.density.quantizer",
     "quantize_folder": "daq_jax.io.jobs.quantize_folders",
     "save": "daq_jax.io.orbax.checkpoints",
     "to_qwix": "daq_jax.models.qwix",
@@ -115,6 +122,7 @@ __all__ = [
     "TUNIX_RULES",
     "AbsMax",
     "Additive",
+    "Adjustment",
     "AnyScale",
     "Block",
     "Channel",

@@ -128,7 +128,6 @@ def inspect(
         format: how weights would be stored.
         json: print one JSON object and nothing else.
     """
-    from daq_jax.analysis import sheets
     from daq_jax.display import terminal
     from daq_jax.io.jobs.inspect_folders import inspect_folder
 
@@ -136,7 +135,7 @@ def inspect(
     if json:
         print(json_format.dumps(found.to_dict(), allow_nan=False))
     else:
-        terminal.show(sheets.inspected(found), terminal.console())
+        terminal.show(found.sheet(), terminal.console())
 
 
 def compare(
@@ -164,7 +163,6 @@ def compare(
     """
     from rich.console import Console
 
-    from daq_jax.analysis import sheets
     from daq_jax.analysis.gates import floors_of, refuse_low
     from daq_jax.display import terminal
     from daq_jax.io.jobs.compare_folders import compare_folders
@@ -192,7 +190,7 @@ def compare(
     elif csv:
         print(terminal.comma_separated(found), end="")
     else:
-        terminal.show(sheets.compared(found), terminal.console())
+        terminal.show(found.sheet(), terminal.console())
     refuse_low(found.total, floors)
 
 

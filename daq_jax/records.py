@@ -2,13 +2,18 @@
 
 A record is a dict with the `kind` of a leaf: "qtensor" with its static fields, "array", "key" (of
 `jax.random`), "empty" (an array without elements) or "value" (a number, a string or None).
+
+Exported programs are files too: `jax.export` writes the types of a program's arguments and results, and
+learns here how to write a QTensor's.
 """
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -22,6 +27,7 @@ Record = dict[str, Any]
 
 TILINGS: dict[str, type] = {t.__name__: t for t in (Block, Channel, Group, PerTensor)}
 QTENSOR_ARRAYS = tuple(f.name for f in dataclasses.fields(QTensor) if not f.metadata.get("static"))
+_QTENSOR_STATIC = tuple(f.name for f in dataclasses.fields(QTensor) if f.metadata.get("static"))
 WHOLE = ""  # name of the one array of a leaf that is not a QTensor
 
 
@@ -105,3 +111,19 @@ def qtensor_of(record: Record, arrays: Mapping[str, Any]) -> QTensor:
         dtype=np.dtype(jnp.dtype(record["dtype"])),
         matrix=(rows, columns),
     )
+
+
+def _to_bytes(fields: tuple[Any, ...]) -> bytes:
+    """The static fields of a QTensor, as a pytree has them, for `jax.export`."""
+    static = dict(zip(_QTENSOR_STATIC, fields, strict=True))
+    return json.dumps(static_record(QTensor(**dict.fromkeys(QTENSOR_ARRAYS), **static))).encode()
+
+
+def _from_bytes(data: bytes | bytearray) -> tuple[Any, ...]:
+    q = qtensor_of(json.loads(bytes(data)), dict.fromkeys(QTENSOR_ARRAYS))
+    return tuple(getattr(q, name) for name in _QTENSOR_STATIC)
+
+
+jax.export.register_pytree_node_serialization(
+    QTensor, serialized_name="daq_jax.QTensor", serialize_auxdata=_to_bytes, deserialize_auxdata=_from_bytes
+)

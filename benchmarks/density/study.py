@@ -48,7 +48,7 @@ from daq_jax.demo.model import (
     next_byte_log_probs,
 )
 from daq_jax.density.centring import align
-from daq_jax.density.code_lines import Groups, Line
+from daq_jax.density.groups import AffineMap, Groups
 from daq_jax.formats import Format
 
 TOKENS = (1, 2, 16, 64)  # times 512, of calibration text
@@ -234,7 +234,7 @@ def stage_two(study: Study, outputs: int) -> list[dict[str, Any]]:
         scale, zero, evaluations = released.adjust(np.float64(cut), np.float64(grams), levels, *begin)
         real = jnp.ones((count, n, 1), bool)
         groups = Groups(jnp.asarray(cut), real, jnp.asarray(grams), daq.fp4_bnb, True)
-        first = Line(*align(groups.weight, real, daq.fp4_bnb, "quantile", 1.0))
+        first = AffineMap(*align(groups.weight, real, daq.fp4_bnb, "quantile", 1.0))
         adjust = daq.LeastSquares()
         line = jax.jit(lambda g, first: adjust(g, g.loss, first))(groups, first)  # noqa: B023
 

@@ -1,8 +1,8 @@
-"""Does a weight lie on the grid of a number format: is it codes times a scale, and with which scale?
+"""Whether a weight lies on the grid of a number format: whether it is codes times a scale, and which scale.
 
-A model that was shipped in FP8 does, and rounding to that grid takes a small change of it back. When it is
-stored in bfloat16, each weight is `code * scale` rounded once more, so an element counts as lying on the grid
-if it is within half a unit in the last place of its own dtype.
+The weights of a model that was shipped in FP8 lie on such a grid. Rounding a fine-tune of it to the same grid
+takes small changes back. A weight that is stored in bfloat16 is `code * scale` rounded once more. So an
+element counts as on the grid if it is within half a unit in the last place of the dtype it is stored in.
 """
 
 import functools
@@ -31,11 +31,11 @@ def lies_on_grid(
     """Whether each element is a code times the scale, to half a unit in the last place.
 
     Args:
-        x: weights, float32.
-        scale: in a shape that broadcasts to `x`.
-        fmt: the format of the codes.
-        dtype: in which the weights were stored.
-        zero: what is taken off a code before it is scaled; in a shape that broadcasts to `x`.
+        x: float32, the weights.
+        scale: float32, weight units per code unit; broadcasts to `x`.
+        fmt: the number format of the codes.
+        dtype: dtype in which the weights were stored.
+        zero: code value that stands for weight 0; broadcasts to `x`.
     """
     nearest = weights_of(fmt.round(divide(x, scale) + zero), scale, zero)
     half_unit = power_below(x) * 2.0 ** -(1 + jnp.finfo(dtype).nmant)
@@ -51,16 +51,16 @@ def lies_on_fitted_grid(
 ) -> Bool[Array, "..."]:
     """Whether each element lies on the grid of the scale that puts most elements of its tile on it.
 
-    The AbsMax scale of a base that was shipped in FP8 need not be its own: rounding to bfloat16 moved its
-    largest weight, and a scale may have been chosen so that the largest code is not used. Tried are the
-    scales that make the tile's largest weight any code of the top octave, a little up and down.
+    The AbsMax scale of a base that was shipped in FP8 need not be the scale it was made with: rounding to
+    bfloat16 moved its largest weight, and the largest code may not have been used. The scales tried make the
+    tile's largest weight each code of the top octave in turn, and values a little above and below it.
 
     Args:
-        tiles: weights, float32, cut into tiles.
-        scale: AbsMax scale of each tile.
-        axes: the axes of a tile's elements.
-        fmt: the format of the codes.
-        dtype: in which the weights were stored.
+        tiles: float32, the weights cut into tiles.
+        scale: float32, AbsMax scale of each tile; broadcasts to `tiles`.
+        axes: the axes of `tiles` that run over the elements of a tile.
+        fmt: the number format of the codes.
+        dtype: dtype in which the weights were stored.
     """
     ratios = jnp.asarray(fitting_ratios(fmt, np.dtype(dtype).name))
 
@@ -75,7 +75,7 @@ def lies_on_fitted_grid(
 
 @functools.cache
 def fitting_ratios(fmt: Format, dtype: str) -> np.ndarray:
-    """Scales to try, as float32 ratios to the AbsMax scale; the first is 1, which wins ties."""
+    """Scales to try, as float32 ratios to the AbsMax scale. The first is 1, and it wins ties."""
     with jax.ensure_compile_time_eval():
         octave = fmt.round(jnp.linspace(fmt.largest / 2, fmt.largest, 1025))
     tops = np.unique(np.asarray(octave))[1:]  # the lowest is the highest, an octave down

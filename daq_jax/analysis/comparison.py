@@ -1,17 +1,18 @@
 """What was kept: a quantized tree beside the change that tuning made.
 
 Everything is counted from the stored codes. `d = tuned - base` is the true change and
-`q = code * scale - base` the kept one, both float32. Figures are ratios of sums over elements, so pooling the
-sums of several leaves gives the figures of all of them together.
+`q = dequantized - base` the kept one, both float32; `dequantized` is the product of code and scale before any
+cast to the dtype of the weight.
 """
 
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -21,14 +22,14 @@ from jaxtyping import Array
 
 from daq_jax.analysis import sheets
 from daq_jax.analysis.base_grids import lies_on_grid
-from daq_jax.analysis.figures import Figures
+from daq_jax.analysis.figures import Figures, pool
 from daq_jax.analysis.histograms import Details, details_of
-from daq_jax.errors import DaqError
+from daq_jax.errors import refuse
 from daq_jax.numerics.arithmetic import sum_of_runs, total
 from daq_jax.numerics.sharding import run_sharded, sharding_of
-from daq_jax.qtensor import QTensor
+from daq_jax.qtensor import QTensor, as_array
 from daq_jax.scales import absmax_scale
-from daq_jax.trees import is_qtensor, named_leaves
+from daq_jax.trees import PyTree, is_qtensor, named_leaves
 
 SMALLEST_CHANGE = 1e-5  # weight units; smaller changes are left out of the sign figures
 BIN_EDGES = (1e-5, 1e-4, 1e-3)  # of |d|, weight units
@@ -55,7 +56,7 @@ class Comparison:
         return {"total": self.total.to_dict(), "leaves": {p: f.to_dict() for p, f in self.leaves.items()}}
 
     def worst(self, n: int = 10, *, by: str = "projection") -> dict[str, Figures]:
-        """The `n` leaves that one figure speaks worst of, the worst first; leaves without it come last.
+        """The `n` leaves for which one figure is worst, the worst first; leaves where it is NaN come last.
 
         Args:
             n: how many.
@@ -68,10 +69,14 @@ class Comparison:
         ranked = sorted(self.leaves.items(), key=lambda item: item[1].badness(by), reverse=True)
         return dict(ranked[:n])
 
+    def sheet(self, n: int = sheets.SHOWN) -> sheets.Sheet:
+        """The comparison as a table of words: the total, and the `n` leaves with the worst projection."""
+        return sheets.compared(self.total, self.worst(n), hidden=max(0, len(self.leaves) - n))
+
     def _shown(self, how: Callable[[sheets.Sheet], str]) -> str:
         if not all(figures.is_concrete for figures in (self.total, *self.leaves.values())):
             return f"Comparison of {len(self.leaves)} leaves, traced"
-        return how(sheets.compared(self))
+        return how(self.sheet())
 
     def __repr__(self) -> str:
         return self._shown(sheets.text)
@@ -80,17 +85,28 @@ class Comparison:
         return self._shown(sheets.html)
 
 
-def compare(base: Any, tuned: Any, quantized: Any, *, details: bool = False) -> Comparison:
+jax.export.register_pytree_node_serialization(
+    Comparison,
+    serialized_name="daq_jax.Comparison",
+    serialize_auxdata=lambda _: b"",
+    deserialize_auxdata=lambda _: (),
+)
+
+
+def compare(base: PyTree, tuned: PyTree, quantized: PyTree, *, details: bool = False) -> Comparison:
     """Compares a quantized tree with the change that tuning made.
 
-    Sums are taken in short runs and hold to 1e-5 relative on leaves of 64M elements and more. Eagerly the
-    figures are float64 and exact counts; under `jax.jit` they are float32 arrays.
+    Sums are taken in short runs. Their relative error is below 1e-5 on leaves of 64M elements and more.
+    Eagerly the sums are float64 and the counts exact; under `jax.jit` both are float32 arrays.
 
     Args:
-        base: tree of weights before tuning.
-        tuned: tree of weights after tuning.
-        quantized: what `quantize` returned; other leaves than QTensors are passed over.
+        base: tree of weights before tuning; a leaf may be a QTensor, which stands for its weight.
+        tuned: tree of weights after tuning; a leaf may be a QTensor, too.
+        quantized: what `quantize` returned. Its QTensors are compared, its other leaves are not.
         details: also collect what the pictures of `daq_jax.display.plots` need; not under a trace.
+
+    Returns:
+        Figures of each leaf that was compared, and of all of them together.
 
     Raises:
         DaqError: naming every quantized leaf that has no partner of its shape in `base` or `tuned`.
@@ -114,12 +130,6 @@ def compare_leaf(base: ArrayLike | QTensor, tuned: ArrayLike | QTensor, quantize
     return _figures(_sums(base, tuned, quantized), quantized)
 
 
-def pool(figures: Iterable[Figures]) -> Figures:
-    """Figures of several leaves together."""
-    figures = list(figures)
-    return jax.tree.map(lambda *x: sum(x), *figures) if figures else _none()
-
-
 def _refuse_strangers(before: dict[str, Any], after: dict[str, Any], found: dict[str, QTensor]) -> None:
     problems = []
     for path, q in found.items():
@@ -129,16 +139,8 @@ def _refuse_strangers(before: dict[str, Any], after: dict[str, Any], found: dict
             elif tuple(np.shape(leaves[path])) != q.shape:
                 problems.append(f"{path!r} is {q.shape} but in {word} it is {tuple(np.shape(leaves[path]))}")
     if problems:
-        raise DaqError(
-            "the three trees do not belong together:"
-            + "".join(f"\n  {p}" for p in problems)
-            + "\nPass the trees that were given to `quantize`, and its result."
-        )
-
-
-def _none() -> Figures:
-    zeros = {field.name: np.float64(0) for field in dataclasses.fields(Figures)}
-    return Figures(**zeros | {"elements": 0, "counts": np.zeros(4, np.int64)})
+        way_out = "Pass the trees that were given to `quantize`, and its result."
+        refuse("the three trees do not belong together", problems, way_out)
 
 
 def _figures(sums: dict[str, Array], q: QTensor) -> Figures:
@@ -154,18 +156,16 @@ def _figures(sums: dict[str, Array], q: QTensor) -> Figures:
 
 
 @jax.jit
-def _sums(base: Any, tuned: Any, q: QTensor) -> dict[str, Array]:
+def _sums(base: ArrayLike | QTensor, tuned: ArrayLike | QTensor, q: QTensor) -> dict[str, Array]:
     sharding = sharding_of(q.codes)
     everywhere = None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec())
     return run_sharded(sums_of_leaf, everywhere)(base, tuned, q)
 
 
-def sums_of_leaf(base: Any, tuned: Any, q: QTensor) -> dict[str, Array]:
+def sums_of_leaf(base: ArrayLike | QTensor, tuned: ArrayLike | QTensor, q: QTensor) -> dict[str, Array]:
     """The sums that `Figures` holds, all but `elements`; whole numbers are int32 where they fit."""
     on_grid = _on_grid(base, q)
-    base, tuned = (
-        jnp.asarray(x.dequantize() if is_qtensor(x) else x).astype(jnp.float32) for x in (base, tuned)
-    )
+    base, tuned = (jnp.asarray(as_array(x)).astype(jnp.float32) for x in (base, tuned))
     weight = q.view.join(q.values())
     change, kept, error = tuned - base, weight - base, weight - tuned
     size, zero = jnp.abs(change), kept == 0
@@ -194,10 +194,11 @@ def _total(x: Array) -> Array:
 
 
 def _counts(flags: Sequence[Array]) -> list[Array]:
-    """How often each of some arrays of truth values, of one shape, is true.
+    """The number of True elements of each of several bool arrays of one shape.
 
-    Four are counted at a time, in the bytes of one word: a run of 128 does not overflow a byte. On a CPU,
-    which takes each sum alone and computes what it adds up anew, that is three times as fast.
+    Four arrays are counted at a time, in the four bytes of a uint32: a run of 128 elements does not overflow
+    a byte. This is three times as fast on a CPU, where XLA would otherwise compute all arrays again for each
+    sum.
     """
     whole = flags[0].size < 2**31  # beyond that int32 would overflow, and float32 sums hold to 1e-7
     found = []
@@ -210,15 +211,15 @@ def _counts(flags: Sequence[Array]) -> list[Array]:
     return found
 
 
-def _on_grid(base: Any, q: QTensor) -> Array:
+def _on_grid(base: ArrayLike | QTensor, q: QTensor) -> Array:
     """Whether each base element lies on the grid of the base's stored scale, else of its AbsMax scale."""
-    owner = base if is_qtensor(base) else q
+    owner = base if isinstance(base, QTensor) else q
     view, fmt = owner.view, owner.format
-    weight = jnp.asarray(base.dequantize() if is_qtensor(base) else base)
+    weight, zero = jnp.asarray(as_array(base)), 0.0
     tiles = view.cut(weight).astype(jnp.float32)
-    if is_qtensor(base):
+    if isinstance(base, QTensor):
         scale = view.spread(base.scale)
+        zero = zero if base.zero is None else view.spread(base.zero)
     else:
         scale = absmax_scale(tiles, view.tile_axes, largest=fmt.largest)
-    zero = view.spread(base.zero) if is_qtensor(base) and base.zero is not None else 0.0
     return view.join(lies_on_grid(tiles, scale, fmt, weight.dtype, zero))

@@ -1,7 +1,8 @@
-"""Figures of the whole from sums over a sample of patches, with bounds.
+"""Estimates, with bounds, of the figures of whole leaves from sums over a sample of patches.
 
-Sums of a leaf's patches stand for the leaf by its share of them. How far a figure may be off comes from how
-much it moves as each patch in turn is left out (the delete-one jackknife), which serves ratios of any kind.
+The sum of a leaf is estimated as the sum over its patches times the leaf's size over the patches' size. The
+standard error of a figure is that of the delete-one jackknife: the figure is taken again without each patch
+in turn, and the spread of these values gives the error. The jackknife serves ratios of sums of any kind.
 """
 
 import dataclasses
@@ -15,18 +16,21 @@ from scipy.special import stdtrit
 
 from daq_jax.analysis.figures import Figures, ratio
 
-_SURE = 0.99865  # one-sided: three standard errors either way in a large sample
+_SURE = 0.99865  # one-sided probability of three standard errors in a large sample
 
 Sums = dict[str, Any]  # arrays, a number for each patch; see `inspection`
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A figure of the whole, from a sample: `value`, give or take `bound`.
+    """An estimate of a figure from a sample.
 
-    The bound is three standard errors, wider for few patches as Student's t is; it holds for 99.7 % of
-    samples, and for fewer where a few patches of many hold most of a sum. It is 0 where everything was
-    looked at, infinite where one patch was, and NaN where a sample says nothing of the error.
+    Attributes:
+        value: the estimate.
+        bound: three standard errors, or the quantile of Student's t of the same probability for few patches.
+            `value` is within `bound` of the figure in 99.7 % of samples; in fewer samples where a few patches
+            hold most of a sum. It is 0 where every element was looked at, infinite where one patch was, and
+            NaN where the sample says nothing of the error.
     """
 
     value: float
@@ -34,32 +38,37 @@ class Estimate:
 
     @property
     def low(self) -> float:
-        """Lower end."""
+        """Lower end of the interval: `value - bound`."""
         return self.value - self.bound
 
     @property
     def high(self) -> float:
-        """Upper end."""
+        """Upper end of the interval: `value + bound`."""
         return self.value + self.bound
 
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-    """What was found in one leaf, or in all of them.
+    """What `inspect` found in one leaf, or in all leaves together.
 
     Attributes:
-        elements: number of elements the figures speak of.
-        sampled: of them, those that were looked at.
-        patches: in how many patches.
+        elements: number of elements of the leaf, or of all leaves.
+        sampled: number of elements that were looked at.
+        patches: number of patches that were looked at.
         change: `|d| / |base|`, the size of the change.
         unmoved: share of the elements with `d = 0`.
-        below_half_step: share of the elements that moved, by less than half a step of the format at the
-            tile's AbsMax scale.
+        below_half_step: of the elements with `d != 0`, the share with |d| below half a step of the format at
+            the tile's AbsMax scale.
         on_grid: share of the base on the grid of its AbsMax scale; see `Figures.on_grid`.
         on_fitted_grid: share of the base on the grid of the scale that fits each tile best.
-        on_stored_grid: share of the base on the grid of the scales that it is stored with; NaN if without.
-        absmax_projection, absmax_sign_rate, absmax_cosine: what AbsMax would keep; see `Figures`.
-        projection, sign_rate, cosine: what the recipe would keep.
+        on_stored_grid: share of the base on the grid of the scales it is stored with; NaN for a base that is
+            stored without scales.
+        absmax_projection: `Figures.projection` that AbsMax would give.
+        absmax_sign_rate: `Figures.sign_rate` that AbsMax would give.
+        absmax_cosine: `Figures.cosine` that AbsMax would give.
+        projection: `Figures.projection` that the recipe would give.
+        sign_rate: `Figures.sign_rate` that the recipe would give.
+        cosine: `Figures.cosine` that the recipe would give.
     """
 
     elements: int
@@ -80,7 +89,7 @@ class Findings:
 
     @property
     def is_patchwise(self) -> bool:
-        """Whether the recipe works on whole matrices, of which patches do not show all."""
+        """Whether the recipe works on whole matrices, so that patches do not show all that it does."""
         return bool(np.isfinite(self.cosine.value) and np.isnan(self.cosine.bound))
 
     def to_dict(self) -> dict[str, Any]:
@@ -92,15 +101,17 @@ ESTIMATES = tuple(field.name for field in dataclasses.fields(Findings) if field.
 
 
 def findings_of(sums: Sequence[Sums], sizes: Sequence[int], of: int, *, patchwise: bool = False) -> Findings:
-    """Findings from the sums of the patches of leaves.
+    """Findings from the sums over the patches of some leaves.
 
     Args:
-        sums: of each leaf, arrays `[patches]`.
-        sizes: number of elements of each leaf: its patches stand for these.
-        of: number of elements the findings speak of, more than the sum of `sizes` if leaves were left out.
-        patchwise: whether the recipe works on whole matrices and was tried on patches. Its cosine and sign
-            rate there are not those of the matrix. Its projection there goes further from that of its part
-            that works tile by tile than in the matrix, so the difference of the two is added to the bound.
+        sums: for each leaf, its sums by name, arrays `[patches]`.
+        sizes: number of elements of each leaf, sampled or not.
+        of: number of elements that the findings are about: the sum of `sizes`, or more if leaves were left
+            out.
+        patchwise: whether the recipe works on whole matrices but was tried on patches. Its cosine and sign
+            rate on patches are not those of the matrix, and get no bound. Its projection on patches differs
+            more from that of its part that works tile by tile than its projection on the matrix does. So the
+            difference on patches is added to the bound.
     """
     sampled = sum(s["elements"].sum() for s in sums)
     weight = [
@@ -126,7 +137,12 @@ def findings_of(sums: Sequence[Sums], sizes: Sequence[int], of: int, *, patchwis
 
 
 def _bound(others: NDArray, unseen: float) -> float:
-    """Bound of a figure from its values without one patch each, and the share of the whole not looked at."""
+    """The bound of a figure.
+
+    Args:
+        others: `[patches]`, the figure without each patch in turn.
+        unseen: share of the elements that were not looked at.
+    """
     n = len(others)
     if not unseen:
         return 0.0
@@ -137,7 +153,7 @@ def _bound(others: NDArray, unseen: float) -> float:
 
 
 def _figures(sums: Sums) -> dict[str, NDArray]:
-    """Every estimated figure from sums, element by element."""
+    """Every figure to estimate, by name, from arrays of sums; taken element by element."""
     plain, kept, separable = (
         Figures(elements=sums["elements"], **sums[how]) for how in ("absmax", "recipe", "separable")
     )

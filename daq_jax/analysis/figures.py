@@ -1,17 +1,23 @@
-"""Figures of what was kept: sums over elements, and the ratios that follow from them.
+"""Figures of what was kept of a change: sums over elements, and the ratios that follow from them.
 
-Sums may be numbers, or arrays of one shape whose figures are then taken element by element.
+`d = tuned - base` is the true change and `q = dequantized - base` the kept one. The sums of several leaves
+add up to the sums of all of them together; see `pool`. Sums may be numbers. They may be arrays of one shape
+too: the figures are then taken element by element.
 """
 
 import dataclasses
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
 from daq_jax.errors import DaqError
+
+ON_GRID = 0.5  # `Figures.on_grid` above which a base counts as lying on the grid
 
 
 @jax.tree_util.register_dataclass
@@ -100,7 +106,7 @@ class Figures:
 
     @property
     def is_concrete(self) -> bool:
-        """Whether each figure is one number by now, not traced, mapped or abstract."""
+        """Whether each sum is a number: none is traced, abstract, or an array of several leaves' sums."""
         known = (int, float, np.generic, np.ndarray, jax.Array)
         return all(isinstance(x, known) and not isinstance(x, Tracer) for x in jax.tree.leaves(self)) and (
             np.ndim(self.dd) == 0
@@ -130,9 +136,24 @@ class Figures:
         return f"Figures({', '.join(f'{k}={v:.4g}' for k, v in shown.items() if v is not None)})"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers by name, None where a figure is not a finite number: ready for JSON."""
+        """Plain numbers by name, None where a figure is not a finite number: ready for JSON.
+
+        Under a trace, such as inside `jax.jit`, the values are traced arrays, NaN where a figure has no
+        meaning.
+        """
         figures = {name: _plain(getattr(self, name)) for name in FIGURES}
-        return figures | {"counts": [int(n) for n in np.asarray(self.counts)]}
+        traced = isinstance(self.counts, Tracer)
+        return figures | {"counts": self.counts if traced else np.asarray(self.counts, int).tolist()}
+
+    def plain_sums(self) -> dict[str, Any]:
+        """The sums behind the figures as plain numbers, ready for JSON; `from_sums` is the exact inverse."""
+        return {f.name: np.asarray(getattr(self, f.name)).tolist() for f in dataclasses.fields(self)}
+
+    @classmethod
+    def from_sums(cls, sums: Mapping[str, Any]) -> "Figures":
+        """The figures with these sums, as `plain_sums` gives them."""
+        arrays = {name: np.asarray(x) for name, x in sums.items()}
+        return cls(**{name: x[()] if x.ndim == 0 else x for name, x in arrays.items()})
 
 
 FIGURES = (
@@ -148,6 +169,17 @@ FIGURES = (
     "snr_db",
     "on_grid",
 )
+
+
+def pool(figures: Iterable[Figures]) -> Figures:
+    """Figures of several leaves together; of no leaf, figures whose sums are all 0."""
+    figures = list(figures)
+    return jax.tree.map(lambda *x: sum(x), *figures) if figures else _none()
+
+
+def _none() -> Figures:
+    zeros = {field.name: np.float64(0) for field in dataclasses.fields(Figures)}
+    return Figures(**zeros | {"elements": 0, "counts": np.zeros(4, np.int64)})
 
 
 def _numpy_of(x: Any) -> Any:
@@ -169,6 +201,16 @@ def ratio(a: Any, b: Any) -> Any:
     return xp.where(b > 0, a / xp.where(b > 0, b, 1), xp.nan)[()]
 
 
-def _plain(x: Any) -> int | float | None:
+def _plain(x: Any) -> Any:
+    if isinstance(x, Tracer):
+        return x
     value = np.asarray(x).item()
     return value if np.isfinite(value) else None
+
+
+jax.export.register_pytree_node_serialization(
+    Figures,
+    serialized_name="daq_jax.Figures",
+    serialize_auxdata=lambda _: b"",
+    deserialize_auxdata=lambda _: (),
+)

@@ -1,4 +1,4 @@
-"""Floors under figures, by which a pipeline lets a quantized model pass or not."""
+"""Gates: least values of figures that a quantized model must reach for a pipeline to go on."""
 
 import math
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from daq_jax.errors import DaqError
 
 
 def floors_of(words: str) -> dict[str, float]:
-    """Floors by figure, from words such as `projection=0.95,cosine=0.3`; none from no words.
+    """Least values by figure, from text such as `projection=0.95,cosine=0.3`; none from empty text.
 
     Raises:
         DaqError: if a part is not a figure and a number.
@@ -30,7 +30,7 @@ def floors_of(words: str) -> dict[str, float]:
 
 
 def refuse_low(total: Figures, floors: Mapping[str, float]) -> None:
-    """Raises a DaqError that names every figure under its floor; a figure without meaning is under it."""
+    """Raises a DaqError that names every figure below its least value. A figure that is NaN is below it."""
     found = {name: float(getattr(total, name)) for name in floors}
     low = [f"{n} is {x:.4g}, needed {floors[n]:g}" for n, x in found.items() if not x >= floors[n]]
     if low:

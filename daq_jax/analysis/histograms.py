@@ -1,7 +1,8 @@
-"""What the pictures of a comparison need beside its figures: histograms, from a sample of each leaf.
+"""Histograms of a leaf, for the pictures of a comparison: of changes, signs and scales.
 
-Histograms of several leaves add up, because `d` and `q` are counted in units of the leaf's own |d|, and
-scales as ratios to AbsMax.
+Changes are counted from a sample of the leaf's elements: `d = tuned - base` and `q = dequantized - base`, in
+units of the leaf's root mean square of `d`. Scales are counted as ratios to the AbsMax scale of their tile.
+So the histograms of several leaves have the same edges and may be added.
 """
 
 import dataclasses
@@ -15,14 +16,14 @@ from numpy.typing import NDArray
 
 from daq_jax.analysis.sampling import evenly_spread, take, weights
 from daq_jax.numerics.arithmetic import divide
-from daq_jax.qtensor import QTensor
+from daq_jax.qtensor import QTensor, as_array
 from daq_jax.scales import absmax_scale
 
-MOST = 2**16  # elements looked at in a leaf
-WIDTH = 4.0  # of d and q, in root mean squares of d: what lies beyond is counted at the edge
-SIZE_EDGES = np.logspace(-8, 1, 37)  # of |d|, weight units: four to a factor of ten
-CHANGE_EDGES = np.linspace(-WIDTH, WIDTH, 65)  # of d and q, root mean squares of d
-RATIO_EDGES = 2 ** ((np.arange(98) - 48.5) / 24)  # of scale over AbsMax scale: 24 to an octave, 1 in a middle
+MOST = 2**16  # largest sample of a leaf, in elements
+WIDTH = 4.0  # root mean squares of d: a d or q beyond is counted in the outermost bin
+SIZE_EDGES = np.logspace(-8, 1, 37)  # of |d|, weight units: four bins to a factor of ten
+CHANGE_EDGES = np.linspace(-WIDTH, WIDTH, 65)  # of d and q, in root mean squares of d
+RATIO_EDGES = 2 ** ((np.arange(98) - 48.5) / 24)  # of scale / AbsMax scale: 24 bins an octave, 1 inside a bin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +31,11 @@ class Details:
     """Histograms of one leaf, or of several added up.
 
     Attributes:
-        looked_at: elements that the first three count.
-        density: `[64, 64]` elements by (d, q), in root mean squares of d, edges `CHANGE_EDGES`.
-        moved: `[36]` elements by |d|, edges `SIZE_EDGES`; those with d = 0 are in none.
-        same_sign: `[36]` of these, the elements whose q has the sign of d.
-        ratios: `[97]` tiles by chosen scale over AbsMax scale, edges `RATIO_EDGES`.
+        looked_at: number of elements in the sample, from which `density`, `moved` and `same_sign` are made.
+        density: `[64, 64]` number of elements by (d, q) in root mean squares of d, with edges `CHANGE_EDGES`.
+        moved: `[36]` number of elements by |d|, with edges `SIZE_EDGES`; elements with d = 0 are in no bin.
+        same_sign: `[36]` number of elements by |d| whose q has the sign of d, with edges `SIZE_EDGES`.
+        ratios: `[97]` number of tiles by chosen scale / AbsMax scale, with edges `RATIO_EDGES`.
     """
 
     looked_at: int
@@ -49,7 +50,7 @@ class Details:
 
 
 def details_of(base: ArrayLike | QTensor, tuned: ArrayLike | QTensor, quantized: QTensor) -> Details:
-    """Histograms of one leaf, from at most 65,536 of its elements and all of its scales."""
+    """Histograms of one leaf, from at most 65,536 of its elements and from all of its scales."""
     index = evenly_spread(quantized.shape, MOST)
     before, after = (take(x, index).astype(np.float32) for x in (base, tuned))
     d, q = after - before, weights(quantized, index) - before
@@ -69,7 +70,7 @@ def details_of(base: ArrayLike | QTensor, tuned: ArrayLike | QTensor, quantized:
 
 @jax.jit
 def _ratios(tuned: Array | QTensor, q: QTensor) -> Array:
-    """Each scale over the AbsMax scale of its tile."""
-    tiles = q.view.cut(jnp.asarray(tuned.dequantize() if isinstance(tuned, QTensor) else tuned))
+    """Each scale divided by the AbsMax scale of its tile."""
+    tiles = q.view.cut(jnp.asarray(as_array(tuned)))
     plain = q.view.gather(absmax_scale(tiles.astype(jnp.float32), q.view.tile_axes, largest=q.format.largest))
     return divide(q.scale, plain)

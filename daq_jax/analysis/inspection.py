@@ -1,10 +1,9 @@
 """Before quantizing: is there a change to lose, would AbsMax lose it, and what would a recipe keep?
 
-Answered from a fixed, bounded sample of patches, each quantized on its own. Sums over patches stand for the
-whole by their share of it, and how the patches differ says how far a figure may be off.
-A recipe that works on whole matrices, as `UnbiasedFeedback` does, is tried on the patches alone, where it
-does more to each weight than in a large matrix. So the bound of its projection takes in what it does beyond
-the part of it that goes tile by tile, and its cosine and sign rate are given without a bound.
+The answers are estimates from a fixed, bounded sample of patches, each of which is quantized on its own; see
+`estimates`. A recipe that works on whole matrices, such as one with `UnbiasedFeedback`, changes a weight of a
+patch more than it would change the same weight of a large matrix. So the bound of its projection includes the
+difference to its part that works tile by tile, and its cosine and sign rate have no bound.
 """
 
 import collections
@@ -44,7 +43,7 @@ _TOGETHER = 2**20  # elements quantized at once: keeps memory small and fills th
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Inspection:
-    """What `inspect` found. Prints as a table with the verdict on top, and shows itself so in a notebook.
+    """What `inspect` found. Prints as a table with the verdict on top, and as an HTML table in a notebook.
 
     Attributes:
         verdict: one or two sentences for everyone.
@@ -75,23 +74,28 @@ class Inspection:
         )
         return dict(ranked[:n])
 
+    def sheet(self, n: int = sheets.SHOWN) -> sheets.Sheet:
+        """The inspection as a table of words: the verdict, the total, and the `n` worst leaves."""
+        return sheets.inspected(self.verdict, self.total, self.worst(n), leaves=len(self.leaves))
+
     def __repr__(self) -> str:
-        return sheets.text(sheets.inspected(self))
+        return sheets.text(self.sheet())
 
     def _repr_html_(self) -> str:
-        return sheets.html(sheets.inspected(self))
+        return sheets.html(self.sheet())
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A leaf to look at.
+    """A leaf to look at, and how to read it.
 
     Attributes:
-        patches: how it divides.
-        dtypes: of base and tuned, as they are read.
-        recipe: how it would be quantized.
-        read: `base`, `tuned` and, for a base stored in codes of the recipe's format and scales, the scale
-            of each element at an index; arrays of the index's shape.
+        patches: how the leaf divides into patches.
+        dtypes: dtypes of base and tuned, as `read` returns them.
+        recipe: how the leaf would be quantized.
+        read: for an index, the elements of base, the elements of tuned, and the scale of each base element,
+            all in the shape of the index. The last is None unless base is stored in codes of the recipe's
+            format and scales.
     """
 
     patches: Patches
@@ -108,16 +112,16 @@ def inspect(
     rules: Sequence[Rule] = DEFAULT_RULES,
     most_elements: int = MOST_ELEMENTS,
 ) -> Inspection:
-    """Says before any quantizing whether there is a change to lose and whether this library can help.
+    """Says before any quantizing whether there is a change to lose and whether a recipe would keep it.
 
-    Looks at a fixed sample of patches, in seconds, and is not for use inside `jax.jit`.
+    Looks at a fixed sample of patches and takes seconds. Not for use inside `jax.jit`.
 
     Args:
         base: tree of weights before tuning, as for `quantize`.
         tuned: tree of weights after tuning.
-        recipe: what to hold against AbsMax, which is tried with the same format and tiling.
+        recipe: recipe to compare with AbsMax, which is tried with the same format and tiling.
         rules: which leaves would be quantized, and how.
-        most_elements: how many elements to look at, at most, in all leaves together.
+        most_elements: largest number of elements to look at, in all leaves together.
 
     Raises:
         DaqError: for trees that `quantize` would refuse, for traced leaves, or for NaN or infinity in
@@ -138,8 +142,10 @@ def _source(pair: Pair) -> Source:
     how = pair.decision
 
     def read(index: Index) -> tuple[NDArray, NDArray, NDArray | None]:
-        stored = isinstance(pair.base, QTensor) and pair.base.format == how.recipe.format
-        return take(pair.base, index), take(pair.tuned, index), scales(pair.base, index) if stored else None
+        base = pair.base
+        # A base with a zero is passed over: its grid is not codes times scales alone.
+        stored = isinstance(base, QTensor) and base.format == how.recipe.format and base.zero is None
+        return take(base, index), take(pair.tuned, index), scales(base, index) if stored else None
 
     patches = Patches(TileView(tuple(pair.tuned.shape), how.matrix, how.recipe.tiling))
     return Source(patches, (np.dtype(pair.base.dtype), np.dtype(pair.tuned.dtype)), how.recipe, read)
@@ -148,7 +154,7 @@ def _source(pair: Pair) -> Source:
 def inspect_sources(
     sources: Mapping[str, Source], recipe: Recipe, *, most_elements: int = MOST_ELEMENTS
 ) -> Inspection:
-    """`inspect` for leaves wherever they lie."""
+    """`inspect` for leaves that are read by functions, from arrays or from files."""
     if not sources:
         raise DaqError("there is nothing to inspect: the rules leave every leaf as it is.")
     chosen = plan({path: source.patches for path, source in sources.items()}, most_elements)
@@ -166,7 +172,7 @@ def inspect_sources(
 
 
 class _Place(NamedTuple):
-    """Where one chosen patch of one leaf lies."""
+    """One chosen patch: path of its leaf, the leaf, and the index of its elements."""
 
     path: str
     source: Source
@@ -174,7 +180,7 @@ class _Place(NamedTuple):
 
 
 def _sums_by_leaf(sources: Mapping[str, Source], chosen: Mapping[str, Sequence[int]]) -> dict[str, Sums]:
-    """The sums of every chosen patch, in float64; patches of one kind are quantized many at a time."""
+    """The sums of every chosen patch, in float64. Patches of one shape, dtype and recipe are stacked."""
     groups = collections.defaultdict(list)
     for path, numbers in chosen.items():
         source = sources[path]
@@ -198,7 +204,7 @@ def _start(index: Index) -> tuple[int, ...]:
 
 
 def _sums_of(places: Sequence[_Place], together: int, recipe: Recipe) -> list[Sums]:
-    """Reads patches and sums each; they are filled up to `together`, so that one program serves all."""
+    """Reads patches and sums each. Patches are repeated up to `together`, so that one program serves all."""
     arrays = [np.stack(x) for x in zip(*(_read(place) for place in places), strict=True)]
     missing = [(0, together - len(places)), (0, 0), (0, 0)]
     base, tuned, stored = (np.pad(x, missing, mode="edge") for x in arrays)

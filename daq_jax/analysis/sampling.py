@@ -1,4 +1,4 @@
-"""Some elements of a large weight: read where they lie, not the whole of it."""
+"""Samples of a large weight: some of its elements, read without a copy of the whole weight."""
 
 import dataclasses
 import functools
@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array
 from numpy.typing import NDArray
 
+from daq_jax.formats import weights_of
 from daq_jax.numerics.sharding import run_sharded, sharding_of
 from daq_jax.qtensor import QTensor
 from daq_jax.tilings import TileView
@@ -49,12 +50,19 @@ def _take(x: Array, index: Index, *, sharding: NamedSharding | None) -> Array:
 
 
 def weights(q: QTensor, index: Index) -> NDArray[np.float32]:
-    """Float32 elements of a quantized weight, before the cast to its dtype; see `take`."""
-    return np.asarray(q.format.decode(jnp.asarray(take(q.codes, index)))) * scales(q, index)
+    """Float32 elements of a quantized weight, before the cast to its dtype; `index` as in `take`."""
+    values = q.format.decode(jnp.asarray(take(q.codes, index)))
+    zero = None if q.zero is None else jnp.asarray(_of_tile(q, q.zero, index))
+    return np.asarray(weights_of(values, jnp.asarray(scales(q, index)), zero))
 
 
 def scales(q: QTensor, index: Index) -> NDArray[np.float32]:
-    """The scale of each element of a quantized weight; see `take`."""
+    """The scale of each of some elements of a quantized weight; `index` as in `take`."""
+    return _of_tile(q, q.scale, index)
+
+
+def _of_tile(q: QTensor, x: ArrayLike, index: Index) -> NDArray:
+    """For each of some elements, the value of an array in the shape of the scales at the element's tile."""
     view = q.view
     batch, rows, columns = view.axes
 
@@ -66,13 +74,13 @@ def scales(q: QTensor, index: Index) -> NDArray[np.float32]:
         return found
 
     r, c = view.tile
-    return take(q.scale, (*(index[a] for a in batch), number(rows) // r, number(columns) // c))
+    return take(x, (*(index[a] for a in batch), number(rows) // r, number(columns) // c))
 
 
 def evenly_spread(shape: tuple[int, ...], most: int) -> Index:
-    """The index of at most `most` elements, spread evenly; of all of them in order if they are fewer.
+    """The index of at most `most` elements, spread evenly; of all elements in order if there are fewer.
 
-    Multiples of the golden ratio leave no gaps and, unlike a fixed stride, follow no row or column.
+    Multiples of the golden ratio leave no large gaps and, unlike a fixed stride, favour no row or column.
     """
     size = math.prod(shape)
     flat = np.arange(size)
@@ -83,9 +91,10 @@ def evenly_spread(shape: tuple[int, ...], most: int) -> Index:
 
 @dataclasses.dataclass(frozen=True)
 class Patches:
-    """A weight as a grid of patches: pieces `[r, c]` of its matrix view, each of whole tiles.
+    """A weight as a grid of patches: slices `[r, c]` of its matrix view, each of whole tiles.
 
-    A patch is at least 128 inputs by 128 outputs where the matrix is. Patches at the edge may be smaller.
+    A patch has at least 128 inputs and 128 outputs, or all that the matrix has. Patches at an edge may have
+    fewer.
     """
 
     view: TileView
@@ -99,12 +108,12 @@ class Patches:
 
     @property
     def grid(self) -> tuple[int, ...]:
-        """Number of patches: batch axes, then along the inputs and the outputs."""
+        """Number of patches along each batch axis, along the inputs and along the outputs."""
         r, c = self.size
         return (*self.view.batch, -(-self.view.rows // r), -(-self.view.columns // c))
 
     def index(self, number: int) -> Index:
-        """Where the elements of one patch lie in the weight, as `[r, c]`."""
+        """The index, `[r, c]` for each axis of the weight, of the elements of one patch."""
         *batch, i, j = np.unravel_index(number, self.grid)
         (r, c), shape = self.size, self.view.shape
         rows = np.arange(i * r, min((i + 1) * r, self.view.rows))[:, None]
@@ -116,14 +125,14 @@ class Patches:
 
 
 def plan(patches: Mapping[str, Patches], most: int) -> dict[str, list[int]]:
-    """Which patches of which leaves to look at: a fixed choice, spread over all leaves by their size.
+    """Which patches of which leaves to look at: a fixed choice, in proportion to the size of each leaf.
 
-    Each leaf gives at least four patches, or all it has. Where that is too much for so many leaves, evenly
-    spaced leaves are looked at.
+    At least four patches are taken from a leaf, or all it has. If that is more than `most` elements, some of
+    the leaves are taken, evenly spaced.
 
     Args:
-        patches: of every leaf, by path.
-        most: number of elements not to go beyond, but for one patch of one leaf.
+        patches: how each leaf divides into patches, by path.
+        most: largest number of elements, unless four patches of one leaf have more.
 
     Returns:
         Patch numbers by path, in order; paths without any are left out.

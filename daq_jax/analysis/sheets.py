@@ -1,23 +1,20 @@
-"""Comparisons and inspections as tables of words: for terminals, notebooks and whoever draws rows.
+"""Tables of words: what a comparison and an inspection show of themselves.
 
-The total comes first, then the leaves that were kept worst, or would be.
+A `Sheet` is data. `text` and `html` write it for notebooks, and `daq_jax.display` draws it in terminals and
+on pages. The total comes first. Then come leaves, the leaf of which least is kept first.
 """
 
 import html as html_format
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
-from daq_jax.analysis.figures import Figures
-
-if TYPE_CHECKING:
-    from daq_jax.analysis.comparison import Comparison  # these show themselves by the tables here
-    from daq_jax.analysis.estimates import Findings
-    from daq_jax.analysis.inspection import Inspection
+from daq_jax.analysis.estimates import Findings
+from daq_jax.analysis.figures import ON_GRID, Figures
 
 TOTALS = ("total", "give or take")  # rows that are not leaves
 SHOWN = 10  # leaves in a table that shows itself
-ON_GRID = 0.5  # share of the base from which on it counts as lying on the grid
 
 ABOUT = "projection: 1 keeps the change at its size, 0 erases it; cosine and sign rate do not see its size"
 ON_GRID_NOTE = (
@@ -31,12 +28,19 @@ PATCHES_NOTE = (
 
 
 class Column(NamedTuple):
-    """How a figure is headed and written."""
+    """A column of a table: which figure it shows, and how.
+
+    Attributes:
+        figure: name of an attribute of `Figures`, or of `Findings`.
+        title: heading of the column.
+        pattern: how a number is written, for `str.format`.
+        about: what the figure says, with its unit.
+    """
 
     figure: str
     title: str
-    pattern: str  # for `str.format`
-    about: str  # what it says, with its unit
+    pattern: str
+    about: str
 
 
 COLUMNS = (
@@ -76,12 +80,19 @@ INSPECTED = (
 
 
 class Sheet(NamedTuple):
-    """A table in words."""
+    """A table of words.
 
-    before: list[str]  # lines above it
+    Attributes:
+        before: lines above the table.
+        header: columns, without the first one, which names the row.
+        rows: name of each row, a path or one of `TOTALS`, and its cells.
+        after: lines below the table.
+    """
+
+    before: list[str]
     header: list[Column]
-    rows: list[tuple[str, list[str]]]  # what a row is of, and its cells
-    after: list[str]  # lines below it
+    rows: list[tuple[str, list[str]]]
+    after: list[str]
 
 
 def _cell(column: Column, value: float) -> str:
@@ -89,39 +100,50 @@ def _cell(column: Column, value: float) -> str:
 
 
 def cells(figures: Figures) -> list[str]:
-    """A row of `COLUMNS`, empty where a figure has no meaning."""
+    """The cells of a row of `COLUMNS`; a cell is empty where its figure is NaN."""
     return [_cell(column, float(np.asarray(getattr(figures, column.figure)))) for column in COLUMNS]
 
 
-def compared(table: "Comparison", n: int = SHOWN) -> Sheet:
-    """The total, and the `n` leaves whose projection is farthest from 1."""
-    hidden = len(table.leaves) - n
-    after = [f"{hidden} more leaves, with projections nearer 1"] if hidden > 0 else []
-    after += [ABOUT, *([ON_GRID_NOTE] if table.total.on_grid > ON_GRID else [])]
-    rows = [(TOTALS[0], table.total), *table.worst(n).items()]
+def compared(total: Figures, worst: Mapping[str, Figures], *, hidden: int = 0) -> Sheet:
+    """The table of a comparison.
+
+    Args:
+        total: figures of all leaves together.
+        worst: figures of the leaves to show, by path, those with projections farthest from 1 first.
+        hidden: number of leaves that are not shown.
+    """
+    after = [f"{hidden} more leaves, with projections nearer 1"] if hidden else []
+    after += [ABOUT, *([ON_GRID_NOTE] if total.on_grid > ON_GRID else [])]
+    rows = [(TOTALS[0], total), *worst.items()]
     return Sheet([], list(COLUMNS), [(path, cells(figures)) for path, figures in rows], after)
 
 
-def inspected(found: "Inspection", n: int = SHOWN) -> Sheet:
-    """The verdict, the total with its bounds, and the `n` leaves of which AbsMax would keep least."""
-    total = found.total
+def inspected(verdict: str, total: Findings, worst: Mapping[str, Findings], *, leaves: int) -> Sheet:
+    """The table of an inspection.
 
-    def row(of: "Findings", part: str) -> list[str]:
+    Args:
+        verdict: what stands above the table.
+        total: findings over all leaves together; a row of its own shows their bounds.
+        worst: findings of the leaves to show, by path, the leaf of which AbsMax would keep least first.
+        leaves: number of leaves that were looked at.
+    """
+
+    def row(of: Findings, part: str) -> list[str]:
         return [_cell(column, getattr(getattr(of, column.figure), part)) for column in INSPECTED]
 
     rows = list(zip(TOTALS, (row(total, "value"), row(total, "bound")), strict=True))
-    rows += [(path, row(leaf, "value")) for path, leaf in found.worst(n).items()]
+    rows += [(path, row(leaf, "value")) for path, leaf in worst.items()]
     looked = (
         f"{total.sampled:,} of {total.elements:,} weights looked at ({total.sampled / total.elements:.2g}), "
-        f"in {total.patches:,} patches of {len(found.leaves):,} leaves. Bounds are three standard errors."
+        f"in {total.patches:,} patches of {leaves:,} leaves. Bounds are three standard errors."
     )
     after = [looked, ABOUT, *([PATCHES_NOTE] if total.is_patchwise else [])]
     on_grid = max(np.nan_to_num([total.on_fitted_grid.value, total.on_stored_grid.value])) > ON_GRID
-    return Sheet([found.verdict], list(INSPECTED), rows, [*after, *([ON_GRID_NOTE] if on_grid else [])])
+    return Sheet([verdict], list(INSPECTED), rows, [*after, *([ON_GRID_NOTE] if on_grid else [])])
 
 
 def text(sheet: Sheet) -> str:
-    """A sheet in plain characters."""
+    """A sheet in plain characters, in columns of equal width."""
     lines = [("leaf", [column.title for column in sheet.header]), *sheet.rows]
     first = max(len(name) for name, _ in lines)
     widths = [max(len(row[i]) for _, row in lines) for i in range(len(sheet.header))]
@@ -133,7 +155,7 @@ def text(sheet: Sheet) -> str:
 
 
 def html(sheet: Sheet) -> str:
-    """A sheet as an HTML fragment, nothing in it taken for markup."""
+    """A sheet as an HTML fragment. Paths and other words are escaped."""
     escape = html_format.escape
     header = "".join(f'<th title="{escape(c.about)}">{escape(c.title)}</th>' for c in sheet.header)
     body = "".join(

@@ -1,16 +1,13 @@
-"""What an inspection comes to, in one or two sentences for someone who has never heard of a projection.
+"""The verdict of an inspection: one or two sentences for someone who has never heard of a projection.
 
-Every sentence claims no more than its bounds allow: "erased" and "kept" are said when the whole interval of
-the estimate lies on that side of the line.
+A sentence claims no more than the bounds of its estimate allow. "Erased" is said where the whole interval of
+the estimate lies below `KEPT`, and "kept" where all of it lies above.
 """
 
 import math
-from typing import TYPE_CHECKING
 
-from daq_jax.analysis.sheets import ON_GRID
-
-if TYPE_CHECKING:
-    from daq_jax.analysis.estimates import Estimate, Findings
+from daq_jax.analysis.estimates import Estimate, Findings
+from daq_jax.analysis.figures import ON_GRID
 
 # Two unrelated models differ by sqrt(|base|^2 + |tuned|^2), that is by at least the size of the base; no
 # fine-tune comes near.
@@ -21,7 +18,7 @@ UNRELATED = 0.9  # |d| / |base|
 KEPT = 0.9  # projection
 
 
-def verdict_of(found: "Findings", recipe: str, *, format_name: str = "FP8") -> str:
+def verdict_of(found: Findings, recipe: str, *, format_name: str = "FP8") -> str:
     """The verdict on all leaves together.
 
     Args:
@@ -56,27 +53,27 @@ def verdict_of(found: "Findings", recipe: str, *, format_name: str = "FP8") -> s
     return f"{grid} Plain AbsMax keeps the change, {_interval(plain)} of it; {rest}."
 
 
-def _grid(found: "Findings", name: str) -> str:
+def _grid(found: Findings, name: str) -> str:
     if not math.isnan(found.on_stored_grid.value):
         return f"This base is stored in {name}."
     word = "is" if found.on_fitted_grid.value > ON_GRID else "is not"
     return f"This base {word} on an {name} grid."
 
 
-def _interval(x: "Estimate") -> str:
+def _interval(x: Estimate) -> str:
     if not math.isfinite(x.bound):
         return f"about {x.value:.0%}"
     low, high = f"{max(x.low, 0):.0%}".rstrip("%"), f"{x.high:.0%}"
     return high if f"{low}%" == high else f"{low} to {high}"
 
 
-def _span(x: "Estimate") -> str:
+def _span(x: Estimate) -> str:
     """The bounds of what is erased, where they are wide enough to be seen."""
     low, high = 1 - x.high, 1 - x.low
     return f" ({low:.0%} to {high:.0%})" if f"{low:.0%}" != f"{high:.0%}" else ""
 
 
-def _keeps(x: "Estimate") -> str:
+def _keeps(x: Estimate) -> str:
     if x.low > 2 - KEPT:
         return f"would overshoot to {_interval(x)} of it"
     return f"keeps {_interval(x)} of it"

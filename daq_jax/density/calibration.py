@@ -1,9 +1,10 @@
-"""Calibration: run a model over some data and keep the Gram matrix of what each kernel is multiplied with.
+"""Calibration: run a model over some data and keep the Gram matrix of each kernel's inputs.
 
-The model is traced once, and its program is run equation by equation: wherever it contracts an array with one
-of the params, maybe transposed or cast, that array holds the kernel's inputs. So nothing need be known of the
-model's layers: Linen, NNX and one's own functions are all alike. Kernels inside `jax.lax.scan`, loops and
-branches, and kernels with a batch axis (experts), are not seen.
+The model is traced to a jaxpr, and the jaxpr is evaluated equation by equation. Where an equation contracts
+an array with one of the params, which may have been transposed or cast before, the array holds the inputs of
+that kernel. So this module knows nothing of layers: Linen, NNX and functions of your own are all treated
+alike. Kernels inside `jax.lax.scan`, loops and branches are not found, nor are kernels with a batch axis
+(experts).
 
 Letters: `M` input vectors, `R` inputs, `N` groups of `n` inputs.
 """
@@ -23,13 +24,11 @@ from jax import lax
 from jax.extend import core
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
-from rich.console import Console
-from rich.progress import track
 
-from daq_jax import recipes
 from daq_jax.density.grams import Grams, KernelInputs
 from daq_jax.errors import DaqError
 from daq_jax.numerics.sharding import run_sharded, sharding_of
+from daq_jax.recipe import Recipe
 from daq_jax.rules import DEFAULT_RULES, Rule, decide
 from daq_jax.trees import PyTree, named_leaves
 
@@ -45,20 +44,24 @@ def calibrate(
     one_at_a_time: bool = False,
     progress: bool = True,
 ) -> Grams:
-    """Gram matrices of what a Flax model feeds to its kernels, in one pass over some batches.
+    """Gram matrices of the inputs of a Flax model's kernels, in one pass over some batches.
 
     Args:
         model: a Linen module, or an NNX module in the state in which it is to run.
-        params: its weights: what Linen calls the collection "params", or the whole dict of collections; for
+        params: weights of the model. For Linen, its collection "params" or the whole dict of collections; for
             NNX, `nnx.state(model, nnx.Param)`. Paths in the result are those of this tree.
-        batches: each an array, a tuple of arguments or a dict of named ones, for one call of the model.
-            Leave padding out: every position counts alike. 1024 tokens are enough for most layers.
+        batches: each is for one call of the model: an array, a tuple of positional arguments, or a dict of
+            keyword arguments. Leave padding out: every position counts alike. 1024 tokens are enough for most
+            layers.
         group: inputs of a group, as in `DensityRecipe`; None for one group of all inputs.
         joint: keep the products between groups too, for `DensityRecipe(loss="row")`.
-        rules: as in `quantize`; a leaf that is not to be quantized is passed over.
-        one_at_a_time: hold one kernel's matrices at a time, at the price of one pass for each kernel, made
-            when it is quantized. `batches` must then be a list or the like.
+        rules: which leaves will be quantized, as in `quantize`; only their inputs are looked at.
+        one_at_a_time: hold the matrices of one kernel at a time. Each kernel then costs one pass over the
+            batches, made when it is quantized, and `batches` must be a list or another reusable iterable.
         progress: show a bar, if there is a terminal.
+
+    Returns:
+        Gram matrices by path, for `quantize_density`.
 
     Raises:
         DaqError: if there are no batches, or `one_at_a_time` with an iterator.
@@ -103,14 +106,25 @@ def calibrate_from(
     one_at_a_time: bool = False,
     progress: bool = True,
 ) -> Grams:
-    """`calibrate` for any function of params and a batch.
+    """Gram matrices of the inputs of a model's kernels, for any function of params and a batch.
 
     Args:
-        apply: `(params, batch) -> anything`, traceable by JAX.
-        params, batches, group, joint, rules, one_at_a_time, progress: as in `calibrate`.
+        apply: the model, `(params, batch) -> anything`, traceable by JAX.
+        params: weights of the model. Paths in the result are those of this tree.
+        batches: each is the second argument of one call of `apply`. Leave padding out: every position counts
+            alike.
+        group: inputs of a group, as in `DensityRecipe`; None for one group of all inputs.
+        joint: keep the products between groups too, for `DensityRecipe(loss="row")`.
+        rules: which leaves will be quantized, as in `quantize`; only their inputs are looked at.
+        one_at_a_time: hold the matrices of one kernel at a time. Each kernel then costs one pass over the
+            batches, made when it is quantized, and `batches` must be a list or another reusable iterable.
+        progress: show a bar, if there is a terminal.
+
+    Returns:
+        Gram matrices by path, for `quantize_density`.
 
     Raises:
-        DaqError: as `calibrate` does.
+        DaqError: if there are no batches, or `one_at_a_time` with an iterator.
 
     >>> apply = lambda params, x: jax.nn.relu(x @ params["up"]) @ params["down"]
     >>> params = {"up": jax.numpy.ones((6, 4)), "down": jax.numpy.ones((4, 6))}
@@ -136,6 +150,9 @@ def calibrate_from(
 
 
 def _with_bar(batches: Iterable[Any], total: int | None) -> Iterable[Any]:
+    from rich.console import Console
+    from rich.progress import track
+
     console = Console(stderr=True)
     return track(batches, "Calibrating", total, console=console, disable=not console.is_terminal)
 
@@ -145,14 +162,14 @@ def _paths(params: PyTree, rules: Sequence[Rule]) -> list[str | None]:
 
     def path_of(path: str, leaf: Any) -> str | None:
         is_float = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
-        return path if decide(path, np.ndim(leaf), is_float, rules, recipes.default).quantize else None
+        return path if decide(path, np.ndim(leaf), is_float, rules, Recipe()).quantize else None
 
     return [path_of(*item) for item in named_leaves(params).items()]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Watch:
-    """A model whose kernels' inputs are watched."""
+    """A model, and what is to be kept of the inputs of its kernels."""
 
     apply: Callable[[PyTree, Any], Any]
     paths: list[str | None]
@@ -160,13 +177,13 @@ class _Watch:
     joint: bool
 
     def kernels(self, params: PyTree, batch: Any) -> tuple[KernelInputs, ...]:
-        """The kernels that the model multiplies something with."""
+        """How the model contracts its inputs with each kernel."""
         seen: dict[str, _Seen] = {}
         jax.eval_shape(lambda params, batch: self._run(params, batch, seen), params, batch)
         return tuple(KernelInputs(path, x.axes, x.size) for path, x in seen.items())
 
     def mean(self, params: PyTree, batches: Iterable[Any], only: str | None = None) -> dict[str, Array]:
-        """The Gram matrices, or the one of a path."""
+        """Gram matrices by path, means over the batches; of one kernel alone if `only` names its path."""
 
         @jax.jit
         def sums(params: PyTree, batch: Any) -> dict[str, tuple[Array, Array]]:
@@ -226,7 +243,7 @@ def gram_of(x: Float[Array, "M R"], group: int | None, *, joint: bool) -> Float[
 
 @dataclasses.dataclass(frozen=True)
 class _Seen:
-    """What was multiplied with a kernel."""
+    """Sums over the inputs of one kernel: the axes contracted, their size, `x x'` and the number of `x`."""
 
     axes: tuple[int, ...]
     size: int
@@ -234,14 +251,14 @@ class _Seen:
     count: int
 
     def plus(self, other: "_Seen") -> "_Seen":
-        """A kernel may be used several times, but always in one way."""
+        """The sums of two uses of one kernel, which must contract the same axes."""
         if self.axes != other.axes:
             raise DaqError(f"a kernel is contracted over axes {self.axes} and also {other.axes}.")
         return dataclasses.replace(self, gram=self.gram + other.gram, count=self.count + other.count)
 
 
 class _OneAtATime(Mapping[str, Array]):
-    """Gram matrices that are made when they are asked for, and not kept."""
+    """Gram matrices by path, each made by a pass over the batches when it is asked for, and not kept."""
 
     def __init__(self, watch: _Watch, params: PyTree, batches: Iterable[Any], paths: Sequence[str]) -> None:
         self._watch, self._params, self._batches, self._paths = watch, params, batches, paths
@@ -257,7 +274,7 @@ class _OneAtATime(Mapping[str, Array]):
 
 
 class _Kernel(NamedTuple):
-    """A param, or a transposed or cast copy of it: which axis of the param each of its axes is."""
+    """A param, or a transposed or cast copy of it: `axes` is the param's axis of each axis of the copy."""
 
     path: str
     axes: tuple[int, ...]

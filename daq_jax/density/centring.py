@@ -1,8 +1,8 @@
-"""Stage 1 of density-aware quantization: lay the code line so that dense weights meet fine codes.
+"""Stage 1 of density-aware quantization: an affine map that puts fine codes where the weights are dense.
 
-The codes of a small float stand closer together near zero, and so should the weights they stand for. Most
-weights of a group lie near some centre, which need not be zero: the centre becomes the zero of the code line,
-and the range reaches as far on both sides as the group does. Source: arXiv:2410.12187.
+The codes of a small float are finest near zero. The weights of a group are densest near some centre, which
+need not be zero. This stage makes the centre the zero of the group's affine map, and chooses the scale so
+that the largest code reaches the weight that is farthest from the centre. Source: arXiv:2410.12187.
 
 Arrays are `[N, n, C]`: `N` groups of `n` inputs, for each of `C` outputs. A scale and a zero are `[N, C]`.
 """
@@ -33,16 +33,20 @@ def align(
     centre: Centre | None,
     coverage: float,
 ) -> tuple[Float[Array, "N C"], Float[Array, "N C"]]:
-    """Scale and zero of each group, from its weights alone.
+    """Scale and zero of the affine map of each group, from the group's weights alone.
 
     Args:
-        weight: the weights; padding is zero.
-        real: False where a row is padding.
+        weight: `[N, n, C]` float32, the weights; zero in rows of padding.
+        real: `[N, n, 1]`, False in rows of padding.
         fmt: the number format of the codes.
         centre: "quantile" for the middle between the 2.5 % and 97.5 % quantiles; "kde" for the mode of a
-            kernel density estimate; "none" for the range around "quantile" with the zero left at 0, as the
-            released program has it; None for the plain AbsMax scale.
-        coverage: how much of the range to keep; below 1 the farthest weights are clipped.
+            kernel density estimate; "none" for the range around the middle of the quantiles with a zero of 0,
+            as in the released program; None for the AbsMax scale and a zero of 0.
+        coverage: share of the range to keep, in (0, 1]; below 1 the farthest weights are clipped.
+
+    Returns:
+        The scale, in weight units per code unit, always positive and normal, and the zero, in code units. A
+        group of equal weights gets a map under which one code is exact.
     """
     if centre is None:
         scale = absmax_scale(weight, (1,), largest=fmt.largest)[:, 0]
@@ -58,7 +62,7 @@ def align(
 
 
 def quantile_centre(weight: Float[Array, "N n C"], real: Bool[Array, "N n 1"]) -> Float[Array, "N C"]:
-    """The middle between the 2.5 % and the 97.5 % quantile of each group, by linear interpolation."""
+    """The middle between the 2.5 % and the 97.5 % quantile of each group; quantiles interpolate linearly."""
     ordered = jnp.sort(jnp.where(real, weight, jnp.inf), axis=1)
     last = jnp.sum(real, axis=1, keepdims=True).astype(jnp.float32) - 1
 
@@ -75,7 +79,10 @@ def quantile_centre(weight: Float[Array, "N n C"], real: Bool[Array, "N n 1"]) -
 
 
 def mode(weight: Float[Array, "N n C"], real: Bool[Array, "N n 1"]) -> Float[Array, "N C"]:
-    """Where each group is densest: of 64 places over its range, by a Gaussian kernel density estimate."""
+    """The mode of each group: of 64 places over its range, the one with the largest kernel density estimate.
+
+    The kernel is Gaussian, with the bandwidth of Silverman's rule.
+    """
     count = jnp.sum(real, axis=1).astype(jnp.float32)
     mean = jnp.sum(weight, axis=1) / count
     variance = jnp.sum(jnp.where(real, weight - mean[:, None], 0) ** 2, axis=1) / count

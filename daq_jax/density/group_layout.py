@@ -1,6 +1,7 @@
 """A weight of any shape as groups, `[B, N, n, C]`: `B` matrices of `N` groups of `n` inputs, and `C` outputs.
 
-Rows are filled up with zeros to whole groups, and long groups to a multiple of a block of 128 inputs.
+Rows of zeros are added where the inputs do not fill the last group. They are also added to groups longer than
+a row block of `output_rounding`, which become whole row blocks.
 """
 
 import dataclasses
@@ -10,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from daq_jax.density.output_rounding import BLOCK
+from daq_jax.density.output_rounding import ROW_BLOCK
 from daq_jax.tilings import TileView
 
 
 @dataclasses.dataclass(frozen=True)
 class GroupLayout:
-    """How a weight lies in groups. `view` cuts it into tiles one output wide."""
+    """How a weight is cut into groups and joined again. `view` cuts it into tiles one output wide."""
 
     view: TileView
 
@@ -33,7 +34,7 @@ class GroupLayout:
     @property
     def size(self) -> int:
         """n, the number of rows of a group."""
-        return self.inputs if self.inputs <= BLOCK else -(-self.inputs // BLOCK) * BLOCK
+        return self.inputs if self.inputs <= ROW_BLOCK else -(-self.inputs // ROW_BLOCK) * ROW_BLOCK
 
     @property
     def real(self) -> np.ndarray:
@@ -47,7 +48,7 @@ class GroupLayout:
         return batch + rows + columns
 
     def cut(self, weight: Array) -> Float[Array, "B N n C"]:
-        """The weight in groups, float32."""
+        """The weight in groups, float32, with zeros in rows of padding."""
         batch = math.prod(self.view.batch)
         matrices = weight.transpose(self._order).reshape(batch, self.view.rows, self.view.columns)
         return self._pad(matrices.astype(jnp.float32), axis=1)
@@ -60,7 +61,11 @@ class GroupLayout:
         return rows.reshape([self.view.shape[a] for a in order]).transpose(np.argsort(order))
 
     def group_grams(self, gram: Array | None) -> Float[Array, "N n n"]:
-        """The Gram matrix of each group, from those or from that of the whole row; None gives identities."""
+        """The Gram matrix of each group, with zeros in rows and columns of padding.
+
+        Args:
+            gram: `[N, n, n]`, of each group without padding, `[R, R]`, of all inputs, or None for identities.
+        """
         if gram is None:
             return jnp.asarray(self.real * np.eye(self.size, dtype=np.float32))
         if gram.ndim == 2:
@@ -70,7 +75,7 @@ class GroupLayout:
         return jnp.pad(gram, [(0, 0), (0, missing), (0, missing)])
 
     def row_gram(self, gram: Float[Array, "R R"]) -> Float[Array, "Nn Nn"]:
-        """The Gram matrix of a whole row, with zeros where rows are padding."""
+        """The Gram matrix of all inputs, with zeros in rows and columns of padding."""
         size = self.count * self.size
         rows = self._pad(gram, axis=0).reshape(size, -1)
         return self._pad(rows, axis=1).reshape(size, size)

@@ -1,8 +1,8 @@
-"""Density-aware quantization: 4-bit codes laid over where the weights are dense, then tuned by the output.
+"""Density-aware quantization: 4-bit codes, finest where the weights are dense, chosen by a layer's output.
 
-Stage 1 (`alignment`) places the code line of each group by its weights alone, stage 2 (`adjustment`) moves it
-by the loss of the layer's output, and `output_rounding` chooses codes by that loss. Source: arXiv:2410.12187
-for the stages; rounding by the output is not part of it.
+Stage 1 (`centring`) chooses the affine map of each group of weights from the weights alone. Stage 2
+(`adjustment`) moves the map by the loss of the layer's output. Rounding by the output (`output_rounding`)
+then chooses codes by that loss. Source: arXiv:2410.12187 for the two stages; the rounding is not part of it.
 """
 
 import dataclasses
@@ -14,26 +14,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.core import Tracer
 from jax.sharding import NamedSharding
 from jaxtyping import Array
 
-from daq_jax import recipes
 from daq_jax.density.centring import align
-from daq_jax.density.code_lines import Groups, Line, Loss
 from daq_jax.density.grams import Grams
 from daq_jax.density.group_layout import GroupLayout
-from daq_jax.density.output_rounding import Islands, round_by_output
-from daq_jax.errors import DaqError
+from daq_jax.density.groups import AffineMap, Groups, Loss
+from daq_jax.density.output_rounding import LossBlocks, round_by_output
+from daq_jax.density.recipe import DensityRecipe, density
+from daq_jax.errors import DaqError, refuse
 from daq_jax.metrics import Metric
+from daq_jax.numerics.machine import Machine
 from daq_jax.numerics.sharding import run_sharded, sharding_of
 from daq_jax.qtensor import QTensor
-from daq_jax.recipes import DensityRecipe
+from daq_jax.recipe import Recipe
 from daq_jax.rules import DEFAULT_RULES, Rule
 from daq_jax.tilings import Matrix, TileView, scale_sharding
-from daq_jax.trees import Pair, pair_leaves, refuse_unquantizable, warn_unused, with_leaves
+from daq_jax.trees import Pair, PyTree, pair_leaves, refuse_unquantizable, warn_unused, with_leaves
 
-PyTree = Any
 _IN_CACHE = 2**18  # weights that a CPU works on at a time
 _NARROWEST = 64  # outputs: fewer leave vector lanes empty
 
@@ -41,21 +40,21 @@ _NARROWEST = 64  # outputs: fewer leave vector lanes empty
 def quantize_density(
     params: PyTree,
     grams: Grams | None = None,
-    recipe: DensityRecipe = recipes.density,
+    recipe: DensityRecipe = density,
     *,
     base: PyTree | None = None,
     rules: Sequence[Rule] = DEFAULT_RULES,
     check_finite: bool = True,
 ) -> PyTree:
-    """Quantizes the weights of a model, to 4 bits as a rule, with as little effect on its layers' outputs.
+    """Quantizes the weights of a model, usually to 4 bits, with a small effect on the outputs of its layers.
 
-    Pure; works eagerly and under `jax.jit`, on NumPy arrays, and on sharded arrays, whose sharding the result
-    keeps. The result of a layer depends on that layer alone.
+    Pure. Works eagerly and under `jax.jit`, on NumPy arrays and on sharded arrays. The result is sharded like
+    the input. The result of a layer depends on that layer alone.
 
     Args:
         params: tree of weights: bfloat16, float16 or float32 arrays `[..., in, out]`.
         grams: from `calibrate`; None for no calibration data: then the loss is the squared error of weights.
-        recipe: how to.
+        recipe: how the weights are quantized.
         base: weights before tuning, a tree like `params`; only for a recipe with a `metric`.
         rules: which leaves are quantized, in place of `DEFAULT_RULES`.
         check_finite: look for NaN and infinity first.
@@ -75,7 +74,7 @@ def quantize_density(
     ((128, 8), (1, 8), (1, 8))
     """
     _refuse_mismatch(recipe, base)
-    pairs = pair_leaves(params if base is None else base, params, recipes.default, rules)
+    pairs = pair_leaves(params if base is None else base, params, Recipe(), rules)
     warn_unused(pairs, rules)
     refuse_unquantizable(pairs, check_finite)
     _refuse_uncalibrated(pairs, grams, recipe)
@@ -103,26 +102,25 @@ def _refuse_uncalibrated(pairs: Sequence[Pair], grams: Grams | None, recipe: Den
         if row:
             raise DaqError("a loss over the whole row needs Gram matrices: pass calibrate(..., joint=True).")
         return
-    problems = {
-        p.path: why
+    problems = [
+        f"{p.path!r}: {why}."
         for p in pairs
         if p.decision.quantize and (why := grams.problem(p.path, _view(p, recipe), recipe.group, row=row))
-    }
+    ]
     if problems:
-        lines = "".join(f"\n  {path!r}: {why}." for path, why in problems.items())
-        raise DaqError(
-            f"{len(problems)} of the leaves cannot be quantized by the output of their layers:{lines}\n"
+        refuse(
+            f"{len(problems)} of the leaves cannot be quantized by the output of their layers",
+            problems,
             "Calibrate with the model and the group size that are to be quantized, or keep these leaves by "
-            "a rule: put keep('^PATH$') before your other rules."
+            "a rule: put keep('^PATH$') before your other rules.",
         )
 
 
 def _quantize_leaf(pair: Pair, grams: Grams | None, recipe: DensityRecipe) -> QTensor:
     gram = None if grams is None else grams.products[pair.path]
     base = None if recipe.metric is None else pair.base
-    sharding = sharding_of(pair.tuned)
-    split = sharding is None and (not isinstance(pair.tuned, Tracer) or jax.device_count() == 1)
-    return _quantize(pair.tuned, base, gram, how=_How(recipe, pair.decision.matrix, sharding, split))
+    how = _How(recipe, pair.decision.matrix, sharding_of(pair.tuned), Machine.of(pair.tuned).one_device)
+    return _quantize(pair.tuned, base, gram, how=how)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +130,7 @@ class _How:
     recipe: DensityRecipe
     matrix: Matrix
     sharding: NamedSharding | None
-    split: bool
+    one_device: bool
 
 
 @functools.partial(jax.jit, static_argnames="how")
@@ -143,16 +141,16 @@ def _quantize(weight: Array, base: Array | None, gram: Array | None, *, how: _Ho
     layout = GroupLayout(view)
 
     def run(weight: Array, base: Array | None, gram: Array | None) -> tuple[Array, Array, Array]:
-        group_grams, islands = _damped(layout, gram, recipe)
+        group_grams, blocks = _damped(layout, gram, recipe)
 
-        def place(weight: Array, base: Array | None) -> tuple[Array, Line]:
+        def place(weight: Array, base: Array | None) -> tuple[Array, AffineMap]:
             groups = Groups(weight, jnp.asarray(layout.real), group_grams, recipe.format, recipe.shift)
-            values, line = _place(groups, islands, base, recipe)
-            return recipe.format.encode(values), line
+            values, affine = _place(groups, blocks, base, recipe)
+            return recipe.format.encode(values), affine
 
         before = None if base is None else layout.cut(base)
-        codes, line = _by_columns(place, layout.cut(weight), before, split=how.split)
-        scale, zero = (x.reshape(view.grid) for x in line)
+        codes, affine = _by_columns(place, layout.cut(weight), before, split=how.one_device)
+        scale, zero = (x.reshape(view.grid) for x in affine)
         return layout.join(codes), scale, zero
 
     of_scale = scale_sharding(how.sharding, view)
@@ -161,8 +159,10 @@ def _quantize(weight: Array, base: Array | None, gram: Array | None, *, how: _Ho
     return QTensor(codes, scale, recipe.format, recipe.tiling, dtype, how.matrix, zero)
 
 
-def _damped(layout: GroupLayout, gram: Array | None, recipe: DensityRecipe) -> tuple[Array, Islands | None]:
-    """Gram matrix of each group, and the islands of the recipe's loss, with a larger diagonal."""
+def _damped(
+    layout: GroupLayout, gram: Array | None, recipe: DensityRecipe
+) -> tuple[Array, LossBlocks | None]:
+    """Gram matrix of each group, and the blocks of the recipe's loss, both with a damped diagonal."""
 
     def damped(gram: Array, inputs: np.ndarray) -> Array:
         mean = jnp.trace(gram, axis1=-2, axis2=-1) / jnp.asarray(inputs, jnp.float32)
@@ -172,12 +172,19 @@ def _damped(layout: GroupLayout, gram: Array | None, recipe: DensityRecipe) -> t
     if not recipe.sweeps:
         return groups, None
     if recipe.loss == "group" or gram is None:
-        return groups, Islands.of(groups)
-    return groups, Islands.of(damped(layout.row_gram(gram)[None], layout.real.sum(keepdims=True)[0, 0]))
+        return groups, LossBlocks.of(groups)
+    return groups, LossBlocks.of(damped(layout.row_gram(gram)[None], layout.real.sum(keepdims=True)[0, 0]))
 
 
 def _by_columns(place: Callable[..., Any], weight: Array, base: Array | None, *, split: bool) -> Any:
-    """`place` on all outputs of all matrices; a CPU takes some at a time, to find them in its cache."""
+    """`place` on all outputs of all matrices, with results joined over the outputs.
+
+    Args:
+        place: of weights `[N, n, C]` and their bases, which may be None, to arrays that end with the outputs.
+        weight: `[B, N, n, C]` float32.
+        base: `[B, N, n, C]` float32, or None.
+        split: whether a CPU may take some outputs at a time, so that they stay in its cache.
+    """
     batch, count, size, columns = weight.shape
 
     def in_parts(width: int, *matrices: Array | None) -> Any:
@@ -204,30 +211,30 @@ def _by_columns(place: Callable[..., Any], weight: Array, base: Array | None, *,
 
 
 def _place(
-    groups: Groups, islands: Islands | None, base: Array | None, recipe: DensityRecipe
-) -> tuple[Array, Line]:
-    """The stages: values of the codes, and their lines."""
-    line = Line(*align(groups.weight, groups.real, groups.format, recipe.centre, recipe.coverage))
+    groups: Groups, blocks: LossBlocks | None, base: Array | None, recipe: DensityRecipe
+) -> tuple[Array, AffineMap]:
+    """Code values `[N, n, C]` and affine maps of one matrix, by the stages of a recipe."""
+    affine = AffineMap(*align(groups.weight, groups.real, groups.format, recipe.centre, recipe.coverage))
     loss = groups.loss
     if recipe.metric is not None and base is not None:
         loss = _loss_of_change(groups, base, recipe.metric)
     if recipe.adjust is not None:
-        line = recipe.adjust(groups, loss, line)
-    if islands is not None:
-        return round_by_output(groups, islands, line, sweeps=recipe.sweeps)
-    return groups.nearest(line), line
+        affine = recipe.adjust(groups, loss, affine)
+    if blocks is not None:
+        return round_by_output(groups, blocks, affine, sweeps=recipe.sweeps)
+    return groups.nearest(affine), affine
 
 
 def _loss_of_change(groups: Groups, base: Array, metric: Metric) -> Loss:
-    """Minus a metric of the change, group by group."""
+    """Minus a metric of the change, for each group and output; `base` is `[N, n, C]` float32."""
 
     def tiles(x: Array) -> Array:
         return jnp.moveaxis(x, 1, 2).reshape(-1, x.shape[1])
 
     change = tiles(groups.weight - base)
 
-    def loss(values: Array, line: Line) -> Array:
-        kept = jnp.where(groups.real, line.weights(values) - base, 0)
-        return -metric(change, tiles(kept)).reshape(line.scale.shape)
+    def loss(values: Array, affine: AffineMap) -> Array:
+        kept = jnp.where(groups.real, affine.weights(values) - base, 0)
+        return -metric(change, tiles(kept)).reshape(affine.scale.shape)
 
     return loss

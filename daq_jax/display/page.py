@@ -1,4 +1,4 @@
-"""A comparison as one HTML page: figures, pictures and a table that sorts, and nothing to load.
+"""A comparison as one HTML page with figures, pictures and a table that sorts; it loads nothing.
 
 Needs matplotlib and jinja2: `pip install 'daq-jax[plot]'`.
 """
@@ -34,12 +34,12 @@ def page(
     title: str = "What quantization kept",
     others: Mapping[str, Comparison] | None = None,
 ) -> str:
-    """An HTML page for people. It makes no request, and stays below 2 MB for 1,000 leaves.
+    """An HTML page that shows a comparison. It makes no request, and is below 2 MB for 1,000 leaves.
 
     Args:
-        comparison: made with `details=True` for all of the pictures.
-        title: of the page.
-        others: comparisons of the same pair under other recipes, by name, to draw side by side.
+        comparison: what to show. Three of the pictures need one made with `details=True`.
+        title: title of the page.
+        others: comparisons of the same pair under other recipes, by name, which are drawn side by side.
 
     Returns:
         The page, to be written to a file as UTF-8.
@@ -50,7 +50,7 @@ def page(
         title=title,
         columns=columns,
         total=list(zip(columns, sheets.cells(comparison.total), strict=True)),
-        notes=sheets.compared(comparison, len(ranked)).after,
+        notes=comparison.sheet(len(ranked)).after,
         rows=[(path, sheets.cells(figures)) for path, figures in ranked.items()],
         pictures=_pictures(comparison, others or {}),
         made=f"Made by daq-jax {__version__} from the stored codes and scales.",

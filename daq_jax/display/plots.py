@@ -1,8 +1,8 @@
 """Pictures of a comparison, with matplotlib: `pip install 'daq-jax[plot]'`.
 
-Each function returns a figure of its own that no global state knows of: show it in a notebook, or call its
+Each function returns a new matplotlib figure, made without pyplot. Show it in a notebook or call its
 `savefig`. Colours are of the cividis map, whose lightness rises evenly, so that pictures read the same in
-greyscale and to colour-blind eyes; series differ by marker and line as well.
+greyscale and to colour-blind eyes. Series differ by marker and line style too.
 """
 
 import math
@@ -36,7 +36,7 @@ def _picture(width: float = 6.0, height: float = 4.0) -> tuple[Picture, Axes]:
 
 
 def _details(comparison: Comparison, path: str | None) -> Details:
-    """Details of one leaf, or of all added up."""
+    """Details of one leaf, or of all leaves together."""
     if not comparison.details:
         raise DaqError("this comparison has no details; make it by `compare(..., details=True)`.")
     if path is not None and path not in comparison.details:
@@ -46,13 +46,14 @@ def _details(comparison: Comparison, path: str | None) -> Details:
 
 
 def density(comparison: Comparison, path: str | None = None) -> Picture:
-    """Kept against true change: how many elements lie where, on a logarithmic scale of colour.
+    """Kept against true change: a two-dimensional histogram, with a logarithmic scale of colour.
 
-    On the diagonal a change is kept, on the horizontal line it is lost, above and below it is overdone.
+    A change on the diagonal is kept, on the horizontal axis it is lost. Farther from the axis than the
+    diagonal it is overdone, and on the other side of the axis it has the wrong sign.
 
     Args:
         comparison: made with `details=True`.
-        path: of one leaf; None for all.
+        path: path of the leaf to show; None for all leaves together.
     """
     found = _details(comparison, path)
     picture, axes = _picture(5.2, 4.4)
@@ -76,7 +77,7 @@ def sign_rate_by_size(comparison: Comparison, path: str | None = None) -> Pictur
 
     Args:
         comparison: made with `details=True`.
-        path: of one leaf; None for all.
+        path: path of the leaf to show; None for all leaves together.
     """
     found = _details(comparison, path)
     picture, axes = _picture()
@@ -103,11 +104,11 @@ def sign_rate_by_size(comparison: Comparison, path: str | None = None) -> Pictur
 
 
 def scale_ratios(comparison: Comparison, path: str | None = None) -> Picture:
-    """How far the chosen scales are from those of AbsMax: number of tiles by the ratio of the two.
+    """Number of tiles by the ratio of the chosen scale to the AbsMax scale.
 
     Args:
         comparison: made with `details=True`.
-        path: of one leaf; None for all.
+        path: path of the leaf to show; None for all leaves together.
     """
     found = _details(comparison, path)
     picture, axes = _picture()
@@ -122,7 +123,7 @@ def scale_ratios(comparison: Comparison, path: str | None = None) -> Picture:
 
 
 def place_of(path: str) -> tuple[str, int]:
-    """What kind of matrix a path names, and the number of its layer: the first number in it, -1 without.
+    """The kind of matrix that a path names, and its layer: the first number in the path, or -1.
 
     >>> place_of("model.layers.12.mlp.up_proj.weight")
     ('model.layers.*.mlp.up_proj', 12)
@@ -137,9 +138,10 @@ def place_of(path: str) -> tuple[str, int]:
 
 
 def projection_by_layer(comparison: Comparison) -> Picture:
-    """Projection of each layer, over depth, and of each kind of matrix; experts of a layer together.
+    """A heat map of projections, with a column for each layer and a row for each kind of matrix.
 
-    Light above 1, where a change is overdone, dark below, where it is lost.
+    Experts of one layer and kind are pooled. Above 1, where a change is overdone, colours are light; below 1,
+    where it is lost, they are dark.
     """
     sums: dict[tuple[str, int], list[float]] = {}
     for path, figures in comparison.leaves.items():
@@ -167,10 +169,10 @@ def projection_by_layer(comparison: Comparison) -> Picture:
 
 
 def recipes_side_by_side(comparisons: Mapping[str, Comparison]) -> Picture:
-    """Projection, cosine and sign rate of several recipes: a dot a leaf, and the total of each.
+    """Projection, cosine and sign rate of several recipes: a bar for each leaf, a diamond for the total.
 
     Args:
-        comparisons: of one pair of models, by the name of the recipe.
+        comparisons: comparisons of one pair of models, by the name of the recipe.
     """
     if not comparisons:
         raise DaqError("there is no comparison to draw.")

@@ -1,8 +1,7 @@
-"""Sheets as people see them in a terminal, and as programs read them."""
+"""Sheets drawn in a terminal, and comparisons as CSV."""
 
 import csv
 import io
-from typing import Any
 
 from rich.box import HORIZONTALS
 from rich.console import Console
@@ -10,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from daq_jax.analysis import sheets
+from daq_jax.analysis.comparison import Comparison
 from daq_jax.analysis.figures import FIGURES
 
 _WIDE = 200  # characters, where no terminal says how many there are
@@ -18,13 +18,13 @@ _BETWEEN, _EDGES = 2, 3  # characters around a column, and around the table and 
 
 
 def console() -> Console:
-    """A console whose lines do not break where nobody looks at a terminal."""
+    """A console of the width of the terminal, or of 200 characters if the output is no terminal."""
     found = Console()
     return found if found.is_terminal else Console(width=_WIDE)
 
 
 def show(sheet: sheets.Sheet, on: Console) -> None:
-    """Prints a sheet: what stands above it, the table, what stands below; numbers are whole or left out."""
+    """Prints a sheet. Columns that do not fit into the console are left out as a whole, and counted below."""
     fitting = _fitting(sheet, on.width)
     table = Table(box=HORIZONTALS, padding=(0, 1, 0, 0))
     table.add_column("leaf", overflow="fold")
@@ -43,7 +43,7 @@ def show(sheet: sheets.Sheet, on: Console) -> None:
 
 
 def _fitting(sheet: sheets.Sheet, width: int) -> dict[int, int]:
-    """The columns that fit beside the names, and their widths; those of projections are the last to go."""
+    """The columns that fit beside the names, and their widths. Columns of projections are left out last."""
     columns = range(len(sheet.header))
     titles = [column.title for column in sheet.header]
     cells = [max(len(row[i]) for _, row in sheet.rows) for i in columns]
@@ -61,8 +61,8 @@ def _fitting(sheet: sheets.Sheet, width: int) -> dict[int, int]:
     return dict(sorted(found.items()))
 
 
-def comma_separated(table: Any) -> str:
-    """A comparison as CSV: the total, then every leaf in its order, with plain numbers."""
+def comma_separated(table: Comparison) -> str:
+    """A comparison as CSV: a row for the total, then one for each leaf. A figure that is NaN is empty."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["leaf", *FIGURES])

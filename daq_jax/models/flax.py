@@ -1,8 +1,8 @@
 """Flax models on quantized weights, without a change to their code.
 
-Codes and scales stay in device memory; where a model reads a weight it gets an array, decoded at that place.
-Inside `jax.jit` (or `nnx.jit`) that array lives from there to its use. Call models that way: outside of it
-every read decodes anew.
+Codes and scales stay in device memory. Where a model reads a weight, the weight is decoded and the model gets
+an array. Call such models inside `jax.jit` or `nnx.jit`: there the array exists only between the read and its
+use. Outside of `jit`, every read decodes the weight again.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from daq_jax.errors import DaqError
+from daq_jax.errors import DaqError, refuse
 from daq_jax.qtensor import QTensor
 from daq_jax.records import QTENSOR_ARRAYS, qtensor_of, static_record
 from daq_jax.tilings import Matrix
@@ -28,18 +28,18 @@ from daq_jax.trees import PyTree, is_box, is_qtensor, named_leaves
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class InPlace(nn.meta.AxisMetadata):
-    """A QTensor as a model holds it: a box that Flax opens where the weight is read.
+    """A QTensor in the form of a Flax box, which Flax opens where a model reads the weight.
 
-    Every array has the rank of the weight, with length 1 where a scale does not vary, so that the slice of a
-    layer or of an expert, which `nn.scan`, `nnx.scan` and `vmap` take along one axis of all arrays, is the
-    weight of that layer.
+    `nn.scan`, `nnx.scan` and `vmap` slice all arrays of a box along one axis, that of the layers or experts.
+    So every array has the rank of the weight, with length 1 along axes where a scale does not vary. A slice
+    of the box is then the box of one layer's weight.
 
     Attributes:
-        codes: as in the QTensor, or a slice of them along batch axes.
-        spread: its other arrays by name: "scale", and what else a QTensor holds.
+        codes: codes of the QTensor, or a slice of them along batch axes.
+        spread: the other arrays of the QTensor by name, "scale" and maybe "zero", in the rank of the weight.
         static: the QTensor without arrays.
-        roles: of each axis of the whole weight: "b" for a batch axis, else "r" or "c" and the axis's position
-            among the input or the output axes.
+        roles: role of each axis of the whole weight: "b" for a batch axis; "r" or "c" for an input or output
+            axis, followed by its position among the input or output axes.
     """
 
     codes: Any
@@ -49,7 +49,7 @@ class InPlace(nn.meta.AxisMetadata):
 
     @classmethod
     def of(cls, q: QTensor) -> "InPlace":
-        """The box of a QTensor."""
+        """The box that holds a QTensor."""
         batch, rows, columns = q.view.axes
         roles = ["b"] * q.ndim
         for letter, axes in (("r", rows), ("c", columns)):
@@ -84,7 +84,7 @@ class InPlace(nn.meta.AxisMetadata):
         return self.static.dtype
 
     def qtensor(self) -> QTensor:
-        """The QTensor again, or that of a slice."""
+        """The QTensor in the box, or that of a slice of it."""
         rows, columns = matrix = self._matrix()
         batch = [a for a in range(self.ndim) if a not in rows + columns]
 
@@ -96,7 +96,7 @@ class InPlace(nn.meta.AxisMetadata):
         return dataclasses.replace(self.static, codes=self.codes, matrix=matrix, **fields)
 
     def _matrix(self) -> Matrix:
-        """Input and output axes of the weight, less the batch axes that were sliced away."""
+        """Input and output axes of the weight, counted without the batch axes that were sliced away."""
         gone = len(self.roles) - self.ndim
         batch = [a for a, role in enumerate(self.roles) if role == "b"]
         first, last = batch[:gone], batch[len(batch) - gone :]
@@ -114,15 +114,15 @@ class InPlace(nn.meta.AxisMetadata):
         return self.qtensor().dequantize()
 
     def replace_boxed(self, val: Any) -> Any:
-        """What stands for a new value: the value, as nobody quantized it."""
+        """What takes the place of the box for a new value: the value itself, which is not quantized."""
         return val
 
     def add_axis(self, index: int, params: dict[Any, Any]) -> "InPlace":
-        """The same box: arrays tell of their axes."""
+        """The same box: it derives its axes from its arrays."""
         return self
 
     def remove_axis(self, index: int, params: dict[Any, Any]) -> "InPlace":
-        """The same box: arrays tell of their axes."""
+        """The same box: it derives its axes from its arrays."""
         return self
 
 
@@ -130,10 +130,11 @@ def linen_variables(variables: PyTree) -> PyTree:
     """Quantized variables in the form that `model.apply` takes, of any Linen model.
 
     Args:
-        variables: as `model.init` returns them, with QTensors; other leaves are passed on.
+        variables: variables as `model.init` returns them, with QTensors in place of some arrays.
 
     Returns:
-        The tree with each QTensor boxed, to use in `jax.jit(model.apply)(variables, x)`, time and again.
+        The tree with each QTensor in a box and all other leaves as they are, for
+        `jax.jit(model.apply)(variables, x)`. Box once and call many times.
 
     >>> import flax.linen as nn
     >>> model, x = nn.Dense(8), jnp.ones((2, 4))
@@ -145,7 +146,7 @@ def linen_variables(variables: PyTree) -> PyTree:
     """
 
     def boxed(node: Any) -> Any:
-        # A box of Flax's own, such as nn.Partitioned, gives way: the arrays lie where they lie.
+        # A box of Flax's own, such as nn.Partitioned, is left out: the arrays are sharded already.
         inner = jax.tree.leaves(node, is_leaf=is_qtensor)[0] if is_box(node) else node
         return InPlace.of(inner) if is_qtensor(inner) else node
 
@@ -161,7 +162,7 @@ class QuantizedParam(nnx.Param):
     """An `nnx.Param` that holds codes and scales, and gives the decoded weight where it is read."""
 
     def get_value(self, *, index: Any = ...) -> Any:
-        """The weight, decoded, or a part of it."""
+        """The weight, decoded; with an index, these elements of it."""
         raw = self.get_raw_value()
         # Not so while Flax handles its metadata, or prints the model.
         value: Any = raw
@@ -180,12 +181,13 @@ def nnx_with(model: nnx.Module, q: PyTree) -> nnx.Module:
     """An NNX model on quantized weights.
 
     Args:
-        model: left as it is. It may be abstract, from `nnx.eval_shape`, where `q` has all it needs.
-        q: its quantized state, or that of its parameters: what `quantize` made of `nnx.state(model)`, or
-            `load` of that. A nested dict with the same paths will do.
+        model: the model, which is not changed. It may be abstract, from `nnx.eval_shape`, if `q` has every
+            leaf.
+        q: quantized state of the model, or of its parameters: what `quantize` made of `nnx.state(model)`, or
+            what `load` read of it. A nested dict with the same paths will do.
 
     Returns:
-        A model of the same class for any use that only reads weights, under `nnx.jit` or not.
+        A model of the same class, for any use that only reads weights, inside `nnx.jit` and outside of it.
 
     Raises:
         DaqError: naming the leaves of `q` that the model lacks, those of other shape, and those of an
@@ -218,12 +220,11 @@ def _refuse_misfits(leaves: dict[str, Any], model: dict[str, Any]) -> None:
         if path not in leaves and isinstance(value, jax.ShapeDtypeStruct):
             problems.append(f"{path!r} is missing, and the model is abstract there")
     if problems:
-        lines = "".join(f"\n  {p}" for p in problems)
-        raise DaqError(f"these quantized weights do not fit the model:{lines}\nPass the state of this model.")
+        refuse("these quantized weights do not fit the model", problems, "Pass the state of this model.")
 
 
 # --- Exported programs --------------------------------------------------------------------------------------
-# `jax.export` writes the types of a program's arguments; those of ours it has to be told how to write.
+# `jax.export` writes the types of a program's arguments, and is told here how to write an InPlace.
 
 
 def _to_bytes(static: QTensor, *roles: str) -> bytes:
@@ -235,24 +236,9 @@ def _from_bytes(data: bytes | bytearray) -> tuple[QTensor, tuple[str, ...]]:
     return qtensor_of(record, dict.fromkeys(QTENSOR_ARRAYS)), tuple(roles)
 
 
-def _static_fields(q: QTensor) -> tuple[Any, ...]:
-    return tuple(getattr(q, f.name) for f in dataclasses.fields(q) if f.metadata.get("static"))
-
-
-def _qtensor_to_bytes(fields: tuple[Any, ...]) -> bytes:
-    names = [f.name for f in dataclasses.fields(QTensor) if f.metadata.get("static")]
-    return _to_bytes(QTensor(**dict.fromkeys(QTENSOR_ARRAYS), **dict(zip(names, fields, strict=True))))
-
-
 jax.export.register_pytree_node_serialization(
     InPlace,
     serialized_name="daq_jax.InPlace",
     serialize_auxdata=lambda fields: _to_bytes(fields[0], *fields[1]),
     deserialize_auxdata=_from_bytes,
-)
-jax.export.register_pytree_node_serialization(
-    QTensor,
-    serialized_name="daq_jax.QTensor",
-    serialize_auxdata=_qtensor_to_bytes,
-    deserialize_auxdata=lambda data: _static_fields(_from_bytes(data)[0]),
 )

@@ -1,7 +1,7 @@
 """Products of activations and quantized weights.
 
-A scale that does not vary along the inputs of a weight can wait until after the product, and then the codes
-themselves are what is multiplied: exactly, since codes of 8 bits and fewer are bfloat16 and float16 numbers.
+Where a scale does not vary along the inputs of a weight, the activations are multiplied by the codes and the
+product by the scale. Codes of 8 bits and fewer are exact in bfloat16 and float16.
 """
 
 import jax.numpy as jnp
@@ -19,13 +19,13 @@ def dot(x: Float[Array, "..."], q: QTensor, *, activations: Format | None = None
     """`x` times a quantized weight, decoded within the product; for use inside `jax.jit`.
 
     Args:
-        x: `[..., inputs]`, of the input axes of the weight in their order, float; a weight with batch axes
-            shares them with `x`, whose first axes they are.
+        x: `[batch..., ..., inputs...]` float: first the batch axes of the weight, last its input axes, both
+            in their order in the weight.
         q: the weight.
-        activations: None, or a format to round `x` to, one AbsMax scale for each row of inputs, so that both
-            sides of the product are narrow: on hardware with FP8 units this is an FP8 product. For weights
-            with one scale per output (`Channel`) or per matrix (`PerTensor`), and formats whose codes are
-            numbers.
+        activations: None, or a format to round `x` to, with one AbsMax scale for each vector of inputs. Both
+            factors are then narrow, and on hardware with FP8 units the product is an FP8 product. Needs a
+            weight with one scale per output (`Channel`) or per matrix (`PerTensor`), and formats whose codes
+            are numbers.
 
     Returns:
         `[batch..., ..., outputs]` in the dtype of `x`, summed in float32.

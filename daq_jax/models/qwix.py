@@ -1,9 +1,10 @@
 """To and from qwix (google/qwix): the same codes and scales as a `qwix.QArray`, bit for bit.
 
-A QArray's scale has the rank of its weight, and the length of each of its axes divides the weight's: tiles
-are whole and never cut across an axis. Both mean `(code - zero) * scale`, but a QArray's zero point has the
-dtype of its codes and so is a whole number or a code, where a QTensor's zero is any number. What does not fit
-that is refused. Scales stay float32. qwix is imported when one of these functions is called.
+A QArray's scale has the rank of its weight, and each of its axes has a length that divides the weight's: all
+tiles are whole, and a tile never spans part of an axis and part of the next. Both classes mean
+`(code - zero) * scale`. A QArray's zero point has the dtype of its codes, a QTensor's zero is any float32.
+What the other class cannot hold is refused. Scales stay float32. qwix is imported when a function here is
+called.
 """
 
 import math

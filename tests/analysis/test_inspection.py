@@ -11,8 +11,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import daq_jax as daq
 from daq_jax.analysis.estimates import ESTIMATES, Estimate, Findings, findings_of
+from daq_jax.analysis.figures import ON_GRID
 from daq_jax.analysis.inspection import Inspection
-from daq_jax.analysis.sheets import ON_GRID
 from daq_jax.analysis.verdicts import KEPT, UNRELATED, verdict_of
 from tests import oracles
 from tests.cases import BF16, rng_for

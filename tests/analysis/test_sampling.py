@@ -5,7 +5,7 @@ import pytest
 import daq_jax as daq
 from daq_jax.analysis.sampling import Patches, evenly_spread, plan, scales, take, weights
 from daq_jax.tilings import DEFAULT_MATRIX, TileView
-from tests.cases import LAYERS, pair
+from tests.cases import LAYERS, pair, rng_for
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -68,3 +68,12 @@ def test_too_many_leaves_for_the_bound_are_looked_at_evenly():
     assert sum(map(len, chosen.values())) == 64
     assert {"layers_0", "layers_999"} <= set(chosen)
     assert len(plan(grid_of(1000, 256), 1)) == 1
+
+
+def test_elements_of_a_weight_with_a_zero_are_those_of_the_whole():
+    weight = rng_for("with a zero").normal(0.01, 0.02, (70, 6)).astype(np.float32)
+    recipe = daq.DensityRecipe(group=32, adjust=None, sweeps=0)
+    q = daq.quantize_density({"w": weight}, None, recipe)["w"]
+    index = evenly_spread(q.shape, 50)
+    assert np.any(np.asarray(q.zero) != 0)
+    np.testing.assert_array_equal(take(q, index), np.asarray(q.dequantize())[index])

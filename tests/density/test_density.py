@@ -10,8 +10,8 @@ import pytest
 import daq_jax as daq
 from benchmarks.density import baselines, released
 from daq_jax.density.centring import align, mode
-from daq_jax.density.code_lines import Groups, Line
 from daq_jax.density.grams import KernelInputs
+from daq_jax.density.groups import AffineMap, Groups
 from tests.cases import rng_for, slow_after
 
 FORMATS = [daq.nf4, daq.fp4_e2m1, daq.fp4_bnb, daq.int4]
@@ -145,16 +145,16 @@ def test_sign_steps_are_those_of_the_released_program():
     levels = np.asarray(daq.fp4_bnb.levels)
     scale, zero = released.start(np.float64(weight), levels)
     groups = Groups(jnp.asarray(weight), jnp.ones((3, 16, 1), bool), jnp.asarray(grams), daq.fp4_bnb, True)
-    start = Line(*align(groups.weight, groups.real, daq.fp4_bnb, "none", 0.9))
+    start = AffineMap(*align(groups.weight, groups.real, daq.fp4_bnb, "none", 0.9))
     np.testing.assert_allclose(start.scale, scale, rtol=1e-5)
     assert not start.zero.any()
     wanted = released.adjust(np.float64(weight), np.float64(grams), levels, scale, zero, epochs=2, turns=30)
-    line = daq.SignSteps(epochs=2, turns=30)(groups, groups.loss, start)
-    same = np.isclose(line.scale, wanted[0], rtol=1e-4) & np.isclose(
-        line.zero, wanted[1], rtol=1e-3, atol=1e-4
+    affine = daq.SignSteps(epochs=2, turns=30)(groups, groups.loss, start)
+    same = np.isclose(affine.scale, wanted[0], rtol=1e-4) & np.isclose(
+        affine.zero, wanted[1], rtol=1e-3, atol=1e-4
     )
     assert same.mean() >= 0.8  # where two losses are all but equal, float32 and float64 may part
-    assert np.all(groups.loss(groups.nearest(line), line) <= groups.loss(groups.nearest(start), start))
+    assert np.all(groups.loss(groups.nearest(affine), affine) <= groups.loss(groups.nearest(start), start))
 
 
 @pytest.mark.slow
@@ -164,12 +164,12 @@ def test_least_squares_find_lower_losses_than_the_released_program_in_a_tenth_of
     start = released.start(np.float64(weight), levels)
     *_, evaluations = found = released.adjust(np.float64(weight), np.float64(grams), levels, *start)
     groups = Groups(jnp.asarray(weight), jnp.ones((3, 16, 1), bool), jnp.asarray(grams), daq.fp4_bnb, True)
-    first = Line(*align(groups.weight, groups.real, daq.fp4_bnb, "quantile", 1.0))
+    first = AffineMap(*align(groups.weight, groups.real, daq.fp4_bnb, "quantile", 1.0))
     adjust = daq.LeastSquares()
-    line = jax.jit(lambda groups: adjust(groups, groups.loss, first))(groups)
+    affine = jax.jit(lambda groups: adjust(groups, groups.loss, first))(groups)
     scale, zero = (jnp.asarray(x, jnp.float32) for x in found[:2])
-    theirs = Line(scale, zero)
-    ours, theirs = (float(groups.loss(groups.nearest(x), x).sum()) for x in (line, theirs))
+    theirs = AffineMap(scale, zero)
+    ours, theirs = (float(groups.loss(groups.nearest(x), x).sum()) for x in (affine, theirs))
     assert ours <= theirs
     assert 10 * adjust.evaluations <= evaluations
 
@@ -248,3 +248,30 @@ def test_gptq_of_the_benchmark_is_elimination_one_input_at_a_time(symmetric):
         inverse = inverse - np.outer(inverse[i], inverse[i]) / inverse[i, i]
         inverse[i, i] = 1.0
     np.testing.assert_allclose(got, wanted, atol=1e-4)
+
+
+def test_an_adjustment_of_ones_own_may_be_a_class_or_a_function():
+    weight, grams = weight_and_grams("own", (64, 4))
+
+    @dataclasses.dataclass(frozen=True)
+    class Halved(daq.Adjustment):
+        share: float = 0.5
+
+        def __call__(self, groups, loss, start):
+            return start._replace(scale=start.scale * self.share)
+
+    def halved(groups, loss, start):
+        return Halved()(groups, loss, start)
+
+    plain = dataclasses.replace(OFF, group=32)
+    wanted = quantized(weight, grams, plain)
+    for own in (Halved(), halved):
+        got = quantized(weight, grams, dataclasses.replace(plain, adjust=own))
+        np.testing.assert_array_equal(got.scale, wanted.scale / 2)
+        daq.DensityRecipe(metric=daq.cosine, sweeps=0, adjust=own)  # any loss will do
+
+    class Picky(Halved):
+        any_loss = False
+
+    with pytest.raises(ValueError, match="an `adjust` for any loss"):
+        daq.DensityRecipe(metric=daq.cosine, sweeps=0, adjust=Picky())

@@ -10,8 +10,8 @@ import shutil
 import numpy as np
 import pytest
 
-from daq_jax.analysis.comparison import Comparison, pool
-from daq_jax.analysis.figures import Figures
+from daq_jax.analysis.comparison import Comparison
+from daq_jax.analysis.figures import Figures, pool
 from daq_jax.analysis.histograms import Details
 from daq_jax.display.page import page
 

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from daq_jax.analysis.comparison import Figures, compare
+from daq_jax.analysis.comparison import compare
+from daq_jax.analysis.figures import Figures
 from daq_jax.qtensor import QTensor
 from daq_jax.tilings import Block, PerTensor
 

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from daq_jax.analysis.comparison import Comparison, compare_leaf, pool
-from daq_jax.analysis.figures import Figures
+from daq_jax.analysis.comparison import Comparison, compare_leaf
+from daq_jax.analysis.figures import Figures, pool
 from daq_jax.analysis.histograms import Details, details_of
 from daq_jax.errors import DaqError
 from daq_jax.io.hf.folders import Folder, Tensor

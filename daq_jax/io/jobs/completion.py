@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from daq_jax.analysis.figures import Figures, pool
 from daq_jax.io.hf.folders import INDEX, SINGLE, Folder
 from daq_jax.io.hf.tensor_files import write_text
 from daq_jax.io.jobs.journal import REPORT, Journal
 from daq_jax.io.jobs.planning import Plan
-from daq_jax.io.jobs.progress import figures_of, pooled
 
 CONFIG = "config.json"
 _SIDE_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".vocab", ".bpe")
@@ -56,8 +56,8 @@ def complete(
 
 
 def _report(journal: Journal, records: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
-    leaves = {n: figures_of(s) for record in records.values() for n, s in record["figures"].items()}
-    total = pooled(leaves)
+    leaves = {n: Figures.from_sums(s) for record in records.values() for n, s in record["figures"].items()}
+    total = pool(leaves.values()) if leaves else None
     return {
         "fingerprint": journal.key,
         **summary,

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from daq_jax.density.recipe import DensityRecipe
 from daq_jax.errors import DaqError
 from daq_jax.io.hf.folders import Folder
 from daq_jax.io.hf.layouts import LAYOUTS, TARGETS, Layout
 from daq_jax.recipe import Recipe
-from daq_jax.recipes import DensityRecipe
 from daq_jax.scales import AnyScale, InDtype, PowerOfTwo
 from daq_jax.searches.candidates import CoarseToFine, Grid, WithBaseScale
 

@@ -24,11 +24,12 @@ from orbax.checkpoint import v1 as ocp
 from rich.console import Console
 
 from daq_jax.analysis.comparison import compare
+from daq_jax.analysis.figures import Figures, pool
 from daq_jax.errors import DaqError
 from daq_jax.io.hf.tensor_files import read_json, write_text
 from daq_jax.io.jobs.journal import REPORT, fingerprint
 from daq_jax.io.jobs.planning import RUNTIME, MissingBase, work_of
-from daq_jax.io.jobs.progress import figures_of, plain_sums, pooled, progress_on
+from daq_jax.io.jobs.progress import progress_on
 from daq_jax.io.orbax.reader import OURS, VERSION, Checkpoint, array_names
 from daq_jax.quantization import quantize
 from daq_jax.recipe import Recipe
@@ -159,7 +160,7 @@ class _Work:
                 # Killed after this was written and before it was recorded: the same bytes are there already.
                 if type(error).__name__ != "PartialSaveReplacementError":  # which Orbax does not export
                     raise
-        figures = {p: plain_sums(f) for p, f in found.items() if p not in self.plan.no_base}
+        figures = {p: f.plain_sums() for p, f in found.items() if p not in self.plan.no_base}
         sums = {p: _sum(quantized[p]) for p in paths}
         return {"records": records, "figures": figures, "crc32": sums}
 
@@ -232,8 +233,8 @@ def quantize_orbax(
     ocp.partial.finalize(str(work.out))
     for record in records:
         work.verify(record)
-    figures = {p: figures_of(s) for record in records for p, s in record["figures"].items()}
-    total = pooled(figures)
+    figures = {p: Figures.from_sums(s) for record in records for p, s in record["figures"].items()}
+    total = pool(figures.values()) if figures else None
     report = {"fingerprint": key, **summary, "total": total and total.to_dict()}
     report["leaves"] = {p: f.to_dict() for p, f in figures.items()}
     write_text(out / REPORT, json.dumps(report, indent=1, allow_nan=False) + "\n")
@@ -263,6 +264,6 @@ def _carry_out(work: _Work, console: Console) -> list[dict[str, Any]]:
                 write_text(path, json.dumps(record))
             known = record["records"]
             records.append(record)
-            figures = pooled({p: figures_of(s) for p, s in record["figures"].items()})
-            running.tell(group[0], plan.nbytes(group), figures)
+            figures = [Figures.from_sums(s) for s in record["figures"].values()]
+            running.tell(group[0], plan.nbytes(group), pool(figures) if figures else None)
     return records

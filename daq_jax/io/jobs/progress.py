@@ -1,41 +1,21 @@
 """What people see of the work on a folder: the plan as a table, progress, and what was kept at the end."""
 
 import contextlib
-import dataclasses
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
-import jax
-import numpy as np
 from rich.box import HORIZONTALS
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from daq_jax.analysis.comparison import Figures
+from daq_jax.analysis.figures import Figures, pool
 from daq_jax.io.jobs.planning import Plan
 
 _LOW_SHARE = 0.5  # of the elements: fewer quantized is worth a warning
 _SECONDS = 10.0  # between two plain lines
-
-
-def plain_sums(figures: Figures) -> dict[str, Any]:
-    """The sums behind figures, ready for JSON, from which `figures_of` makes them again exactly."""
-    return {f.name: np.asarray(getattr(figures, f.name)).tolist() for f in dataclasses.fields(figures)}
-
-
-def figures_of(sums: Mapping[str, Any]) -> Figures:
-    """The inverse of `plain_sums`."""
-    return Figures(
-        **{k: np.asarray(v) if isinstance(v, list) else np.asarray(v)[()] for k, v in sums.items()}
-    )
-
-
-def pooled(figures: Mapping[str, Figures]) -> Figures | None:
-    """Figures of several leaves together."""
-    return jax.tree.map(lambda *x: sum(x), *figures.values()) if figures else None
 
 
 def _size(nbytes: float | int) -> str:
@@ -96,7 +76,7 @@ class Running:
     def pooled(self) -> Figures | None:
         """Figures of everything so far."""
         parts = [x for x in (self._finished, self._at_hand and self._at_hand[1]) if x is not None]
-        return jax.tree.map(lambda *x: sum(x), *parts) if parts else None
+        return pool(parts) if parts else None
 
     @property
     def words(self) -> str:

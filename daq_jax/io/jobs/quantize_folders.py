@@ -12,6 +12,7 @@ import numpy as np
 from rich.console import Console
 
 from daq_jax import recipes
+from daq_jax.density.recipe import DensityRecipe
 from daq_jax.errors import DaqError
 from daq_jax.io.hf.folders import INDEX, Folder, is_orbax, open_folder
 from daq_jax.io.hf.layouts import TARGETS
@@ -31,7 +32,6 @@ from daq_jax.io.jobs.planning import MissingBase, Plan, make_plan
 from daq_jax.io.jobs.progress import progress_on, result_of, table_of, warning_of
 from daq_jax.io.jobs.streaming import carry_out
 from daq_jax.recipe import Recipe
-from daq_jax.recipes import DensityRecipe
 from daq_jax.version import __version__
 
 _SPARE_DISK = 10**8  # bytes left free for report and side files

@@ -13,14 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from daq_jax.analysis.comparison import Figures
+from daq_jax.analysis.figures import Figures, pool
 from daq_jax.errors import DaqError
 from daq_jax.io.hf.folders import Folder
 from daq_jax.io.hf.tensor_files import TensorReader, TensorWriter
 from daq_jax.io.jobs.bands import Leaf, figures_in_bands
 from daq_jax.io.jobs.journal import Journal
 from daq_jax.io.jobs.planning import Job, Plan, Shard
-from daq_jax.io.jobs.progress import figures_of, plain_sums, pooled
 from daq_jax.leaves import quantize_leaf
 from daq_jax.qtensor import QTensor
 
@@ -43,8 +42,8 @@ def carry_out(
                 if done is None:
                     _Work(plan, base, tuned, journal, tell).do(shard, readers, writer)
                 else:
-                    figures = pooled({n: figures_of(sums) for n, sums in done["figures"].items()})
-                    tell(shard.file, shard.tuned_bytes, figures)
+                    figures = [Figures.from_sums(sums) for sums in done["figures"].values()]
+                    tell(shard.file, shard.tuned_bytes, pool(figures) if figures else None)
 
 
 class _Work:
@@ -62,7 +61,7 @@ class _Work:
             self.fill(file, shard, readers, writer)
             file.finish()
             verify(file, self.sums)
-        figures = {name: plain_sums(found) for name, found in self.figures.items()}
+        figures = {name: found.plain_sums() for name, found in self.figures.items()}
         self.journal.finish(shard.file, {"crc32": self.sums, "figures": figures})
 
     def fill(

@@ -1,0 +1,36 @@
+"""`daq_jax.recipes`: recipes by name. Those of the density wing load when they are first asked for."""
+
+import subprocess
+import sys
+
+import pytest
+
+import daq_jax as daq
+
+
+def test_an_unknown_recipe_is_answered_with_close_names_and_all_names():
+    with pytest.raises(AttributeError, match=r"'abs_max'.*Did you mean absmax\?") as error:
+        daq.recipes.abs_max  # noqa: B018
+    for name in (*daq.recipes.RECIPES, *daq.recipes.DENSITY_RECIPES):
+        assert name in str(error.value)
+    with pytest.raises(AttributeError, match=r"no recipe 'xyz'\. There are"):
+        daq.recipes.xyz  # noqa: B018
+
+
+def test_density_recipes_are_recipes_too():
+    for name, recipe in daq.recipes.DENSITY_RECIPES.items():
+        assert getattr(daq.recipes, name) is recipe
+    assert {*daq.recipes.RECIPES, *daq.recipes.DENSITY_RECIPES} <= set(dir(daq.recipes))
+
+
+def test_the_density_wing_is_loaded_when_it_is_asked_for():
+    lines = (
+        "import sys, daq_jax as daq",
+        "loaded = lambda: [m for m in sys.modules if m.startswith('daq_jax.density')]",
+        "assert loaded() == [], loaded()",
+        "daq.recipes.RECIPES",
+        "assert loaded() == [], loaded()",
+        "assert daq.recipes.density == daq.DensityRecipe()",
+        "assert 'daq_jax.density.recipe' in loaded()",
+    )
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True)
