@@ -40,9 +40,9 @@ ORDER = (
     "io.orbax",
     "io.jobs",
     "io",
+    "",  # the package itself, which gathers the public names
     "demo",
     "cli",
-    "",  # the package itself, which gathers the public names
 )
 
 

@@ -24,7 +24,7 @@ from daq_jax.analysis import sheets
 from daq_jax.analysis.base_grids import lies_on_grid
 from daq_jax.analysis.figures import Figures, pool
 from daq_jax.analysis.histograms import Details, details_of
-from daq_jax.errors import refuse
+from daq_jax.errors import DaqError, refuse
 from daq_jax.numerics.arithmetic import sum_of_runs, total
 from daq_jax.numerics.sharding import run_sharded, sharding_of
 from daq_jax.qtensor import QTensor, as_array
@@ -109,7 +109,8 @@ def compare(base: PyTree, tuned: PyTree, quantized: PyTree, *, details: bool = F
         Figures of each leaf that was compared, and of all of them together.
 
     Raises:
-        DaqError: naming every quantized leaf that has no partner of its shape in `base` or `tuned`.
+        DaqError: naming every quantized leaf that has no partner of its shape in `base` or `tuned`; or if
+            the trees are in another order.
 
     >>> base = {"kernel": jnp.zeros((2, 2))}
     >>> tuned = {"kernel": jnp.ones((2, 2))}
@@ -119,6 +120,8 @@ def compare(base: PyTree, tuned: PyTree, quantized: PyTree, *, details: bool = F
     """
     before, after = named_leaves(base), named_leaves(tuned)
     found = {path: q for path, q in named_leaves(quantized).items() if is_qtensor(q)}
+    if not found:
+        _refuse_wrong_order(base, tuned, quantized)
     _refuse_strangers(before, after, found)
     leaves = {path: compare_leaf(before[path], after[path], q) for path, q in found.items()}
     closer = {path: details_of(before[path], after[path], q) for path, q in found.items()} if details else {}
@@ -128,6 +131,17 @@ def compare(base: PyTree, tuned: PyTree, quantized: PyTree, *, details: bool = F
 def compare_leaf(base: ArrayLike | QTensor, tuned: ArrayLike | QTensor, quantized: QTensor) -> Figures:
     """Figures of one leaf; all three have one shape. See `compare`."""
     return _figures(_sums(base, tuned, quantized), quantized)
+
+
+def _refuse_wrong_order(base: PyTree, tuned: PyTree, quantized: PyTree) -> None:
+    """Raises DaqError where nothing is quantized because another tree was meant; rules may keep all leaves."""
+    elsewhere = any(is_qtensor(x) for x in (*named_leaves(base).values(), *named_leaves(tuned).values()))
+    again = any(quantized is x for x in (base, tuned)) and not jax.tree_util.all_leaves([quantized])
+    if elsewhere or again:
+        raise DaqError(
+            "no leaf of the third tree is quantized: call compare(base, tuned, quantized), in this order, with "
+            "what `quantize` returned."
+        )
 
 
 def _refuse_strangers(before: dict[str, Any], after: dict[str, Any], found: dict[str, QTensor]) -> None:

@@ -216,3 +216,11 @@ def test_a_weight_that_is_not_a_number_keeps_no_sign():
     q = daq.quantize(base, tuned, daq.recipes.absmax)
     figures = daq.compare(base, tuned, dataclasses.replace(q, scale=q.scale * np.nan)).total
     assert figures.sign_rate == 0
+
+
+@pytest.mark.parametrize("order", [(0, 2, 1), (0, 1, 1), (0, 1, 0)])
+def test_trees_in_the_wrong_order_are_refused(order):
+    weight = jnp.ones((8, 8))
+    trees = {"k": weight}, {"k": 1.5 * weight}, daq.quantize({"k": weight}, {"k": 1.5 * weight})
+    with pytest.raises(daq.DaqError, match=r"compare\(base, tuned, quantized\), in this order"):
+        daq.compare(*(trees[i] for i in order))
