@@ -15,7 +15,7 @@ from daq_jax.errors import DaqError
 from daq_jax.io.hf.folders import Tensor
 from daq_jax.io.hf.layouts import LAYOUTS
 from daq_jax.io.hf.row_bands import band_around, band_step, open_for_bands
-from daq_jax.io.jobs.planning import Job, Plan, make_plan
+from daq_jax.io.jobs.planning import Plan, Task, make_plan
 from daq_jax.qtensor import QTensor
 from daq_jax.recipe import Recipe
 from daq_jax.tilings import TileView
@@ -62,23 +62,23 @@ def inspect_folder(
             old, new = (folder.read(name, slice(first, last), plan.dtype) for folder in (before, after))
             return old, new
 
-        sources = {job.name: _source(job, plan, band) for job in plan.jobs if job.quantize}
+        sources = {task.name: _source(task, plan, band) for task in plan.tasks if task.quantize}
         return inspect_sources(sources, recipe, most_elements=most_elements)
     finally:
         before.close()
         after.close()
 
 
-def _source(job: Job, plan: Plan, band: Callable[[str, int, int], _Pair]) -> Source:
-    partner = job.base
+def _source(task: Task, plan: Plan, band: Callable[[str, int, int], _Pair]) -> Source:
+    partner = task.base
     assert partner is not None  # the plan refuses weights without
     stored = partner.coding is not None and partner.coding.format == plan.recipe.format
-    step, length = band_step(partner, job.tuned), job.tuned.shape[0]
+    step, length = band_step(partner, task.tuned), task.tuned.shape[0]
 
     def read(index: Index) -> tuple[NDArray, NDArray, NDArray | None]:
         rows = np.asarray(index[0])
         part = band_around(int(rows.min()), int(rows.max()) + 1, step, length)
-        old, new = band(job.name, part.start, part.stop)
+        old, new = band(task.name, part.start, part.stop)
         inside = (rows - part.start, *index[1:])
         spread = scales(old, inside) if stored and isinstance(old, QTensor) else None
         return take(old, inside), take(new, inside), spread
@@ -86,5 +86,5 @@ def _source(job: Job, plan: Plan, band: Callable[[str, int, int], _Pair]) -> Sou
     def dtype(tensor: Tensor) -> np.dtype:
         return plan.dtype if tensor.coding or tensor.dtype is None else tensor.dtype
 
-    view = TileView(job.tuned.shape, job.tuned.matrix, plan.recipe.tiling)
-    return Source(Patches(view), (dtype(partner), dtype(job.tuned)), plan.recipe, read)
+    view = TileView(task.tuned.shape, task.tuned.matrix, plan.recipe.tiling)
+    return Source(Patches(view), (dtype(partner), dtype(task.tuned)), plan.recipe, read)

@@ -1,8 +1,8 @@
-"""What has been done to a folder so far: enough to go on after a kill, and not to mix two pieces of work.
+"""What is known of a job so far: enough to go on after a kill, and not to mix two jobs.
 
-While work goes on, OUT holds a folder `.daq`: `work.json` with the fingerprint of inputs, recipe and version,
-and for each finished file of the result a record of its own, written once the file has its name. At the end
-the records go into `daq_report.json`, the index and then the config are written, and `.daq` goes away.
+While a job goes on, its journal is a folder. It holds `work.json`, the fingerprint of inputs, settings and
+version, and a record of each finished unit, written once the unit is on the disk. When the result is complete
+its report, `daq_report.json`, holds the fingerprint and the records, and the journal goes away.
 """
 
 import contextlib
@@ -12,19 +12,19 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from daq_jax.errors import DaqError
-from daq_jax.io.hf.folders import INDEX
 from daq_jax.io.hf.tensor_files import read_json, write_text
 
 REPORT = "daq_report.json"
-_JOURNAL = ".daq"
 _WORK = "work.json"
+
+Record = dict[str, Any]
 
 
 def describe(value: Any) -> Any:
@@ -44,10 +44,10 @@ def describe(value: Any) -> Any:
 
 
 def fingerprint(files: Sequence[Path], settings: Mapping[str, Any]) -> str:
-    """A word that changes when an input file or a setting does.
+    """A digest that changes when an input file or a setting does.
 
     Args:
-        files: each counts with its name, size, time of change and first bytes.
+        files: input files, each of which counts with its name, size, time of change and first 64 KiB.
         settings: anything that `describe` knows.
     """
     digest = hashlib.sha256(json.dumps(describe(settings), sort_keys=True).encode())
@@ -60,90 +60,87 @@ def fingerprint(files: Sequence[Path], settings: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
+@dataclasses.dataclass(frozen=True)
 class Journal:
-    """The record of the work on one folder.
+    """The records of one job.
 
-    Args:
-        out: the folder.
-        key: fingerprint of the work.
+    Attributes:
+        folder: folder that holds the records while the job goes on.
+        out: folder of the result, which holds the report once the result is complete.
+        key: fingerprint of the job.
     """
 
-    def __init__(self, out: Path, key: str) -> None:
-        self.out = out
-        self.key = key
-        self._folder = out / _JOURNAL
+    folder: Path
+    out: Path
+    key: str
 
-    def begin(self, *, overwrite: bool) -> bool:
-        """Makes the folder ready, or finds it as the same work left it.
+    @property
+    def begun(self) -> str | None:
+        """Fingerprint of the job that was begun here and is not complete; None if there is none."""
+        return _fingerprint_in(self.folder / _WORK)
 
-        Returns:
-            Whether the work is already complete.
+    @property
+    def completed(self) -> str | None:
+        """Fingerprint of the job whose result `out` holds; None if there is none."""
+        return _fingerprint_in(self.out / REPORT)
 
-        Raises:
-            DaqError: if the folder holds something else, and `overwrite` is not set.
-        """
-        found = self._key_found()
-        if overwrite:
-            self._clear()
-        elif found != self.key and self.out.exists() and any(self.out.iterdir()):
-            what = "other files" if found is None else "a result of other inputs, settings or versions"
-            raise DaqError(f"{self.out}: holds {what}; pass an empty folder, or --overwrite to replace them.")
-        elif found == self.key and not self._folder.exists():
-            return True
-        self._folder.mkdir(parents=True, exist_ok=True)
-        write_text(self._folder / _WORK, json.dumps({"fingerprint": self.key}))
-        return False
+    def open(self) -> None:
+        """Makes the folder of the records, and notes whose records they are."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_text(self.folder / _WORK, json.dumps({"fingerprint": self.key}))
 
-    def _key_found(self) -> str | None:
-        for path in (self._folder / _WORK, self.out / REPORT):
-            if path.is_file():
-                key = read_json(path, "the record of earlier work").get("fingerprint")
-                return key if isinstance(key, str) else ""
-        return None
+    def report(self) -> dict[str, Any]:
+        """The report of the complete result."""
+        return read_json(self.out / REPORT, "the report")
 
-    def _clear(self) -> None:
-        """Removes what a checkpoint folder holds; files that are none of its kind stay."""
-        shutil.rmtree(self._folder, ignore_errors=True)
-        for name in ("config.json", INDEX, REPORT):  # first those that make it look complete
-            (self.out / name).unlink(missing_ok=True)
-        for path in [*self.out.glob("*.safetensors"), *self.out.glob(".*.partial")]:
-            path.unlink()
+    def record(self, unit: str) -> Record | None:
+        """What was noted of a finished unit; None if nothing was."""
+        path = self.folder / f"{unit}.json"
+        return read_json(path, "the record of a finished unit") if path.is_file() else None
 
-    def record(self, file: str) -> dict[str, Any] | None:
-        """What was noted of a finished file; None if it is not finished."""
-        path = self._folder / f"{file}.json"
-        if not (path.is_file() and (self.out / file).is_file()):
-            return None
-        return read_json(path, "the record of a finished file")
-
-    def finish(self, file: str, record: Mapping[str, Any]) -> None:
-        """Notes that a file is finished."""
-        write_text(self._folder / f"{file}.json", json.dumps(record))
+    def finish(self, unit: str, record: Record) -> None:
+        """Notes that a unit is finished."""
+        write_text(self.folder / f"{unit}.json", json.dumps(record))
 
     @contextlib.contextmanager
     def alone(self, what: str, *, wait: bool) -> Iterator[bool]:
-        """Keeps other processes out of a piece of the work; the system lets go of it if this one dies.
+        """Keeps other processes out of a unit, or of another step; the system unlocks it if this one dies.
+
+        Args:
+            what: name of the unit or of the step.
+            wait: whether to wait while another process is at it.
 
         Yields:
-            Whether the work is still there to do: false if another process has completed it all.
+            Whether the job is still there to do: False if another process has completed it.
 
         Raises:
-            DaqError: if another process is at it and `wait` is not set.
+            DaqError: if another process is at it and `wait` is False.
         """
         try:
-            lock = os.open(self._folder / f"{what}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+            lock = os.open(self.folder / f"{what}.lock", os.O_RDWR | os.O_CREAT, 0o644)
         except FileNotFoundError:
             yield False
             return
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield self._folder.exists()
-        except BlockingIOError:
-            raise DaqError(f"{self.out}: another process is at work on {what}; wait for it to end.") from None
+            _lock(lock, wait, f"{self.out}: another process is at work on {what}; wait for it to end.")
+            yield self.folder.exists()
         finally:
             os.close(lock)
 
-    def close(self, write: Callable[[], None]) -> None:
-        """Completes the folder by `write`, whose last act makes it look complete, and forgets the records."""
-        write()
-        shutil.rmtree(self._folder)
+    def close(self) -> None:
+        """Forgets the records."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _lock(file: int, wait: bool, otherwise: str) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise DaqError(otherwise) from None
+
+
+def _fingerprint_in(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    key = read_json(path, "the record of earlier work").get("fingerprint")
+    return key if isinstance(key, str) else ""

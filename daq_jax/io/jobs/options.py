@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from typing import Any
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -14,6 +14,8 @@ from daq_jax.recipe import Recipe
 from daq_jax.scales import AnyScale, InDtype, PowerOfTwo
 from daq_jax.searches.candidates import CoarseToFine, Grid, WithBaseScale
 
+MissingBase = Literal["error", "absmax"]
+
 _DTYPES = ("bfloat16", "float16", "float32")
 _QUARTER = 0.25  # of the machine's memory, unless told otherwise
 _NOT_FOR_ORBAX = {
@@ -24,14 +26,93 @@ _NOT_FOR_ORBAX = {
 }
 
 
-def layout_for(format: str | None, target: str) -> tuple[Layout, bool]:
-    """The layout to write, and whether its scales must be powers of two."""
-    if target not in TARGETS:
-        raise DaqError(f"`target` must be one of {', '.join(TARGETS)}; got {target!r}.")
-    name = format or TARGETS[target].layout
-    if name not in LAYOUTS:
-        raise DaqError(f"`format` must be one of {', '.join(LAYOUTS)}; got {name!r}.")
-    return LAYOUTS[name], name in TARGETS[target].power_of_two
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What the result is to be.
+
+    Attributes:
+        format: name of the layout in which weights are stored; None for the layout that suits the target.
+        target: name of the kind of machine that will serve the result.
+        tp: number of devices over which a server will divide each weight.
+        base_dtype: dtype that quantized inputs dequantize to; None for the dtype of the tuned model.
+        custom_code: whether Python files of the tuned model are copied too.
+    """
+
+    format: str | None = None
+    target: str = "hopper"
+    tp: int = 1
+    base_dtype: str | None = None
+    custom_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise DaqError(f"`target` must be one of {', '.join(TARGETS)}; got {self.target!r}.")
+        if self._layout not in LAYOUTS:
+            raise DaqError(f"`format` must be one of {', '.join(LAYOUTS)}; got {self._layout!r}.")
+        if self.tp < 1:
+            raise DaqError(f"`tp` must be a number of devices; got {self.tp}.")
+        if self.base_dtype not in (None, *_DTYPES):
+            raise DaqError(f"`base_dtype` must be one of {', '.join(_DTYPES)}; got {self.base_dtype!r}.")
+
+    @property
+    def _layout(self) -> str:
+        return self.format or TARGETS[self.target].layout
+
+    @property
+    def layout(self) -> Layout:
+        """How weights are stored."""
+        return LAYOUTS[self._layout]
+
+    @property
+    def power_of_two(self) -> bool:
+        """Whether the scales must be powers of two."""
+        return self._layout in TARGETS[self.target].power_of_two
+
+    @property
+    def note(self) -> str:
+        """What servers of the target do to the scales."""
+        return TARGETS[self.target].notes[self._layout]
+
+    @property
+    def dtype(self) -> np.dtype | None:
+        """The dtype that `base_dtype` names."""
+        return np.dtype(self.base_dtype) if self.base_dtype else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """How the work is to be done.
+
+    Attributes:
+        memory_gb: GB that the process may take; None for a quarter of the machine's memory.
+        missing_base: what becomes of weights that base lacks: "error" or "absmax".
+        shard: (I, N): this process writes every N-th file, from the I-th on.
+        overwrite: whether the checkpoint in the folder of the result is replaced.
+    """
+
+    memory_gb: float | int | None = None
+    missing_base: MissingBase = "error"
+    shard: tuple[int, int] = (1, 1)
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.shard[0] <= self.shard[1]:
+            raise DaqError(f"`shard` must be (I, N) with I from 1 to N; got {self.shard}.")
+        if self.overwrite and self.shard[1] > 1:
+            raise DaqError(
+                "`overwrite` with several shares would undo the work of the others; empty `out` first."
+            )
+        if self.missing_base not in get_args(MissingBase):
+            raise DaqError(f"`missing_base` must be 'error' or 'absmax'; got {self.missing_base!r}.")
+        if self.memory_gb is not None and not 0 < self.memory_gb < float("inf"):
+            raise DaqError(f"`memory_gb` must be above 0; got {self.memory_gb}.")
+
+    @property
+    def memory(self) -> int:
+        """Bytes that the process may take."""
+        if self.memory_gb is None:
+            return int(_QUARTER * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        return int(self.memory_gb * 10**9)
 
 
 def without_zeros(recipe: Recipe | DensityRecipe) -> Recipe:
@@ -53,22 +134,14 @@ def without_zeros(recipe: Recipe | DensityRecipe) -> Recipe:
     )
 
 
-def check_options(shard: tuple[int, int], tp: int, base_dtype: str | None, overwrite: bool) -> None:
-    """Raises DaqError for values that make no sense."""
-    if not 1 <= shard[0] <= shard[1]:
-        raise DaqError(f"`shard` must be (I, N) with I from 1 to N; got {shard}.")
-    if overwrite and shard[1] > 1:
-        raise DaqError(
-            "`overwrite` with several shares would undo the work of the others; empty `out` first."
-        )
-    if tp < 1:
-        raise DaqError(f"`tp` must be a number of devices; got {tp}.")
-    if base_dtype not in (None, *_DTYPES):
-        raise DaqError(f"`base_dtype` must be one of {', '.join(_DTYPES)}; got {base_dtype!r}.")
-
-
-def refuse_for_orbax(**given: Any) -> None:
+def refuse_for_orbax(output: Output, run: Run) -> None:
     """Raises DaqError, naming all options that were given and have no effect on Orbax checkpoints."""
+    given = {
+        "shard": run.shard != (1, 1),
+        "tp": output.tp != 1,
+        "base_dtype": output.base_dtype,
+        "custom_code": output.custom_code,
+    }
     words = [f"--{n.replace('_', '-')} ({_NOT_FOR_ORBAX[n]})" for n, value in given.items() if value]
     if words:
         raise DaqError(
@@ -77,33 +150,26 @@ def refuse_for_orbax(**given: Any) -> None:
         )
 
 
-def for_server(recipe: Recipe, layout: Layout, power_of_two: bool) -> Recipe:
+def for_server(recipe: Recipe, output: Output) -> Recipe:
     """The recipe, with the format, the tiling and the scales that a server reads."""
-    recipe = dataclasses.replace(recipe, format=layout.format, tiling=layout.tiling)
-    return dataclasses.replace(recipe, scales=PowerOfTwo()) if power_of_two else recipe
+    recipe = dataclasses.replace(recipe, format=output.layout.format, tiling=output.layout.tiling)
+    return dataclasses.replace(recipe, scales=PowerOfTwo()) if output.power_of_two else recipe
 
 
 def for_folders(recipe: Recipe, base: Folder, tuned: Folder, layout: Layout) -> Recipe:
-    """The recipe, with what these folders say of scales.
+    """The recipe, with what a pair of folders says of its scales.
 
-    Those that a server will hold; and for a search by score those that the base was stored with, if it was.
+    Scales are numbers of the dtype in which servers will hold them. A search by score also tries the scales
+    that the base is stored with.
     """
     if layout.narrow_scales and recipe.scales == AnyScale() and tuned.dtype != np.float32:
         recipe = dataclasses.replace(recipe, scales=InDtype(str(tuned.dtype)))
     stored = any(t.coding and t.coding.tiling == layout.tiling for t in base.tensors.values())
-    if stored and isinstance(recipe.search, (Grid, CoarseToFine)):
+    if stored and _searches_by_score(recipe):
         recipe = dataclasses.replace(recipe, search=WithBaseScale(recipe.search))
     return recipe
 
 
-def memory_of(memory_gb: float | int | None) -> int:
-    """Bytes that the work may take.
-
-    Raises:
-        DaqError: if that is no amount of memory.
-    """
-    if memory_gb is None:
-        return int(_QUARTER * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    if not 0 < memory_gb < float("inf"):
-        raise DaqError(f"`memory_gb` must be above 0; got {memory_gb}.")
-    return int(memory_gb * 10**9)
+def _searches_by_score(recipe: Recipe) -> bool:
+    """Whether the search takes the best of any candidates, so that one more can do no harm."""
+    return isinstance(recipe.search, (Grid, CoarseToFine))

@@ -1,19 +1,19 @@
-"""Orbax checkpoints, leaf by leaf: BASE and TUNED to a third, which `daq_jax.load` loads.
+"""The store of a job that writes an Orbax checkpoint, which `daq_jax.load` loads: its units are some leaves.
 
 Such a checkpoint holds a tree of Flax's kind, so leaves are paired by path and the rules are those of
 `daq_jax.quantize`. A leaf is read, quantized and written as a whole. Orbax collects what is written under
-another name and gives the checkpoint its own when all is there; until then a folder beside it records what is
-done.
+another name and gives the checkpoint its own name once all leaves are there; until then the journal stands
+beside it.
 """
 
-import collections
+import contextlib
 import dataclasses
 import json
 import math
 import shutil
 import zlib
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +24,25 @@ from orbax.checkpoint import v1 as ocp
 from rich.console import Console
 
 from daq_jax.analysis.comparison import compare
-from daq_jax.analysis.figures import Figures, pool
+from daq_jax.analysis.figures import pool
 from daq_jax.errors import DaqError
-from daq_jax.io.hf.tensor_files import read_json, write_text
-from daq_jax.io.jobs.journal import REPORT, fingerprint
-from daq_jax.io.jobs.planning import RUNTIME, MissingBase, work_of
-from daq_jax.io.jobs.progress import progress_on
-from daq_jax.io.orbax.reader import OURS, VERSION, Checkpoint, array_names
+from daq_jax.io.hf.tensor_files import write_text
+from daq_jax.io.jobs.job import Job
+from daq_jax.io.jobs.journal import REPORT, Record, describe
+from daq_jax.io.jobs.options import MissingBase, Output, Run
+from daq_jax.io.jobs.planning import RUNTIME, work_of
+from daq_jax.io.jobs.progress import Tell
+from daq_jax.io.orbax.reader import METADATA_KEY, VERSION, Checkpoint, array_names, nested
 from daq_jax.quantization import quantize
 from daq_jax.recipe import Recipe
 from daq_jax.records import record_of
 from daq_jax.rules import DEFAULT_RULES, decide
 from daq_jax.trees import Pair, refuse_unquantizable
+from daq_jax.version import __version__
 
-_GROUP = 2**28  # bytes of leaves that are written together
-_WORK_FILE = "work.json"
+_UNIT = 2**28  # bytes of tuned leaves that are written together
+
+Leaves = dict[str, Any]  # by path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,16 +50,21 @@ class OrbaxPlan:
     """What will be done with a pair of Orbax checkpoints.
 
     Attributes:
-        pairs: every leaf of the tuned checkpoint with its base, as shapes.
-        groups: paths of the leaves that are read and written together.
+        pairs: every leaf of the tuned checkpoint with its base, as shapes, by path.
+        units: paths of the leaves that are read and written together, by the name of the unit.
         memory: bytes the work will take at most.
-        no_base: leaves that are quantized without a base.
+        no_base: paths of the leaves that are quantized without a base.
     """
 
     pairs: dict[str, Pair]
-    groups: tuple[tuple[str, ...], ...]
+    units: dict[str, tuple[str, ...]]
     memory: int
     no_base: frozenset[str]
+
+    @property
+    def quantized(self) -> list[str]:
+        """Paths of the leaves that are quantized."""
+        return [path for path, pair in self.pairs.items() if pair.decision.quantize]
 
     def nbytes(self, paths: Sequence[str]) -> int:
         """Bytes of some leaves of the tuned checkpoint."""
@@ -63,9 +72,23 @@ class OrbaxPlan:
 
 
 def plan_orbax(
-    base: Checkpoint, tuned: Checkpoint, recipe: Recipe, *, memory: int, missing_base: MissingBase
+    base: Checkpoint,
+    tuned: Checkpoint,
+    recipe: Recipe,
+    *,
+    memory: int,
+    missing_base: MissingBase,
+    unit_bytes: int = _UNIT,
 ) -> OrbaxPlan:
-    """Plans from metadata alone.
+    """Plans the quantization of one checkpoint against another, from metadata alone.
+
+    Args:
+        base: checkpoint before tuning.
+        tuned: checkpoint after tuning.
+        recipe: how to quantize.
+        memory: bytes that the work may take.
+        missing_base: what becomes of leaves whose base is missing or has another shape.
+        unit_bytes: bytes of tuned leaves that are written together, unless one leaf alone has more.
 
     Raises:
         DaqError: naming every leaf that cannot be quantized, or that takes more memory than there is.
@@ -82,98 +105,157 @@ def plan_orbax(
         pairs[path] = Pair(path, found, leaf, how)
     try:
         refuse_unquantizable(list(pairs.values()), check_finite=False)
-    except DaqError as error:  # one line, as of all commands
+    except DaqError as error:  # in one line, as all messages of folders
         raise DaqError(f"{tuned.path}: " + "; ".join(map(str.strip, str(error).splitlines()))) from error
-    quantized = [p for p in pairs.values() if p.decision.quantize]
+    needed = _memory(tuned.path, list(pairs.values()), recipe, memory, unit_bytes)
+    return OrbaxPlan(pairs, _units(pairs, unit_bytes), needed, frozenset(no_base))
+
+
+def _memory(where: str, pairs: Sequence[Pair], recipe: Recipe, memory: int, unit_bytes: int) -> int:
+    """Bytes that the work takes at most; refuses more than `memory`."""
+    quantized = [pair for pair in pairs if pair.decision.quantize]
     if not quantized:
-        raise DaqError(f"{tuned.path}: no leaf of it is quantized by the default rules.")
-    largest = max(quantized, key=lambda p: p.tuned.size)
-    needed = RUNTIME + work_of(recipe) * largest.tuned.size + 4 * _GROUP
+        raise DaqError(f"{where}: no leaf of it is quantized by the default rules.")
+    largest = max(quantized, key=lambda pair: pair.tuned.size)
+    needed = RUNTIME + work_of(recipe) * largest.tuned.size + 4 * unit_bytes
     if needed > memory:
         raise DaqError(
-            f"{tuned.path}: {largest.path!r} is {tuple(largest.tuned.shape)}; with it the work takes "
+            f"{where}: {largest.path!r} is {tuple(largest.tuned.shape)}; with it the work takes "
             f"{needed / 1e9:.1f} GB: raise the memory given (--memory {math.ceil(needed / 1e8) / 10})."
         )
-    return OrbaxPlan(pairs, _groups(pairs), needed, frozenset(no_base))
+    return needed
 
 
 def _nbytes(leaf: Any) -> int:
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(leaf) if hasattr(x, "shape"))
 
 
-def _groups(pairs: Mapping[str, Pair]) -> tuple[tuple[str, ...], ...]:
-    """Leaves in order, in groups of a bounded size; those without bytes, which Orbax has none of, first."""
-    groups: list[list[str]] = [[]]
+def _units(pairs: Mapping[str, Pair], unit_bytes: int) -> dict[str, tuple[str, ...]]:
+    """Leaves in order, in units of a bounded size; first leaves without bytes, which Orbax has none of."""
+    units: list[list[str]] = [[]]
     for path in sorted(pairs, key=lambda p: _nbytes(pairs[p].tuned) > 0):
-        if sum(_nbytes(pairs[p].tuned) for p in (*groups[-1], path)) > _GROUP and groups[-1]:
-            groups.append([])
-        groups[-1].append(path)
-    return tuple(map(tuple, groups))
+        if sum(_nbytes(pairs[p].tuned) for p in (*units[-1], path)) > unit_bytes and units[-1]:
+            units.append([])
+        units[-1].append(path)
+    return {f"{i:05}": tuple(paths) for i, paths in enumerate(units)}
 
 
-class _Work:
-    """The work on one result."""
+class OrbaxStore:
+    """An Orbax checkpoint that grows by some leaves at a time; see `Store`.
+
+    Args:
+        out: absolute path of the result.
+        base: checkpoint before tuning.
+        tuned: checkpoint after tuning.
+        recipe: how leaves are quantized.
+        plan: what is written.
+        reader: one thread, which reads the leaves of the next unit ahead.
+    """
+
+    readable = False  # Orbax opens no checkpoint that is not finalized
+    instead = "another folder"
 
     def __init__(
-        self, base: Checkpoint, tuned: Checkpoint, out: Path, recipe: Recipe, plan: OrbaxPlan
+        self,
+        out: Path,
+        base: Checkpoint,
+        tuned: Checkpoint,
+        recipe: Recipe,
+        plan: OrbaxPlan,
+        reader: ThreadPoolExecutor,
     ) -> None:
-        self.base, self.tuned, self.out, self.recipe, self.plan = base, tuned, out, recipe, plan
+        self.out, self.base, self.tuned, self.recipe, self.plan = out, base, tuned, recipe, plan
         self.journal = out.with_name(f".{out.name}.daq")
-        self.place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        self.units = {unit: plan.nbytes(paths) for unit, paths in plan.units.items()}
+        self._reader = reader
+        self._ahead: dict[str, Future[tuple[Leaves, Leaves]]] = {}
+        self._place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
-    def begin(self, key: str, overwrite: bool) -> None:
-        """Makes ready, or finds what the same work left."""
-        work = self.journal / _WORK_FILE
-        found = read_json(work, "the record of earlier work").get("fingerprint") if work.is_file() else None
-        if overwrite or found is None:
-            leftovers = [self.journal, *self.out.parent.glob(f"{self.out.name}.partial_save*")]
-            for path in [self.out, *leftovers] if overwrite else leftovers:
-                shutil.rmtree(path, ignore_errors=True)
-        elif found != key:
-            raise DaqError(
-                f"{self.out}: begun with other inputs, settings or versions; pass another folder, or "
-                "--overwrite."
-            )
-        self.journal.mkdir(parents=True, exist_ok=True)
-        write_text(work, json.dumps({"fingerprint": key}))
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the result on the disk."""
+        return sum(path.stat().st_size for path in self.out.rglob("*") if path.is_file())
 
-    def read(self, paths: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The leaves of a group, before and after; where there is no base, the tuned ones are that too."""
-        tuned = self.tuned.read(dict.fromkeys(paths, self.place))
-        paired = [p for p in paths if self.plan.pairs[p].decision.quantize and p not in self.plan.no_base]
-        return tuned | (self.base.read(dict.fromkeys(paired, self.place)) if paired else {}), tuned
+    def missing_bytes(self) -> int:
+        """0: Orbax compresses what it writes, so nothing is known before."""
+        return 0
 
-    def do(self, paths: Sequence[str], base: Any, tuned: Any, before: Mapping[str, Any]) -> dict[str, Any]:
-        """Quantizes and writes a group; returns its record."""
+    def is_free(self) -> bool:
+        """See `Store.is_free`; Orbax gives its checkpoint a name that must not be taken."""
+        return not self.out.exists()
+
+    def _partial(self) -> list[Path]:
+        return list(self.out.parent.glob(f"{self.out.name}.partial_save*"))
+
+    def clear(self, *, result: bool) -> None:
+        """See `Store.clear`."""
+        for path in [*([self.out] if result else []), self.journal, *self._partial()]:
+            shutil.rmtree(path, ignore_errors=True)
+
+    def has(self, unit: str) -> bool:
+        """See `Store.has`."""
+        return self.out.exists() or bool(self._partial()) or not self.units[unit]
+
+    def write(self, unit: str, *, earlier: Sequence[Record], following: str | None, tell: Tell) -> Record:
+        """See `Store.write`."""
+        if unit not in self._ahead:
+            self._ahead[unit] = self._reader.submit(self._read, unit)
+        base, tuned = self._ahead.pop(unit).result()
+        if following is not None:
+            self._ahead[following] = self._reader.submit(self._read, following)
         quantized = quantize(base, tuned, self.recipe)
-        found = compare(base, tuned, quantized).leaves
-        records, arrays = dict(before), {}
-        for path in paths:
+        found = {
+            p: f for p, f in compare(base, tuned, quantized).leaves.items() if p not in self.plan.no_base
+        }
+        records = self._save(unit, quantized, earlier[-1]["records"] if earlier else {})
+        tell(unit, self.units[unit], pool(found.values()) if found else None)
+        sums = {path: _checksum(quantized[path]) for path in self.plan.units[unit]}
+        figures = {path: x.plain_sums() for path, x in found.items()}
+        return {"records": records, "figures": figures, "crc32": sums}
+
+    def _read(self, unit: str) -> tuple[Leaves, Leaves]:
+        """The leaves of a unit, before and after; a leaf without a base is its own."""
+        paths, plan = self.plan.units[unit], self.plan
+        tuned = self.tuned.read(dict.fromkeys(paths, self._place))
+        paired = [p for p in paths if plan.pairs[p].decision.quantize and p not in plan.no_base]
+        return tuned | (self.base.read(dict.fromkeys(paired, self._place)) if paired else {}), tuned
+
+    def _save(self, unit: str, quantized: Leaves, earlier: Mapping[str, Any]) -> dict[str, Any]:
+        """Adds leaves to the checkpoint; returns the records of all leaves so far, for its metadata."""
+        records, arrays = dict(earlier), {}
+        for path in self.plan.units[unit]:
             record, named = record_of(quantized[path])
             records[path] = {**record, "keys": self.tuned.records[path]["keys"], "arrays": list(named)}
-            arrays |= {words: named[name] for words, name in array_names(records[path]).items()}
-        metadata: Any = {OURS: {"version": VERSION, "leaves": records}}
+            arrays |= {place: named[name] for place, name in array_names(records[path]).items()}
+        metadata: Any = {METADATA_KEY: {"version": VERSION, "leaves": records}}
         if arrays:
             try:
-                ocp.partial.save(str(self.out), _nested(arrays), custom_metadata=metadata)
+                ocp.partial.save(str(self.out), nested(arrays), custom_metadata=metadata)
             except Exception as error:
                 # Killed after this was written and before it was recorded: the same bytes are there already.
                 if type(error).__name__ != "PartialSaveReplacementError":  # which Orbax does not export
                     raise
-        figures = {p: f.plain_sums() for p, f in found.items() if p not in self.plan.no_base}
-        sums = {p: _sum(quantized[p]) for p in paths}
-        return {"records": records, "figures": figures, "crc32": sums}
+        return records
 
-    def verify(self, record: Mapping[str, Any]) -> None:
-        """Reads what is on the disk back and holds it to what was written."""
-        written = Checkpoint.open(self.out)
-        found = written.read(dict.fromkeys(record["crc32"], self.place))
+    def verify(self, unit: str, record: Record) -> None:
+        """See `Store.verify`."""
+        found = Checkpoint.open(self.out).read(dict.fromkeys(record["crc32"], self._place))
         for path, expected in record["crc32"].items():
-            if _sum(found[path]) != expected:
+            if _checksum(found[path]) != expected:
                 raise OSError(f"{self.out}: leaf {path!r} is not what was written; check the disk.")
 
+    def join(self) -> None:
+        """See `Store.join`."""
+        if not self.out.exists():
+            ocp.partial.finalize(str(self.out))
 
-def _sum(leaf: Any) -> int:
+    def complete(self, report: Mapping[str, Any]) -> None:
+        """Writes the report, by which the checkpoint is known as the result of a job."""
+        write_text(self.out / REPORT, json.dumps(report, indent=1, allow_nan=False) + "\n")
+
+
+def _checksum(leaf: Any) -> int:
+    """crc32 of the bytes of all arrays of a leaf."""
     found = 0
     for x in jax.tree.leaves(leaf):
         if isinstance(x, (jax.Array, np.ndarray)) and not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
@@ -181,89 +263,48 @@ def _sum(leaf: Any) -> int:
     return found
 
 
-def _nested(arrays: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for words, array in arrays.items():
-        node = tree
-        for word in words[:-1]:
-            node = node.setdefault(word, {})
-        node[words[-1]] = array
-    return tree
-
-
-def quantize_orbax(
+@contextlib.contextmanager
+def open_orbax_job(
     base: Path,
     tuned: Path,
     out: Path,
     recipe: Recipe,
-    about: Mapping[str, Any],
-    *,
-    memory: int,
-    missing_base: MissingBase,
-    overwrite: bool,
-    plan_only: bool,
+    output: Output,
+    run: Run,
     console: Console,
-) -> dict[str, Any]:
-    """As `quantize_folder`, of two Orbax checkpoints; format and tiling are those of the recipe.
+    *,
+    unit_bytes: int = _UNIT,
+) -> Iterator[Job]:
+    """As `quantize_folders.open_job`, of two Orbax checkpoints; `unit_bytes` is that of `plan_orbax`.
 
     Raises:
-        DaqError, OSError: as `quantize_folder`.
+        DaqError: as `quantize_folder`.
     """
     before, after = (Checkpoint.open(path.absolute()) for path in (base, tuned))
-    plan = plan_orbax(before, after, recipe, memory=memory, missing_base=missing_base)
-    chosen = [p for p, pair in plan.pairs.items() if pair.decision.quantize]
-    summary = {**about, "quantized": chosen, "memory_bytes": plan.memory}
+    plan = plan_orbax(
+        before, after, recipe, memory=run.memory, missing_base=run.missing_base, unit_bytes=unit_bytes
+    )
+    settings = {
+        "version": __version__,
+        "format": output.layout.name,
+        "target": output.target,
+        "recipe": describe(recipe),
+        "missing_base": run.missing_base,
+    }
+    chosen = plan.quantized
     console.print(
         f"{len(chosen)} of {len(plan.pairs)} leaves are quantized, {plan.nbytes(chosen) / 1e9:.2f} of "
         f"{plan.nbytes(list(plan.pairs)) / 1e9:.2f} GB; needs {plan.memory / 1e9:.2f} GB of memory",
         highlight=False,
     )
-    if plan_only:
-        return summary
-    work = _Work(before, after, out.absolute(), recipe, plan)
-    files = [p for folder in (base, tuned) for p in sorted(folder.rglob("*")) if p.is_file()]
-    key = fingerprint(files, about)
-    if out.exists() and not overwrite:
-        done = read_json(out / REPORT, "the report") if (out / REPORT).is_file() else {}
-        if done.get("fingerprint") != key:
-            raise DaqError(f"{out}: is there already; pass another folder, or --overwrite to replace it.")
-        return done
-    work.begin(key, overwrite)
-    records = _carry_out(work, console)
-    ocp.partial.finalize(str(work.out))
-    for record in records:
-        work.verify(record)
-    figures = {p: Figures.from_sums(s) for record in records for p, s in record["figures"].items()}
-    total = pool(figures.values()) if figures else None
-    report = {"fingerprint": key, **summary, "total": total and total.to_dict()}
-    report["leaves"] = {p: f.to_dict() for p, f in figures.items()}
-    write_text(out / REPORT, json.dumps(report, indent=1, allow_nan=False) + "\n")
-    shutil.rmtree(work.journal)
-    return report
-
-
-def _carry_out(work: _Work, console: Console) -> list[dict[str, Any]]:
-    """Every group, in order, the next one read ahead; those with a record are done."""
-    plan, records, known = work.plan, [], {}
-    total = plan.nbytes(list(plan.pairs))
-    with progress_on(console, total) as running, ThreadPoolExecutor(1) as reader:
-        paths = [work.journal / f"{i:05}.json" for i in range(len(plan.groups))]
-        todo = collections.deque(
-            group for group, path in zip(plan.groups, paths, strict=True) if not path.is_file()
+    with ThreadPoolExecutor(1) as reader:
+        store = OrbaxStore(out.absolute(), before, after, recipe, plan, reader)
+        yield Job(
+            store=store,
+            inputs=[p for folder in (base, tuned) for p in sorted(folder.rglob("*")) if p.is_file()],
+            settings=settings,
+            summary={**settings, "quantized": chosen, "memory_bytes": plan.memory},
+            units=list(store.units),
+            overwrite=run.overwrite,
+            console=console,
         )
-        ahead = reader.submit(work.read, todo[0]) if todo else None
-        for group, path in zip(plan.groups, paths, strict=True):
-            if path.is_file():
-                record = read_json(path, "the record of finished leaves")
-            else:
-                todo.popleft()
-                assert ahead is not None
-                pair = ahead.result()
-                ahead = reader.submit(work.read, todo[0]) if todo else None
-                record = work.do(group, *pair, known)
-                write_text(path, json.dumps(record))
-            known = record["records"]
-            records.append(record)
-            figures = [Figures.from_sums(s) for s in record["figures"].values()]
-            running.tell(group[0], plan.nbytes(group), pool(figures) if figures else None)
-    return records

@@ -8,7 +8,6 @@ import collections
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import numpy as np
 
@@ -21,13 +20,12 @@ from daq_jax.io.hf.layouts import (
     skipped_modules,
 )
 from daq_jax.io.hf.tensor_files import TensorSpec, plan_file
+from daq_jax.io.jobs.options import MissingBase
 from daq_jax.recipe import Recipe
 from daq_jax.roundings.feedback import UnbiasedFeedback
 from daq_jax.roundings.nearest import Nearest
 from daq_jax.rules import DEFAULT_RULES, decide, keep
 from daq_jax.tilings import Block
-
-MissingBase = Literal["error", "absmax"]
 
 # The heads of classifiers, by the name that transformers gives them.
 RULES = (keep(r"(^|\.)score\."), *DEFAULT_RULES)
@@ -42,8 +40,8 @@ _FLOATS = ("BF16", "F16", "F32")
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-    """One tensor of the result.
+class Task:
+    """One tensor of the result, and what becomes of it.
 
     Attributes:
         tuned: the tensor of the tuned model.
@@ -67,13 +65,13 @@ class Job:
         return self.tuned.name
 
     @property
-    def parts(self) -> list[slice]:
-        """The parts of the first axis that are worked on one after another."""
+    def bands(self) -> list[slice]:
+        """Bands of the first axis that are worked on one after another."""
         n = self.tuned.shape[0] if self.tuned.shape else 1
         return [slice(i, min(i + self.rows, n)) for i in range(0, n, self.rows)]
 
     @property
-    def unit(self) -> int:
+    def most_elements(self) -> int:
         """Most elements that are worked on at a time."""
         return self.rows * math.prod(self.tuned.shape[1:])
 
@@ -83,17 +81,17 @@ class Shard:
     """One file of the result."""
 
     file: str
-    jobs: tuple[Job, ...]
+    tasks: tuple[Task, ...]
 
     @property
     def outputs(self) -> dict[str, TensorSpec]:
         """Every tensor of the file."""
-        return {name: spec for job in self.jobs for name, spec in job.outputs.items()}
+        return {name: spec for task in self.tasks for name, spec in task.outputs.items()}
 
     @property
     def tuned_bytes(self) -> int:
         """Bytes that the tuned model has for it."""
-        return sum(job.tuned.nbytes for job in self.jobs)
+        return sum(task.tuned.nbytes for task in self.tasks)
 
     @property
     def nbytes(self) -> int:
@@ -125,9 +123,9 @@ class Plan:
     memory: int
 
     @property
-    def jobs(self) -> list[Job]:
+    def tasks(self) -> list[Task]:
         """Every tensor of the result."""
-        return [job for shard in self.shards for job in shard.jobs]
+        return [task for shard in self.shards for task in shard.tasks]
 
     @property
     def nbytes(self) -> int:
@@ -138,17 +136,17 @@ class Plan:
     def share(self) -> float:
         """Of the tuned model's elements, the share that is quantized."""
         sizes = collections.Counter[bool]()
-        for job in self.jobs:
-            sizes[job.quantize] += job.tuned.spec.size
+        for task in self.tasks:
+            sizes[task.quantize] += task.tuned.spec.size
         return sizes[True] / max(sizes.total(), 1)
 
     @property
-    def kept(self) -> dict[str, list[Job]]:
+    def kept(self) -> dict[str, list[Task]]:
         """Tensors that stay as they are, by the reason why, without its particulars."""
-        reasons: dict[str, list[Job]] = collections.defaultdict(list)
-        for job in self.jobs:
-            if not job.quantize:
-                reasons[job.why.partition(":")[0]].append(job)
+        reasons: dict[str, list[Task]] = collections.defaultdict(list)
+        for task in self.tasks:
+            if not task.quantize:
+                reasons[task.why.partition(":")[0]].append(task)
         return dict(reasons)
 
 
@@ -186,36 +184,36 @@ def make_plan(
             problems[name] = why
     if problems and missing_base == "error":
         raise DaqError(_report(base, problems))
-    shards: dict[str, list[Job]] = {}
+    shards: dict[str, list[Task]] = {}
     for name, tensor in tuned.tensors.items():
         if name in dropped:
             continue
         if name in kept:
             spec = tensor.spec if tensor.coding is None else TensorSpec.of(dtype, tensor.shape)
-            job = Job(tensor, None, False, kept[name], {name: spec}, rows=max(1, *tensor.shape[:1], 1))
+            task = Task(tensor, None, False, kept[name], {name: spec}, rows=max(1, *tensor.shape[:1], 1))
         else:
             partner = None if name in problems else base.tensors[name]
-            job = _quantized(tensor, partner, recipe, layout, memory)
-        shards.setdefault(tensor.file, []).append(job)
+            task = _quantized(tensor, partner, recipe, layout, memory)
+        shards.setdefault(tensor.file, []).append(task)
     skipped = skipped_modules((n for n in kept if is_matrix(n, len(tuned.tensors[n].shape))), _is_tied(tuned))
     plan = Plan(
-        shards=tuple(Shard(file, tuple(jobs)) for file, jobs in shards.items()),
+        shards=tuple(Shard(file, tuple(tasks)) for file, tasks in shards.items()),
         recipe=recipe,
         layout=layout,
         dtype=dtype,
         skipped=tuple(skipped),
         dropped=dropped,
-        memory=_memory([job for jobs in shards.values() for job in jobs], recipe),
+        memory=_memory([task for tasks in shards.values() for task in tasks], recipe),
     )
-    if not any(job.quantize for job in plan.jobs):
+    if not any(task.quantize for task in plan.tasks):
         raise DaqError(f"{tuned.path}: no tensor of it can be quantized: {_reasons(plan)}.")
     return plan
 
 
-def _quantized(tensor: Tensor, base: Tensor | None, recipe: Recipe, layout: Layout, memory: int) -> Job:
+def _quantized(tensor: Tensor, base: Tensor | None, recipe: Recipe, layout: Layout, memory: int) -> Task:
     rows = _rows_at_a_time(tensor, recipe, layout, memory)
     why = "" if base else "no base"
-    return Job(tensor, base, True, why, layout.specs(tensor.name, tensor.shape), rows)
+    return Task(tensor, base, True, why, layout.specs(tensor.name, tensor.shape), rows)
 
 
 def _rows_at_a_time(tensor: Tensor, recipe: Recipe, layout: Layout, memory: int) -> int:
@@ -237,8 +235,8 @@ def _rows_at_a_time(tensor: Tensor, recipe: Recipe, layout: Layout, memory: int)
     return rows
 
 
-def _memory(jobs: Sequence[Job], recipe: Recipe) -> int:
-    units = [job.unit * _bytes_each(job.tuned, recipe) for job in jobs if job.quantize]
+def _memory(tasks: Sequence[Task], recipe: Recipe) -> int:
+    units = [task.most_elements * _bytes_each(task.tuned, recipe) for task in tasks if task.quantize]
     return RUNTIME + max(units, default=0)
 
 
@@ -324,4 +322,4 @@ def _report(base: Folder, problems: Mapping[str, str]) -> str:
 
 
 def _reasons(plan: Plan) -> str:
-    return ", ".join(f"{len(jobs)} are {why}" for why, jobs in list(plan.kept.items())[:4]) or "it is empty"
+    return ", ".join(f"{len(tasks)} are {why}" for why, tasks in list(plan.kept.items())[:4]) or "it is empty"

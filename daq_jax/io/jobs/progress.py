@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.box import HORIZONTALS
@@ -17,6 +17,8 @@ from daq_jax.io.jobs.planning import Plan
 _LOW_SHARE = 0.5  # of the elements: fewer quantized is worth a warning
 _SECONDS = 10.0  # between two plain lines
 
+Tell = Callable[[str, int, Figures | None], None]  # (tensor, bytes of it done, its figures so far)
+
 
 def _size(nbytes: float | int) -> str:
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"
@@ -24,20 +26,20 @@ def _size(nbytes: float | int) -> str:
 
 def table_of(plan: Plan, note: str) -> Table:
     """A plan as a table: what is quantized, what is kept and why, bytes and memory."""
-    jobs = [job for job in plan.jobs if job.quantize]
+    tasks = [task for task in plan.tasks if task.quantize]
     table = Table("what", "tensors", "stored now", "example", box=HORIZONTALS)
-    groups = {f"quantize to {plan.layout.name}": [job for job in jobs if job.base]}
-    groups["quantize without base"] = [job for job in jobs if not job.base]
+    groups = {f"quantize to {plan.layout.name}": [task for task in tasks if task.base]}
+    groups["quantize without base"] = [task for task in tasks if not task.base]
     groups |= {f"keep: {why}": kept for why, kept in plan.kept.items()}
     for what, group in groups.items():
         if group:
-            now = sum(job.tuned.nbytes for job in group)
+            now = sum(task.tuned.nbytes for task in group)
             table.add_row(escape(what), str(len(group)), _size(now), escape(group[0].name))
     for name, why in plan.dropped.items():
         table.add_row(escape(f"leave out: {why}"), "1", "", escape(name))
-    now = sum(job.tuned.nbytes for job in plan.jobs)
+    now = sum(task.tuned.nbytes for task in plan.tasks)
     table.add_section()
-    table.add_row("all", str(len(plan.jobs)), _size(now), f"{len(plan.shards)} files")
+    table.add_row("all", str(len(plan.tasks)), _size(now), f"{len(plan.shards)} files")
     table.caption = (
         f"writes {_size(plan.nbytes)}, needs {_size(plan.memory)} of memory; "
         f"{plan.share:.1%} of the elements are quantized\n{note}"
@@ -112,7 +114,7 @@ def progress_on(console: Console, total: int) -> Iterator[Running]:
         yield Running(total, lambda r: bar.update(task, completed=r.done, description=r.words))
 
 
-def result_of(total: Figures | None, plan: Plan, seconds: float, peak: int) -> str:
+def result_of(total: Figures | None, nbytes: int, seconds: float, peak: int) -> str:
     """What was done, in one line."""
     kept = ""
     if total is not None:
@@ -120,4 +122,4 @@ def result_of(total: Figures | None, plan: Plan, seconds: float, peak: int) -> s
             f"; of the change, sign rate {float(total.sign_rate):.1%}, cosine {float(total.cosine):.3f}, "
             f"projection {float(total.projection):.3f}"
         )
-    return f"wrote {_size(plan.nbytes)} in {seconds:.1f} s, at most {_size(peak)} of memory{kept}"
+    return f"wrote {_size(nbytes)} in {seconds:.1f} s, at most {_size(peak)} of memory{kept}"

@@ -17,13 +17,14 @@ from orbax.checkpoint import v1 as ocp
 from daq_jax.errors import DaqError
 from daq_jax.io.orbax.placement import placement
 from daq_jax.io.orbax.reader import (
-    OURS,
+    METADATA_KEY,
     VERSION,
     Checkpoint,
-    Words,
+    Components,
     absolute_path,
     array_names,
     key_record,
+    nested,
 )
 from daq_jax.qtensor import QTensor
 from daq_jax.records import Record, record_of
@@ -65,8 +66,8 @@ def save(path: str | os.PathLike, tree: PyTree, *, overwrite: bool = False, wait
     if not overwrite and jax.process_count() == 1 and epath.Path(where).exists():
         raise FileExistsError(f"{where}: it is there already; pass overwrite=True to replace it.")
     records, arrays = _take_apart(tree)
-    metadata: Any = {OURS: {"version": VERSION, "leaves": records}}
-    state = _nested(arrays) or {"_": 0}  # Orbax refuses a tree without arrays
+    metadata: Any = {METADATA_KEY: {"version": VERSION, "leaves": records}}
+    state = nested(arrays) or {"_": 0}  # Orbax refuses a tree without arrays
     response = ocp.save_async(where, state, overwrite=overwrite, custom_metadata=metadata)
     return response if not wait else response.result()
 
@@ -184,10 +185,10 @@ def _rebuilt(leaves: Sequence[tuple[Sequence[Any], Any]]) -> PyTree:
     return [parts[i] for i in sorted(parts)] if indexed else parts
 
 
-def _take_apart(tree: PyTree) -> tuple[dict[str, Record], dict[Words, Any]]:
-    """Records of all leaves by path, and all arrays by words."""
+def _take_apart(tree: PyTree) -> tuple[dict[str, Record], dict[Components, Any]]:
+    """Records of all leaves by path, and all arrays by components."""
     records: dict[str, Record] = {}
-    arrays: dict[Words, Any] = {}
+    arrays: dict[Components, Any] = {}
     problems: dict[str, str] = {}
     for path, (keys, leaf) in keyed_leaves(tree).items():
         try:
@@ -196,23 +197,13 @@ def _take_apart(tree: PyTree) -> tuple[dict[str, Record], dict[Words, Any]]:
             problems[path] = str(error)
             continue
         records[path] = {**record, "keys": [key_record(k) for k in keys], "arrays": list(named)}
-        arrays |= {words: named[name] for words, name in array_names(records[path]).items()}
+        arrays |= {components: named[name] for components, name in array_names(records[path]).items()}
         wrong = [str(x.dtype) for x in named.values() if str(x.dtype) in _UNSTORABLE]
         if wrong:
             problems[path] = f"Orbax does not keep the values of {wrong[0]}; cast it"
-    names = collections.Counter(".".join(words) for words in arrays)
+    names = collections.Counter(".".join(components) for components in arrays)
     problems |= {n: "two arrays would have this name in Orbax; rename one" for n, k in names.items() if k > 1}
     if problems:
         lines = "".join(f"\n  {path!r}: {why}." for path, why in problems.items())
         raise DaqError(f"{len(problems)} of the leaves cannot be saved:{lines}")
     return records, arrays
-
-
-def _nested(arrays: Mapping[Words, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for words, array in arrays.items():
-        node = tree
-        for word in words[:-1]:
-            node = node.setdefault(word, {})
-        node[words[-1]] = array
-    return tree

@@ -1,8 +1,8 @@
 """An Orbax checkpoint, open for reading: what is in it, and some of its leaves at a time.
 
-A quantized tree is an ordinary Orbax checkpoint, nested dicts of arrays named by the words of each leaf's
-path, with a dict of `codes` and `scale` where a QTensor stood. What is static stands in its custom metadata,
-under "daq_jax", with a version.
+A quantized tree is an ordinary Orbax checkpoint: nested dicts of arrays, named by the components of each
+leaf's path, with a dict of `codes` and `scale` where a QTensor stood. What is static stands in its custom
+metadata, under "daq_jax", with a version.
 """
 
 import dataclasses
@@ -22,9 +22,9 @@ from daq_jax.records import WHOLE, Record, leaf_of
 from daq_jax.tilings import scale_sharding
 from daq_jax.trees import PyTree, keyed_leaves, word_of
 
-OURS = "daq_jax"  # where our part of the custom metadata stands
+METADATA_KEY = "daq_jax"  # of our part of the custom metadata
 VERSION = 1  # of that part; goes up when an older reader would misread
-Words = tuple[str, ...]
+Components = tuple[str, ...]  # of the path of an array in the Orbax tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Checkpoint:
             ) from error
         except Exception as error:  # Orbax and TensorStore raise errors of many kinds
             raise _damaged(where, error) from error
-        ours = (found.custom_metadata or {}).get(OURS)
+        ours = (found.custom_metadata or {}).get(METADATA_KEY)
         if ours is None:
             return cls(where, False, _records_of_arrays(found.metadata), found.metadata)
         if ours["version"] > VERSION:
@@ -78,36 +78,39 @@ class Checkpoint:
         return checkpoint
 
     @functools.cached_property
-    def arrays(self) -> dict[Words, Any]:
-        """Shape and dtype of each array, by the words of its name."""
-        return _by_words(self.tree)
+    def arrays(self) -> dict[Components, Any]:
+        """Shape and dtype of each array, by the components of its path."""
+        return _by_components(self.tree)
 
     def abstract(self, path: str) -> Any:
         """A leaf with shapes and dtypes in place of arrays."""
         record = self.records[path]
-        shapes = {name: _shape_of(self.arrays[words]) for words, name in array_names(record).items()}
+        shapes = {
+            name: _shape_of(self.arrays[components]) for components, name in array_names(record).items()
+        }
         if record["kind"] == "key":  # whose shape is not that of its data
             return jax.eval_shape(lambda x: self._leaf(path, x), shapes)
         return self._leaf(path, shapes)
 
     def read(self, places: Mapping[str, Sharding]) -> dict[str, Any]:
         """Leaves by path, read onto the given shardings; that of a QTensor is of its codes."""
-        wanted: dict[Words, Any] = {}
+        wanted: dict[Components, Any] = {}
         for path, sharding in places.items():
             wanted |= self._wanted(path, sharding)
         arrays = self._read(wanted) if wanted else {}
         return {
             path: self._leaf(
-                path, {name: arrays[words] for words, name in array_names(self.records[path]).items()}
+                path,
+                {name: arrays[components] for components, name in array_names(self.records[path]).items()},
             )
             for path in places
         }
 
-    def _read(self, wanted: Mapping[Words, Any]) -> dict[Words, Any]:
+    def _read(self, wanted: Mapping[Components, Any]) -> dict[Components, Any]:
         # Orbax reads no array whose place in the tree is taken by an ellipsis.
-        tree = jax.tree_util.tree_map_with_path(lambda keys, _: wanted.get(_words(keys), ...), self.tree)
+        tree = jax.tree_util.tree_map_with_path(lambda keys, _: wanted.get(_components(keys), ...), self.tree)
         try:
-            return _by_words(ocp.load(self.path, tree))
+            return _by_components(ocp.load(self.path, tree))
         except Exception as error:
             raise _damaged(self.path, error) from error
 
@@ -117,18 +120,18 @@ class Checkpoint:
         except DaqError as error:
             raise DaqError(f"{self.path}: {path!r}: {error}.") from error
 
-    def _wanted(self, path: str, sharding: Sharding) -> dict[Words, Any]:
-        """What is to be read of a leaf: shape, dtype and sharding of each array, by its words."""
+    def _wanted(self, path: str, sharding: Sharding) -> dict[Components, Any]:
+        """What is to be read of a leaf: shape, dtype and sharding of each array, by its components."""
         whole = self.abstract(path)
-        wanted: dict[Words, Any] = {}
-        for words, name in array_names(self.records[path]).items():
-            found, place = self.arrays[words], sharding
+        wanted: dict[Components, Any] = {}
+        for components, name in array_names(self.records[path]).items():
+            found, place = self.arrays[components], sharding
             if isinstance(whole, QTensor) and name != "codes" and isinstance(sharding, NamedSharding):
                 place = scale_sharding(sharding, whole.view)
             if not hasattr(found, "shape") or jax.dtypes.canonicalize_dtype(found.dtype) != found.dtype:
-                wanted[words] = found  # a scalar, or 64 bits where JAX has 32: as Orbax gives them
+                wanted[components] = found  # a scalar, or 64 bits where JAX has 32: as Orbax gives them
             else:
-                wanted[words] = jax.ShapeDtypeStruct(found.shape, found.dtype, sharding=place)
+                wanted[components] = jax.ShapeDtypeStruct(found.shape, found.dtype, sharding=place)
         return wanted
 
 
@@ -140,10 +143,21 @@ def key_record(key: Any) -> list[Any]:
     return ["key", key if isinstance(key, (int, str)) else str(key)]
 
 
-def array_names(record: Record) -> dict[Words, str]:
-    """The name of each of a leaf's arrays by its words in the Orbax tree."""
-    words = tuple(str(key) for _, key in record["keys"])
-    return {(*words, name) if name or not words else words: name for name in record["arrays"]}
+def array_names(record: Record) -> dict[Components, str]:
+    """The name of each of a leaf's arrays by its components in the Orbax tree."""
+    components = tuple(str(key) for _, key in record["keys"])
+    return {(*components, name) if name or not components else components: name for name in record["arrays"]}
+
+
+def nested(arrays: Mapping[Components, Any]) -> dict[str, Any]:
+    """Arrays by name as the tree that Orbax saves: nested dicts, one level for each component."""
+    tree: dict[str, Any] = {}
+    for name, array in arrays.items():
+        node = tree
+        for component in name[:-1]:
+            node = node.setdefault(component, {})
+        node[name[-1]] = array
+    return tree
 
 
 def _records_of_arrays(tree: PyTree) -> dict[str, Record]:
@@ -155,12 +169,12 @@ def _records_of_arrays(tree: PyTree) -> dict[str, Record]:
     }
 
 
-def _words(keys: Sequence[Any]) -> Words:
+def _components(keys: Sequence[Any]) -> Components:
     return tuple(map(word_of, keys)) or (WHOLE,)
 
 
-def _by_words(tree: PyTree) -> dict[Words, Any]:
-    return {_words(keys): x for keys, x in jax.tree_util.tree_leaves_with_path(tree)}
+def _by_components(tree: PyTree) -> dict[Components, Any]:
+    return {_components(keys): x for keys, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _shape_of(found: Any) -> Any:

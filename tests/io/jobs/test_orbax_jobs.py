@@ -1,14 +1,21 @@
 """Orbax checkpoints quantized leaf by leaf: what `load` gives is what `quantize` gives in memory."""
 
+import contextlib
+import dataclasses
+import fcntl
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
+from rich.console import Console
 
 import daq_jax as daq
 from daq_jax import cli
-from daq_jax.io.jobs import orbax
+from daq_jax.io.jobs.options import Output, Run, for_server
+from daq_jax.io.jobs.orbax import open_orbax_job
+from tests import stores
 
 ABSMAX = daq.recipes.absmax
 
@@ -61,28 +68,52 @@ def test_load_gives_what_quantize_gives_in_memory(pair, trees, tmp_path):
     assert sorted(p.name for p in tmp_path.glob("*daq*")) == []
 
 
+@contextlib.contextmanager
+def opened(pair, tmp_path):
+    """The job of `run` in small units; a test may replace its store."""
+    out, console = tmp_path / "out", Console(quiet=True)
+    recipe = for_server(ABSMAX, Output())
+    with open_orbax_job(*pair, out, recipe, Output(), Run(memory_gb=4), console, unit_bytes=2**16) as job:
+        yield job
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("where", ["before it is written", "before it is recorded"])
-def test_the_same_call_goes_on_where_it_stopped(where, pair, trees, tmp_path, monkeypatch):
-    monkeypatch.setattr(orbax, "_GROUP", 2**16)
-    calls = []
-
-    def stop(*args, **options):
-        calls.append(args)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return original(*args, **options)
-
-    name = "quantize" if where == "before it is written" else "write_text"
-    original = getattr(orbax, name)
-    monkeypatch.setattr(orbax, name, stop)
-    with pytest.raises(KeyboardInterrupt):
-        run(pair, tmp_path)
+@pytest.mark.parametrize("written", [False, True], ids=["before it is written", "before it is recorded"])
+def test_the_same_call_goes_on_where_it_stopped(written, pair, trees, tmp_path):
+    with opened(pair, tmp_path) as job:
+        assert len(job.units) > 3
+        stopped = stores.Stopped(job.store, at=3, error=KeyboardInterrupt, written=written)
+        with pytest.raises(KeyboardInterrupt):
+            dataclasses.replace(job, store=stopped).run()
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="begun with other inputs"):
         run(pair, tmp_path, target="blackwell")
-    run(pair, tmp_path)
+    with opened(pair, tmp_path) as job:
+        job.run()
     assert_same(daq.load(tmp_path / "out"), daq.quantize(*trees, ABSMAX))
+    assert sorted(p.name for p in tmp_path.glob("*out*")) == ["out"]
+
+
+def test_a_job_stopped_after_its_last_leaf_is_completed_by_the_same_call(pair, trees, tmp_path):
+    with opened(pair, tmp_path) as job, pytest.raises(KeyboardInterrupt):
+        dataclasses.replace(job, store=stores.Unreported(job.store)).run()
+    assert (tmp_path / "out").exists()
+    with opened(pair, tmp_path) as job:
+        report = dataclasses.replace(job, store=stores.Stopped(job.store, at=1, error=AssertionError)).run()
+    assert report["total"]["elements"] == 2 * 128 * 256 + 128 * 128
+    assert_same(daq.load(tmp_path / "out"), daq.quantize(*trees, ABSMAX))
+    assert sorted(p.name for p in tmp_path.glob("*out*")) == ["out"]
+
+
+def test_a_leaf_that_another_process_is_writing_is_left_to_it(pair, tmp_path):
+    with opened(pair, tmp_path) as job:
+        stopped = stores.Stopped(job.store, at=2, error=KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt):
+            dataclasses.replace(job, store=stopped).run()
+        with open(job.store.journal / "00001.lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            with pytest.raises(ValueError, match="another process is at work on 00001"):
+                job.run()
 
 
 @pytest.mark.slow

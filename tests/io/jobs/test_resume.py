@@ -1,5 +1,7 @@
 """Killed, shared among processes, or asked of a folder that is not ours: what is on the disk stays right."""
 
+import contextlib
+import dataclasses
 import os
 import pathlib
 import random
@@ -9,9 +11,12 @@ import sys
 import time
 
 import pytest
+from rich.console import Console
 
 import daq_jax as daq
-from daq_jax.io.jobs import streaming
+from daq_jax.io.jobs.options import Output, Run
+from daq_jax.io.jobs.quantize_folders import open_job
+from tests import stores
 from tests.hf_folders import in_shards, llama, tuned_from, write_folder
 
 ABSMAX = daq.recipes.absmax
@@ -28,6 +33,14 @@ def run(pair, out, recipe=ABSMAX, **options) -> dict:
     return daq.quantize_folder(*pair, out, recipe, memory_gb=2, **options)
 
 
+@contextlib.contextmanager
+def opened(pair, out, **output):
+    """The job of `run`, whose store a test may replace."""
+    console = Console(quiet=True)
+    with open_job(*pair, out, ABSMAX, Output(**output), Run(memory_gb=2), console) as job:
+        yield job
+
+
 def contents(path: pathlib.Path) -> dict[str, bytes]:
     return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
 
@@ -36,24 +49,15 @@ class Stopped(BaseException):
     """Stands for whatever ends a process."""
 
 
-@pytest.fixture
-def stop_at_third_file(monkeypatch):
-    seen = []
-
-    def verify(*args):
-        seen.append(args)
-        if len(seen) == 3:
-            raise Stopped
-        return original(*args)
-
-    original = streaming.verify
-    monkeypatch.setattr(streaming, "verify", verify)
+def run_until_third_file(pair, out, **options) -> None:
+    """A process that ends once its third file is written, before it is recorded."""
+    with pytest.raises(Stopped), opened(pair, out, **options) as job:
+        dataclasses.replace(job, store=stores.Stopped(job.store, at=3, error=Stopped)).run()
 
 
 @pytest.mark.parametrize("layout", ["fp8-block", pytest.param("int4-group", marks=pytest.mark.slow)])
-def test_the_same_call_goes_on_where_it_stopped(layout, pair, tmp_path, stop_at_third_file):
-    with pytest.raises(Stopped):
-        run(pair, tmp_path / "out", format=layout)
+def test_the_same_call_goes_on_where_it_stopped(layout, pair, tmp_path):
+    run_until_third_file(pair, tmp_path / "out", format=layout)
     assert not (tmp_path / "out" / "config.json").exists()
     done = [tmp_path / "out" / f"model-0000{i}-of-00004.safetensors" for i in (1, 2)]
     before = [path.stat().st_mtime_ns for path in done]
@@ -63,9 +67,8 @@ def test_the_same_call_goes_on_where_it_stopped(layout, pair, tmp_path, stop_at_
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_other_work_than_that_begun_is_refused(pair, tmp_path, stop_at_third_file):
-    with pytest.raises(Stopped):
-        run(pair, tmp_path / "out")
+def test_other_work_than_that_begun_is_refused(pair, tmp_path):
+    run_until_third_file(pair, tmp_path / "out")
     with pytest.raises(ValueError, match="other inputs, settings or versions"):
         run(pair, tmp_path / "out", daq.Recipe(search=daq.Grid(0.9, 1.1, 2)))
     os.utime(pair[0] / "model.safetensors")
@@ -76,10 +79,11 @@ def test_other_work_than_that_begun_is_refused(pair, tmp_path, stop_at_third_fil
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_complete_work_is_not_done_again(pair, tmp_path, monkeypatch):
+def test_complete_work_is_not_done_again(pair, tmp_path):
     report = run(pair, tmp_path / "out")
-    monkeypatch.setattr(streaming, "quantize_leaf", None)
-    assert run(pair, tmp_path / "out")["crc32"] == report["crc32"]
+    with opened(pair, tmp_path / "out") as job:
+        again = dataclasses.replace(job, store=stores.Stopped(job.store, at=1, error=Stopped)).run()
+    assert again["crc32"] == report["crc32"]
 
 
 def test_shares_give_the_bytes_of_one_process_and_the_last_completes_the_folder(pair, tmp_path):
@@ -91,9 +95,8 @@ def test_shares_give_the_bytes_of_one_process_and_the_last_completes_the_folder(
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_a_file_that_another_process_is_writing_is_left_to_it(pair, tmp_path, stop_at_third_file):
-    with pytest.raises(Stopped):
-        run(pair, tmp_path / "out")
+def test_a_file_that_another_process_is_writing_is_left_to_it(pair, tmp_path):
+    run_until_third_file(pair, tmp_path / "out")
     lock = tmp_path / "out" / ".daq" / "model-00003-of-00004.safetensors.lock"
     words = (
         f"import fcntl; f = open({str(lock)!r}); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True); input()"
@@ -132,19 +135,18 @@ def test_a_full_disk_is_noticed_before_any_work(pair, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_on_the_disk_is_held_to_what_was_written(pair, tmp_path, monkeypatch):
-    def damage(file, sums):
-        data = bytearray(file.path.read_bytes())
+def test_what_is_on_the_disk_is_held_to_what_was_written(pair, tmp_path):
+    def damage(unit: str) -> None:
+        path = tmp_path / "out" / unit
+        data = bytearray(path.read_bytes())
         data[-1] ^= 1
-        file.path.write_bytes(data)
-        original(file, sums)
+        path.write_bytes(data)
 
-    original = streaming.verify
-    monkeypatch.setattr(streaming, "verify", damage)
-    with pytest.raises(
-        OSError, match=r"model-00001-of-00004\.safetensors: tensor .* is not what was written"
+    with (
+        opened(pair, tmp_path / "out") as job,
+        pytest.raises(OSError, match=r"model-00001-of-00004\.safetensors: tensor .* is not what was written"),
     ):
-        run(pair, tmp_path / "out")
+        dataclasses.replace(job, store=stores.Damaged(job.store, damage)).run()
 
 
 PROCESS = "import sys; from daq_jax.cli import main; sys.exit(main(sys.argv[1:]))"
