@@ -16,11 +16,11 @@ import numpy as np
 
 from daq_jax.errors import DaqError
 from daq_jax.formats import Format, fp8_e4m3fn, fp8_e5m2, int4, int8
+from daq_jax.io.hf.bands import scale_rows
 from daq_jax.io.hf.packed_int4 import WORD
 from daq_jax.io.hf.tensor_files import TensorSpec
-from daq_jax.tilings import Block, Channel, Group, PerTensor, Tiling
+from daq_jax.tilings import Block, Channel, Group, Matrix, PerTensor, Tiling
 
-Matrix = tuple[tuple[int, ...], tuple[int, ...]]
 HF_MATRIX: Matrix = ((-1,), (-2,))  # [..., out, in]
 _FORMATS = {"F8_E4M3": fp8_e4m3fn, "F8_E5M2": fp8_e5m2, "I8": int8}
 _SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
@@ -46,18 +46,13 @@ class Coding:
     words: str = ""
     shape: str = ""
 
-    def scale_part(self, shape: Sequence[int], part: slice) -> slice:
-        """Which part of the scale's first axis belongs to a part of the weight's.
+    def scale_part(self, shape: Sequence[int], band: slice) -> slice:
+        """The band of the scale's first axis that belongs to a band of the weight's first axis.
 
         Raises:
-            DaqError: if the part cuts through a tile.
+            DaqError: if the band cuts through a tile.
         """
-        if len(shape) > 2 or not isinstance(self.tiling, Block):
-            return part if not isinstance(self.tiling, PerTensor) or len(shape) > 2 else slice(None)
-        first, last, _ = part.indices(shape[0])
-        if first % self.tiling.c or (last % self.tiling.c and last != shape[0]):
-            raise DaqError(f"rows {first} to {last} cut through a tile of {self.tiling.c} rows.")
-        return slice(first // self.tiling.c, -(-last // self.tiling.c))
+        return band if len(shape) > 2 else scale_rows(self.tiling, shape, band)
 
 
 def find_codings(specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> dict[str, Coding]:

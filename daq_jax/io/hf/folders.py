@@ -19,10 +19,12 @@ import ml_dtypes
 import numpy as np
 
 from daq_jax.errors import DaqError
-from daq_jax.io.hf.codings import HF_MATRIX, Coding, Matrix, find_codings, find_packed, stored_scale
+from daq_jax.io.hf.bands import rows_per_tile
+from daq_jax.io.hf.codings import HF_MATRIX, Coding, find_codings, find_packed, stored_scale
 from daq_jax.io.hf.packed_int4 import unpack
 from daq_jax.io.hf.tensor_files import TensorReader, TensorSpec, read_json
 from daq_jax.qtensor import QTensor
+from daq_jax.tilings import Matrix
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -66,6 +68,13 @@ class Tensor:
     def nbytes(self) -> int:
         """Stored bytes, without those of a scale."""
         return self.spec.nbytes
+
+    @property
+    def band_step(self) -> int:
+        """Bands of the first axis that begin at multiples of this number cut through no tile."""
+        if self.coding is None or len(self.shape) != 2:
+            return 1
+        return rows_per_tile(self.coding.tiling, self.shape)
 
 
 class Folder(abc.ABC):
@@ -120,6 +129,20 @@ def open_folder(path: str | Path) -> Folder:
     if not path.is_dir():
         raise DaqError(f"{path}: not a folder; needed one that holds a checkpoint.")
     return HuggingFaceFolder(path)
+
+
+def open_safetensors(path: str | Path) -> Folder:
+    """Opens a Hugging Face folder, and says of an Orbax checkpoint what reads it.
+
+    Raises:
+        DaqError: as `open_folder`, and for an Orbax checkpoint.
+    """
+    if is_orbax(Path(path)):
+        raise DaqError(
+            f"{path}: an Orbax checkpoint, which this does not read; load it by `daq_jax.load_weights`, a "
+            "quantized one by `daq_jax.load`, and call `daq_jax.inspect` or `daq_jax.compare` on the trees."
+        )
+    return open_folder(path)
 
 
 def is_orbax(path: Path) -> bool:

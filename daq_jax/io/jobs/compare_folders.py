@@ -1,20 +1,18 @@
 """`compare` for checkpoint folders, in bounded memory: two models and a quantized one, whoever wrote it."""
 
+import contextlib
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 from daq_jax.analysis.comparison import Comparison, compare_leaf
 from daq_jax.analysis.figures import Figures, pool
 from daq_jax.analysis.histograms import Details, details_of
-from daq_jax.errors import DaqError
-from daq_jax.io.hf.folders import Folder, Tensor
-from daq_jax.io.hf.row_bands import bands, open_for_bands
+from daq_jax.errors import DaqError, refuse
+from daq_jax.io.hf.bands import MOST_ELEMENTS, bands
+from daq_jax.io.hf.folders import Folder, Tensor, open_safetensors
+from daq_jax.io.jobs.progress import Tell
 from daq_jax.qtensor import QTensor
-
-_AT_A_TIME = 2**22  # elements: some 200 MB while they are compared
-_SHOWN = 8  # problems listed in full
-
-Tell = Callable[[str, int, Figures | None], None]  # (tensor, bytes of codes done, its figures so far)
 
 
 def compare_folders(
@@ -42,21 +40,33 @@ def compare_folders(
         DaqError: in one sentence: what a folder has wrong, no quantized weight, or weights that the other
             folders lack.
     """
-    folders: list[Folder] = []
-    try:
-        for path in (base, tuned, quantized):
-            folders.append(open_for_bands(path))
-        names = _names(*folders)
-        progress = tell(sum(folders[2].tensors[name].nbytes for name in names)) if tell else None
-        leaves: dict[str, Figures] = {}
-        closer: Details | None = None
-        for name in names:
-            leaves[name], found = _leaf(name, folders, details, progress)
-            closer = found if closer is None or found is None else closer + found
-        return Comparison(leaves, pool(leaves.values()), {} if closer is None else {"": closer})
-    finally:
-        for folder in folders:
-            folder.close()
+    with contextlib.ExitStack() as stack:
+        folders = [
+            stack.enter_context(contextlib.closing(open_safetensors(path)))
+            for path in (base, tuned, quantized)
+        ]
+        return compare_opened(*folders, details=details, tell=tell)
+
+
+def compare_opened(
+    base: Folder,
+    tuned: Folder,
+    quantized: Folder,
+    *,
+    details: bool = False,
+    tell: Callable[[int], Tell] | None = None,
+    most: int = MOST_ELEMENTS,
+) -> Comparison:
+    """As `compare_folders`, of folders that are open; bands have at most `most` elements."""
+    folders = base, tuned, quantized
+    names = _names(*folders)
+    progress = tell(sum(quantized.tensors[name].nbytes for name in names)) if tell else None
+    leaves: dict[str, Figures] = {}
+    closer: Details | None = None
+    for name in names:
+        leaves[name], found = _leaf(name, folders, details, progress, most)
+        closer = found if closer is None or found is None else closer + found
+    return Comparison(leaves, pool(leaves.values()), {} if closer is None else {"": closer})
 
 
 def _names(base: Folder, tuned: Folder, quantized: Folder) -> list[str]:
@@ -75,10 +85,7 @@ def _names(base: Folder, tuned: Folder, quantized: Folder) -> list[str]:
         if (why := _problem(folder, quantized.tensors[name]))
     ]
     if problems:
-        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        raise DaqError(
-            f"{quantized.path}: the three folders do not fit: {'; '.join(problems[:_SHOWN])}{more}."
-        )
+        refuse(f"{quantized.path}: the three folders do not fit", problems, one_line=True)
     return names
 
 
@@ -94,7 +101,7 @@ def _problem(folder: Folder, tensor: Tensor) -> str:
 
 
 def _leaf(
-    name: str, folders: list[Folder], details: bool, tell: Tell | None
+    name: str, folders: tuple[Folder, Folder, Folder], details: bool, tell: Tell | None, most: int
 ) -> tuple[Figures, Details | None]:
     """Figures of one weight, band by band."""
     base, tuned, quantized = folders
@@ -102,8 +109,9 @@ def _leaf(
     figures: Figures | None = None
     found: Details | None = None
     tensors = [folder.tensors[name] for folder in folders]
-    for part in bands(*tensors, most=_AT_A_TIME):
-        old, new, q = (folder.read(name, part, dtype) for folder in (base, tuned, quantized))
+    shape, step = tensors[2].shape, math.lcm(*(tensor.band_step for tensor in tensors))
+    for band in bands(shape, step, most=most):
+        old, new, q = (folder.read(name, band, dtype) for folder in (base, tuned, quantized))
         assert isinstance(q, QTensor)
         here = compare_leaf(old, new, q)
         figures = here if figures is None else pool([figures, here])
@@ -111,6 +119,5 @@ def _leaf(
             closer = details_of(old, new, q)
             found = closer if found is None else found + closer
         if tell:
-            share = (part.stop - part.start) / tensors[2].shape[0]
-            tell(name, int(tensors[2].nbytes * share), figures)
+            tell(name, int(tensors[2].nbytes * (band.stop - band.start) / shape[0]), figures)
     return pool([]) if figures is None else figures, found

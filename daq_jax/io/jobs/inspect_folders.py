@@ -1,7 +1,9 @@
 """`inspect` for two checkpoint folders: reads the bands of rows that hold the sample, and nothing else."""
 
+import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,9 +14,9 @@ from daq_jax import recipes
 from daq_jax.analysis.inspection import MOST_ELEMENTS, Inspection, Source, inspect_sources
 from daq_jax.analysis.sampling import Index, Patches, scales, take
 from daq_jax.errors import DaqError
-from daq_jax.io.hf.folders import Tensor
-from daq_jax.io.hf.layouts import LAYOUTS
-from daq_jax.io.hf.row_bands import band_around, band_step, open_for_bands
+from daq_jax.io.hf.bands import band_around
+from daq_jax.io.hf.folders import Folder, Tensor, open_safetensors
+from daq_jax.io.hf.layouts import LAYOUTS, Layout
 from daq_jax.io.jobs.planning import Plan, Task, make_plan
 from daq_jax.qtensor import QTensor
 from daq_jax.recipe import Recipe
@@ -51,35 +53,40 @@ def inspect_folder(
     """
     if format not in LAYOUTS:
         raise DaqError(f"`format` must be one of {', '.join(LAYOUTS)}; got {format!r}.")
-    before, after = open_for_bands(base), open_for_bands(tuned)
-    try:
-        layout = LAYOUTS[format]
-        stored_so = dataclasses.replace(recipe, format=layout.format, tiling=layout.tiling)
-        plan = make_plan(before, after, stored_so, layout, memory=_NO_LIMIT)
+    with (
+        contextlib.closing(open_safetensors(base)) as before,
+        contextlib.closing(open_safetensors(tuned)) as after,
+    ):
+        return inspect_opened(before, after, recipe, LAYOUTS[format], most_elements)
 
-        @functools.lru_cache(maxsize=1)  # patches of one band come one after another
-        def band(name: str, first: int, last: int) -> _Pair:
-            old, new = (folder.read(name, slice(first, last), plan.dtype) for folder in (before, after))
-            return old, new
 
-        sources = {task.name: _source(task, plan, band) for task in plan.tasks if task.quantize}
-        return inspect_sources(sources, recipe, most_elements=most_elements)
-    finally:
-        before.close()
-        after.close()
+def inspect_opened(
+    base: Folder, tuned: Folder, recipe: Recipe, layout: Layout, most_elements: int
+) -> Inspection:
+    """As `inspect_folder`, of folders that are open."""
+    stored_so = dataclasses.replace(recipe, format=layout.format, tiling=layout.tiling)
+    plan = make_plan(base, tuned, stored_so, layout, memory=_NO_LIMIT)
+
+    @functools.lru_cache(maxsize=1)  # patches of one band come one after another
+    def band(name: str, first: int, last: int) -> _Pair:
+        old, new = (folder.read(name, slice(first, last), plan.dtype) for folder in (base, tuned))
+        return old, new
+
+    sources = {task.name: _source(task, plan, band) for task in plan.tasks if task.quantize}
+    return inspect_sources(sources, recipe, most_elements=most_elements)
 
 
 def _source(task: Task, plan: Plan, band: Callable[[str, int, int], _Pair]) -> Source:
     partner = task.base
     assert partner is not None  # the plan refuses weights without
     stored = partner.coding is not None and partner.coding.format == plan.recipe.format
-    step, length = band_step(partner, task.tuned), task.tuned.shape[0]
+    step, length = math.lcm(partner.band_step, task.tuned.band_step), task.tuned.shape[0]
 
     def read(index: Index) -> tuple[NDArray, NDArray, NDArray | None]:
         rows = np.asarray(index[0])
-        part = band_around(int(rows.min()), int(rows.max()) + 1, step, length)
-        old, new = band(task.name, part.start, part.stop)
-        inside = (rows - part.start, *index[1:])
+        here = band_around(int(rows.min()), int(rows.max()) + 1, step, length)
+        old, new = band(task.name, here.start, here.stop)
+        inside = (rows - here.start, *index[1:])
         spread = scales(old, inside) if stored and isinstance(old, QTensor) else None
         return take(old, inside), take(new, inside), spread
 

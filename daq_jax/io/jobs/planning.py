@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from daq_jax.errors import DaqError
+from daq_jax.io.hf.bands import can_be_cut, rows_per_tile
 from daq_jax.io.hf.folders import Folder, Tensor
 from daq_jax.io.hf.layouts import (
     Layout,
@@ -25,7 +26,6 @@ from daq_jax.recipe import Recipe
 from daq_jax.roundings.feedback import UnbiasedFeedback
 from daq_jax.roundings.nearest import Nearest
 from daq_jax.rules import DEFAULT_RULES, decide, keep
-from daq_jax.tilings import Block
 
 # The heads of classifiers, by the name that transformers gives them.
 RULES = (keep(r"(^|\.)score\."), *DEFAULT_RULES)
@@ -211,12 +211,12 @@ def make_plan(
 
 
 def _quantized(tensor: Tensor, base: Tensor | None, recipe: Recipe, layout: Layout, memory: int) -> Task:
-    rows = _rows_at_a_time(tensor, recipe, layout, memory)
+    rows = _rows_at_a_time(tensor, base, recipe, layout, memory)
     why = "" if base else "no base"
     return Task(tensor, base, True, why, layout.specs(tensor.name, tensor.shape), rows)
 
 
-def _rows_at_a_time(tensor: Tensor, recipe: Recipe, layout: Layout, memory: int) -> int:
+def _rows_at_a_time(tensor: Tensor, base: Tensor | None, recipe: Recipe, layout: Layout, memory: int) -> int:
     """Whole matrices one by one; a matrix too large for the memory in bands, if its tiles are independent."""
     *batch, outputs, inputs = tensor.shape
     each = _bytes_each(tensor, recipe)
@@ -224,15 +224,27 @@ def _rows_at_a_time(tensor: Tensor, recipe: Recipe, layout: Layout, memory: int)
     whole = 1 if batch else outputs
     if outputs * inputs <= room:
         return whole
-    step = layout.tiling.c if isinstance(layout.tiling, Block) else 1
+    step = _step(tensor, base, layout)
     rows = room // inputs // step * step
-    if batch or rows < step or not isinstance(recipe.rounding, Nearest):
+    if batch or rows < step or not _goes_in_bands(recipe):
         needed = (RUNTIME + outputs * inputs * each) / 10**9
         raise DaqError(
             f"{tensor.file}: {tensor.name!r} is {outputs} x {inputs}, which takes {needed:.1f} GB at once; "
             f"the memory given is {memory / 10**9:.1f} GB: raise it (--memory {math.ceil(10 * needed) / 10})."
         )
     return rows
+
+
+def _step(tensor: Tensor, base: Tensor | None, layout: Layout) -> int:
+    """Bands that begin at multiples of this number cut no tile of the result, nor of stored inputs."""
+    tilings = [x.coding.tiling for x in (tensor, base) if x is not None and x.coding]
+    cut = [t for t in (layout.tiling, *tilings) if not can_be_cut(t, tensor.shape)]
+    return math.lcm(*(rows_per_tile(tiling, tensor.shape) for tiling in cut))
+
+
+def _goes_in_bands(recipe: Recipe) -> bool:
+    """Whether the rounding looks at one tile at a time, so that a band of a matrix is coded by itself."""
+    return isinstance(recipe.rounding, Nearest)
 
 
 def _memory(tasks: Sequence[Task], recipe: Recipe) -> int:

@@ -14,9 +14,9 @@ import numpy as np
 
 from daq_jax.analysis.figures import Figures, pool
 from daq_jax.errors import DaqError
+from daq_jax.io.hf.bands import Leaf, figures_in_bands
 from daq_jax.io.hf.folders import Folder
 from daq_jax.io.hf.tensor_files import TensorReader, TensorSpec, TensorWriter, plan_file
-from daq_jax.io.jobs.bands import Leaf, figures_in_bands
 from daq_jax.io.jobs.journal import Record
 from daq_jax.io.jobs.planning import Plan, Shard, Task
 from daq_jax.io.jobs.progress import Tell

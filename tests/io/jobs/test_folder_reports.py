@@ -12,9 +12,11 @@ import safetensors.numpy
 
 import daq_jax as daq
 from daq_jax import cli
-from daq_jax.io.hf.folders import open_folder
-from daq_jax.io.hf.row_bands import band_around, bands
-from daq_jax.io.jobs import compare_folders, inspect_folders
+from daq_jax.io.hf.bands import band_around, bands
+from daq_jax.io.hf.folders import Folder, open_folder
+from daq_jax.io.hf.layouts import LAYOUTS
+from daq_jax.io.jobs.compare_folders import compare_opened
+from daq_jax.io.jobs.inspect_folders import inspect_opened
 from tests import oracles
 from tests.cases import pair
 from tests.hf_folders import CONFIG, write_folder
@@ -103,18 +105,18 @@ def assert_figures(table, wanted):
 # --- comparison ---
 
 
-def test_figures_of_a_folder_are_those_of_float64_whatever_the_size_of_a_band(
-    trees, folders, tmp_path, monkeypatch
-):
+def test_figures_of_a_folder_are_those_of_float64_whatever_the_size_of_a_band(trees, folders, tmp_path):
     out = block_folder(tmp_path / "out", trees[1])
     wanted = wanted_figures(*trees, out)
     whole = daq.compare_folders(*folders, out, details=True)
     assert_figures(whole, wanted)
     assert whole.total.on_grid > 0.5
     assert sum(x.ratios.sum() for x in whole.details.values()) == 4 * 6
-    monkeypatch.setattr(compare_folders, "_AT_A_TIME", 1)
     told = []
-    banded = daq.compare_folders(*folders, out, tell=lambda total: lambda *news: told.append((total, *news)))
+    opened = [open_folder(path) for path in (*folders, out)]
+    banded = compare_opened(*opened, most=1, tell=lambda total: lambda *news: told.append((total, *news)))
+    for folder in opened:
+        folder.close()
     assert_figures(banded, wanted)
     assert len(told) == 4 * 2  # bands of 128 rows
     assert sum(nbytes for _, _, nbytes, _ in told) == told[0][0] == 4 * 256 * 384
@@ -214,23 +216,34 @@ def test_an_inspected_folder_is_as_its_tree(trees, folders):
     assert abs(estimate.value - wanted.total.absmax_projection.value) <= estimate.bound
 
 
+class Spied(Folder):
+    """A folder that notes what is read of it."""
+
+    def __init__(self, folder, read):
+        self.path, self.tensors, self.config = folder.path, folder.tensors, folder.config
+        self.dtype, self._folder, self._read = folder.dtype, folder, read
+
+    def read(self, name, band=slice(None), dtype=None):
+        self._read.append((name, band))
+        return self._folder.read(name, band, dtype)
+
+    def chunks(self, name):
+        raise AssertionError
+
+    def close(self):
+        self._folder.close()
+
+
 @pytest.mark.slow
-def test_only_bands_that_hold_the_sample_are_read(folders, monkeypatch):
+def test_only_bands_that_hold_the_sample_are_read(folders):
     read = []
-
-    def spying(path):
-        folder = open_folder(path)
-        original = folder.read
-        monkeypatch.setattr(
-            folder, "read", lambda name, part, dtype: read.append((name, part)) or original(name, part, dtype)
-        )
-        return folder
-
-    monkeypatch.setattr(inspect_folders, "open_for_bands", spying)
-    daq.inspect_folder(*folders, daq.recipes.absmax, most_elements=1)
+    before, after = (Spied(open_folder(path), read) for path in folders)
+    inspect_opened(before, after, daq.recipes.absmax, LAYOUTS["fp8-block"], 1)
+    before.close()
+    after.close()
     assert read
     assert {name for name, _ in read} == {NAMES[0]}
-    assert all(part.stop - part.start == 128 for _, part in read)
+    assert all(band.stop - band.start == 128 for _, band in read)
 
 
 def test_weights_without_a_base_and_unknown_formats_are_refused(folders, tmp_path):
@@ -244,9 +257,9 @@ def test_weights_without_a_base_and_unknown_formats_are_refused(folders, tmp_pat
 def test_bands_cover_each_row_once_and_cut_no_tile(trees, tmp_path):
     folder = open_folder(block_folder(tmp_path / "out", {NAMES[0]: np.ones((640, 128), BF16)}))
     tensor = folder.tensors[NAMES[0]]
-    found = bands(tensor, tensor, most=300 * 128)
+    found = bands(tensor.shape, tensor.band_step, most=300 * 128)
     assert found == [slice(0, 256), slice(256, 512), slice(512, 640)]
-    assert bands(tensor, most=1) == [slice(i, i + 128) for i in range(0, 640, 128)]
+    assert bands(tensor.shape, tensor.band_step, most=1) == [slice(i, i + 128) for i in range(0, 640, 128)]
     assert band_around(130, 131, 128, 640) == slice(128, 256)
     assert band_around(600, 640, 256, 640) == slice(512, 640)
     folder.close()

@@ -300,6 +300,22 @@ def test_a_matrix_too_large_for_the_memory_is_quantized_in_bands_or_refused(layo
         )
 
 
+@pytest.mark.slow
+def test_bands_cut_no_tile_of_a_base_that_is_stored_in_blocks(tmp_path):
+    weight = (0.02 * normal(0, 1024, 2048)).astype(BF16)
+    tuned = write_folder(tmp_path / "t", [tuned_from({"a_proj.weight": weight})])
+    plain = write_folder(tmp_path / "plain", [{"a_proj.weight": weight}])
+    base = tmp_path / "b"
+    daq.quantize_folder(plain, plain, base, ABSMAX, format="fp8-block", memory_gb=2)
+    how = {"format": "int8-channel"}
+    daq.quantize_folder(base, tuned, tmp_path / "whole", SMALL, memory_gb=2, **how)
+    report = daq.quantize_folder(base, tuned, tmp_path / "bands", SMALL, memory_gb=0.73, **how)
+    assert report["rows"]["a_proj.weight"] < 1024
+    assert report["rows"]["a_proj.weight"] % 128 == 0
+    files = [tmp_path / name / "model.safetensors" for name in ("whole", "bands")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def test_weights_without_a_base_are_all_named_or_take_absmax(tmp_path):
     tuned = {f"{w}_proj.weight": (0.02 * normal(i, 128, 128)).astype(BF16) for i, w in enumerate("abc")}
     base = {"a_proj.weight": tuned["a_proj.weight"], "b_proj.weight": np.zeros((128, 64), BF16)}
