@@ -1,13 +1,15 @@
-"""The command `daq-jax`: words to values, values to calls.
+"""The command `daq-jax`: arguments to values, values to calls.
 
-Each subcommand is a function whose keyword arguments are its options; `COMMANDS` is the table of them. What
-a command needs is imported when it runs, so that `daq-jax --help` answers at once.
+Each subcommand is a function whose keyword arguments are its options; `COMMANDS` is the table of all of them.
+What a command needs is imported when it runs, so that `daq-jax --help` answers at once.
 
-Exit status: 0 done, 1 failed, 2 wrong usage.
+Exit status: 0 done, 1 failed or the gate is not met, 2 wrong usage, 130 stopped by Ctrl-C. A fault of the
+caller or of the disk is one line on stderr; any other exception is a fault of the library and is shown whole.
 """
 
 import contextlib
 import importlib
+import io
 import json as json_format
 import sys
 from collections.abc import Callable, Sequence
@@ -77,7 +79,8 @@ def quantize(
         missing_base: what becomes of weights that base lacks.
         tp: number of devices over which a server will divide each weight.
         base_dtype: that an FP8 input is dequantized to; None for the tuned model's own.
-        shard: I/N does the I-th of N shares of the files; the last process to end completes the folder.
+        shard: I/N writes every N-th file, from the I-th on, while other processes write the others; the last
+            process to end completes the folder.
         overwrite: replace the checkpoint that is in OUT.
         custom_code: copy Python files of the tuned model too.
         json: print one JSON object, the report, and nothing else.
@@ -97,7 +100,7 @@ def quantize(
         missing_base=missing_base,
         tp=tp,
         base_dtype=base_dtype,
-        shard=_share(shard),
+        shard=_shard(shard),
         overwrite=overwrite,
         custom_code=custom_code,
         plan_only=plan,
@@ -174,9 +177,7 @@ def compare(
         floors = floors_of(fail_under)
     except DaqError as error:
         _wrong(f"`--fail-under`: {error}")
-    page = (
-        importlib.import_module("daq_jax.display.page").page if html else None
-    )  # before the work: it may be missing
+    page = _page_for(html) if html else None  # before the work, as it may be impossible
     with contextlib.ExitStack() as stack:
 
         def tell(total: int) -> Callable[..., None]:
@@ -194,15 +195,29 @@ def compare(
     refuse_low(found.total, floors)
 
 
+def _page_for(file: Path) -> Callable[..., str]:
+    """What makes a page, if it can be made here and written to a file."""
+    if not file.parent.is_dir():
+        _wrong(f"`--html`: {file.parent} is not a folder; make it first, or name a file in another.")
+    if file.is_dir():
+        _wrong(f"`--html`: {file} is a folder; needed the name of a file.")
+    try:
+        return importlib.import_module("daq_jax.display.page").page
+    except ImportError as error:
+        if "daq-jax[plot]" not in str(error):  # not the missing extra
+            raise
+        _wrong(f"`--html`: {error}")
+
+
 def _wrong(message: str) -> NoReturn:
     print(f"daq-jax: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
-def _share(words: str) -> tuple[int, int]:
-    first, slash, last = words.partition("/")
+def _shard(given: str) -> tuple[int, int]:
+    first, slash, last = given.partition("/")
     if not (slash and first.isdecimal() and last.isdecimal()):
-        raise DaqError(f"`--shard` must be I/N, such as 1/4; got {words!r}.")
+        raise DaqError(f"`--shard` must be I/N, such as 1/4; got {given!r}.")
     return int(first), int(last)
 
 
@@ -218,15 +233,17 @@ def main(args: Sequence[str] | None = None) -> int:
     """Entry point of the command.
 
     Args:
-        args: the words after `daq-jax`; None for those of the process.
+        args: the arguments after `daq-jax`; None for the arguments of the process.
 
     Returns:
-        The exit status, 0 or 1.
+        The exit status: 0, 1 or 130.
 
     Raises:
-        SystemExit: with 2 if the words make no sense, with 0 after `--help`.
+        SystemExit: with 2 if the arguments make no sense, with 0 after `--help`.
     """
     words = list(sys.argv[1:] if args is None else args)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may lack a letter of a tensor's name
+        sys.stdout.reconfigure(errors="backslashreplace")
     if words == ["--version"]:
         print(f"daq-jax {__version__}")
         return 0
@@ -238,7 +255,11 @@ def main(args: Sequence[str] | None = None) -> int:
             args=words,
             config=(tyro.conf.FlagCreatePairsOff,),
         )
-    except (OSError, DaqError) as error:  # what was passed in is at fault; all else is shown whole
+    except (OSError, DaqError) as error:
         print(f"daq-jax: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        further = " The same command goes on where it stopped." if words[:1] == ["quantize"] else ""
+        print(f"daq-jax: stopped.{further}", file=sys.stderr)
+        return 130
     return 0

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -6,6 +7,7 @@ import pytest
 
 import daq_jax as daq
 from daq_jax import cli, demo
+from daq_jax.io.jobs import quantize_folders
 
 
 @pytest.fixture
@@ -59,14 +61,63 @@ def test_help_is_status_0(words, ran, capsys):
     assert "demo" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("error", [daq.DaqError("no such thing"), OSError("no such thing")])
-def test_a_failure_is_status_1_and_one_line_on_stderr(error, monkeypatch, capsys):
+def raising(error):
     def run(*_, **__):
         raise error
 
-    monkeypatch.setattr(demo, "run", run)
+    return run
+
+
+@pytest.mark.parametrize("error", [daq.DaqError("no such thing"), OSError("no such thing")])
+def test_a_failure_is_status_1_and_one_line_on_stderr(error, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "run", raising(error))
     assert cli.main(["demo"]) == 1
     assert capsys.readouterr().err == "daq-jax: no such thing\n"
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), KeyError("a bug"), ImportError("a bug")])
+def test_a_fault_of_the_library_is_shown_whole(error, monkeypatch):
+    monkeypatch.setattr(demo, "run", raising(error))
+    with pytest.raises(type(error), match="a bug"):
+        cli.main(["demo"])
+
+
+def test_ctrl_c_is_status_130_and_one_line_that_says_how_to_go_on(monkeypatch, capsys):
+    monkeypatch.setattr(demo, "run", raising(KeyboardInterrupt()))
+    assert cli.main(["demo"]) == 130
+    assert capsys.readouterr().err == "daq-jax: stopped.\n"
+    monkeypatch.setattr(quantize_folders, "quantize_folder", raising(KeyboardInterrupt()))
+    assert cli.main(["quantize", "base", "tuned", "out"]) == 130
+    assert capsys.readouterr().err == "daq-jax: stopped. The same command goes on where it stopped.\n"
+
+
+def refused(words, capsys) -> str:
+    """What wrong usage of `compare` is told, before any folder is looked for."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["compare", "nowhere", "nowhere", "nowhere", *map(str, words)])
+    said = capsys.readouterr()
+    assert (stopped.value.code, said.out, said.err.count("\n")) == (2, "", 1)
+    return said.err
+
+
+def test_a_page_without_its_extra_is_refused_before_any_work(monkeypatch, tmp_path, capsys):
+    monkeypatch.delitem(sys.modules, "daq_jax.display.page", raising=False)
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    assert "pip install 'daq-jax[plot]'" in refused(["--html", tmp_path / "page.html"], capsys)
+
+
+def test_a_page_that_cannot_be_written_is_refused_before_any_work(tmp_path, capsys):
+    assert "is not a folder; make it first" in refused(["--html", tmp_path / "not/there.html"], capsys)
+    assert "is a folder; needed the name of a file" in refused(["--html", tmp_path], capsys)
+
+
+def test_letters_that_the_terminal_lacks_are_escaped():
+    call = (
+        "from daq_jax import cli, demo; demo.run = lambda *_, **__: print('caf\\u00e9'); cli.main(['demo'])"
+    )
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", call], capture_output=True, env=environment)
+    assert (done.returncode, done.stdout) == (0, b"caf\\xe9\n")
 
 
 def test_the_exit_status_of_the_process_is_that_of_main():
