@@ -2,19 +2,20 @@
 
 A weight in a Hugging Face folder is `[..., out, in]`, and its scale `[..., out tiles, in tiles]`; here the
 scale is turned to the library's order, inputs first. The files of transformers and DeepSeek call the scale
-`weight_scale_inv`, those of compressed-tensors `weight_scale`; both are multiplied with the codes. Four bits
-come eight to a word, see `packed_int4`, with `weight_shape` to say how many of them there are.
+`weight_scale_inv`, those of compressed-tensors `weight_scale`; both are multiplied with the codes. Codes
+of four bits come eight to a 32-bit word, see `packed_int4`; `weight_shape` says how many codes there are.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from daq_jax.errors import DaqError
+from daq_jax.errors import DaqError, refuse
 from daq_jax.formats import Format, fp8_e4m3fn, fp8_e5m2, int4, int8
 from daq_jax.io.hf.bands import scale_rows
 from daq_jax.io.hf.packed_int4 import WORD
@@ -36,8 +37,8 @@ class Coding:
         scale: name of the tensor that holds the scale.
         format: number format of the codes.
         tiling: which elements share a scale.
-        words: name of the tensor that holds the codes packed; "" if the weight's own tensor holds them.
-        shape: name of the tensor that holds the weight's shape, of one that is packed.
+        words: name of the tensor that holds packed codes; "" if the weight's own tensor holds its codes.
+        shape: name of the tensor that holds the shape of a packed weight; "" if the codes are not packed.
     """
 
     scale: str
@@ -46,7 +47,7 @@ class Coding:
     words: str = ""
     shape: str = ""
 
-    def scale_part(self, shape: Sequence[int], band: slice) -> slice:
+    def scale_band(self, shape: Sequence[int], band: slice) -> slice:
         """The band of the scale's first axis that belongs to a band of the weight's first axis.
 
         Raises:
@@ -55,12 +56,15 @@ class Coding:
         return band if len(shape) > 2 else scale_rows(self.tiling, shape, band)
 
 
-def find_codings(specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> dict[str, Coding]:
+def find_codings(
+    specs: Mapping[str, TensorSpec], config: Mapping[str, Any], where: Path
+) -> dict[str, Coding]:
     """The quantized weights among the tensors of a folder, by name.
 
     Args:
         specs: every tensor of the folder.
         config: the folder's `config.json`; its `quantization_config` may name the size of blocks.
+        where: path of the folder, for messages.
 
     Raises:
         DaqError: naming every weight whose scale fits no layout.
@@ -80,18 +84,20 @@ def find_codings(specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> 
             )
         else:
             found[name] = Coding(scale, _FORMATS[spec.dtype], tiling)
-    _raise(problems)
+    if problems:
+        refuse(f"{where}: quantized weights that cannot be read", problems, one_line=True)
     return found
 
 
 def find_packed(
-    specs: Mapping[str, TensorSpec], read: Callable[[str], np.ndarray]
+    specs: Mapping[str, TensorSpec], read: Callable[[str], np.ndarray], where: Path
 ) -> dict[str, tuple[Coding, tuple[int, int]]]:
     """The weights of packed int4 among the tensors of a folder, by name, with their shapes.
 
     Args:
         specs: every tensor of the folder.
         read: gives a tensor by name; called for `weight_shape` alone.
+        where: path of the folder, for messages.
 
     Raises:
         DaqError: naming every weight that is packed in another way.
@@ -115,7 +121,8 @@ def find_packed(
             )
         else:
             found[name] = Coding(scale, int4, Group(group), words, shape), (outputs, inputs)
-    _raise(problems)
+    if problems:
+        refuse(f"{where}: quantized weights that cannot be read", problems, one_line=True)
     return found
 
 
@@ -126,11 +133,6 @@ def _group(outputs: int, inputs: int, words: TensorSpec, scale: TensorSpec) -> i
     fits = words.shape == (outputs, -(-inputs // WORD)) and scale.shape[0] == outputs
     groups = scale.shape[1]
     return inputs // groups if fits and groups and inputs % groups == 0 else None
-
-
-def _raise(problems: Sequence[str]) -> None:
-    if problems:
-        raise DaqError("; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if problems[5:] else ""))
 
 
 def _block_of(config: Mapping[str, Any]) -> tuple[int, int]:
@@ -167,7 +169,7 @@ def stored_scale(scale: np.ndarray, weight: tuple[int, ...], tiling: Tiling) -> 
 
     Args:
         scale: as it is stored, `[..., out tiles, in tiles]`, or without axes of length 1.
-        weight: shape of the weight, or of the part of it that the scale belongs to.
+        weight: shape of the weight, or of the band that the scale belongs to.
         tiling: of the weight.
 
     Returns:

@@ -40,12 +40,12 @@ class Tensor:
     """A tensor of a folder, before it is read.
 
     Attributes:
-        name: as the folder has it; for Orbax the path, joined by "/".
-        spec: dtype and shape as stored: for a quantized weight those of its codes, unpacked.
-        file: name of the file it is in, relative to the folder.
+        name: name of the tensor in the folder.
+        spec: dtype and shape as stored; of a quantized weight, dtype and shape of its codes, unpacked.
+        file: name of the file that holds the tensor, relative to the folder.
         coding: how codes and scale make a weight; None for a tensor that is not quantized. The scale itself
             is not listed as a tensor of its own.
-        matrix: input and output axes, for those that are matrices.
+        matrix: input and output axes, if the tensor is a matrix.
     """
 
     name: str
@@ -61,12 +61,12 @@ class Tensor:
 
     @property
     def dtype(self) -> np.dtype | None:
-        """As stored; None for floats of 4 and 6 bits, which are copied but not read."""
+        """Dtype as stored; None for floats of 4 and 6 bits, which are copied but not read."""
         return self.spec.numpy_dtype
 
     @property
     def nbytes(self) -> int:
-        """Stored bytes, without those of a scale."""
+        """Stored bytes, without the bytes of a scale."""
         return self.spec.nbytes
 
     @property
@@ -81,10 +81,10 @@ class Folder(abc.ABC):
     """What any checkpoint folder offers. Reading is safe from several threads.
 
     Attributes:
-        path: where it is.
-        tensors: all of its tensors by name, in the order of its files.
-        config: its `config.json`; empty where it has none.
-        dtype: what quantized weights dequantize to unless told otherwise: the config's dtype.
+        path: path of the folder.
+        tensors: all tensors of the folder by name, in the order of its files.
+        config: the folder's `config.json`; empty if it has none.
+        dtype: dtype that quantized weights dequantize to unless told otherwise: the dtype of the config.
     """
 
     path: Path
@@ -94,14 +94,14 @@ class Folder(abc.ABC):
 
     @abc.abstractmethod
     def read(
-        self, name: str, part: slice = slice(None), dtype: np.dtype | None = None
+        self, name: str, band: slice = slice(None), dtype: np.dtype | None = None
     ) -> np.ndarray | QTensor:
-        """A tensor, or a part of its first axis, in memory of its own.
+        """A tensor, or a band of its first axis, in memory of its own.
 
         Args:
             name: one of `tensors`.
-            part: of the first axis; of a quantized matrix it must not cut through a tile.
-            dtype: that a quantized weight dequantizes to; None for that of the folder.
+            band: rows of the first axis; of a quantized matrix they must not cut through a tile.
+            dtype: dtype that a quantized weight dequantizes to; None for the dtype of the folder.
 
         Returns:
             An array as stored, or for a quantized weight a QTensor of the stored codes and scales.
@@ -112,7 +112,7 @@ class Folder(abc.ABC):
 
     @abc.abstractmethod
     def chunks(self, name: str) -> Iterator[np.ndarray]:
-        """The stored bytes of a tensor of any dtype, in runs of at most 16 MiB."""
+        """The stored bytes of a tensor of any dtype, at most 16 MiB at a time."""
 
     @abc.abstractmethod
     def close(self) -> None:
@@ -178,16 +178,13 @@ class HuggingFaceFolder(Folder):
             )
         placed = sorted(self._file_of, key=lambda n: (self._file_of[n], self._entry(n).start))
         specs = {name: self._entry(name).spec for name in placed}
-        try:
-            codings = find_codings(specs, self.config)
-            packed = find_packed(specs, self._stored)
-        except DaqError as error:
-            raise DaqError(f"{self.path}: {error}.") from error
-        parts = {coding.scale for coding in codings.values()}
-        parts |= {part for coding, _ in packed.values() for part in (coding.scale, coding.shape)}
+        codings = find_codings(specs, self.config, self.path)
+        packed = find_packed(specs, self._stored, self.path)
+        beside = {coding.scale for coding in codings.values()}
+        beside |= {name for coding, _ in packed.values() for name in (coding.scale, coding.shape)}
         weight_of = {coding.words: name for name, (coding, _) in packed.items()}
         found: dict[str, Tensor] = {}
-        for stored in (name for name in specs if name not in parts):
+        for stored in (name for name in specs if name not in beside):
             name, spec, coding = weight_of.get(stored, stored), specs[stored], codings.get(stored)
             if stored in weight_of:
                 coding, shape = packed[name]
@@ -195,24 +192,24 @@ class HuggingFaceFolder(Folder):
             found[name] = Tensor(name, spec, self._file_of[stored], coding, HF_MATRIX)
         return found
 
-    def _stored(self, name: str, part: slice = slice(None)) -> np.ndarray:
-        return self._readers[self._file_of[name]].read(name, part)
+    def _stored(self, name: str, band: slice = slice(None)) -> np.ndarray:
+        return self._readers[self._file_of[name]].read(name, band)
 
     def _entry(self, name: str) -> Any:
         return self._readers[self._file_of[name]].entries[name]
 
     def read(
-        self, name: str, part: slice = slice(None), dtype: np.dtype | None = None
+        self, name: str, band: slice = slice(None), dtype: np.dtype | None = None
     ) -> np.ndarray | QTensor:
         """See `Folder.read`."""
         tensor = self.tensors[name]
         coding = tensor.coding
         if coding is None:
-            return self._stored(name, part)
-        values = self._stored(coding.words or name, part)
+            return self._stored(name, band)
+        values = self._stored(coding.words or name, band)
         values = unpack(values, tensor.shape[1]).astype(coding.format.dtype) if coding.words else values
         try:
-            stored = self._stored(coding.scale, coding.scale_part(tensor.shape, part))
+            stored = self._stored(coding.scale, coding.scale_band(tensor.shape, band))
             scale = stored_scale(stored, values.shape, coding.tiling)
         except DaqError as error:
             raise DaqError(f"{self.path / tensor.file}: tensor {name!r}: {error}.") from error
@@ -235,9 +232,9 @@ def _dtype_of(config: Mapping[str, Any]) -> np.dtype:
     inner = config.get("text_config")
     for place in (config, inner if isinstance(inner, dict) else {}):
         for key in ("dtype", "torch_dtype"):
-            word = place.get(key)
-            if isinstance(word, str) and word.removeprefix("torch.") in _DTYPES:
-                return _DTYPES[word.removeprefix("torch.")]
+            found = place.get(key)
+            if isinstance(found, str) and found.removeprefix("torch.") in _DTYPES:
+                return _DTYPES[found.removeprefix("torch.")]
     return _DTYPES["bfloat16"]
 
 

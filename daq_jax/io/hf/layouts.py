@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 
 from daq_jax.formats import Format, fp8_e4m3fn, int4, int8
+from daq_jax.io.hf.codings import HF_MATRIX
+from daq_jax.io.hf.compressed_tensors import compressed_config, how_quantized
 from daq_jax.io.hf.packed_int4 import packed_config, packed_specs, packed_tensors
 from daq_jax.io.hf.tensor_files import TensorSpec
 from daq_jax.qtensor import QTensor
@@ -52,12 +54,12 @@ class Layout:
 
     def specs(self, name: str, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
         """The tensors that hold one quantized weight `[..., out, in]`: the codes, then the scale."""
-        *batch, inputs, outputs = TileView(shape, ((-1,), (-2,)), self.tiling).grid
+        *batch, inputs, outputs = TileView(shape, HF_MATRIX, self.tiling).grid
         codes = TensorSpec.of(np.dtype(self.format.dtype), shape)
         return {name: codes, name + self.suffix: TensorSpec("F32", (*batch, outputs, inputs))}
 
     def arrays(self, name: str, q: QTensor) -> dict[str, np.ndarray]:
-        """What is stored of a weight `[..., out, in]`, or of the next of its outputs."""
+        """What is stored of a weight `[..., out, in]`, or of its next band."""
         return {name: np.asarray(q.codes), name + self.suffix: np.swapaxes(np.asarray(q.scale), -1, -2)}
 
     def constants(self, name: str, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
@@ -65,8 +67,26 @@ class Layout:
         return {}
 
     def why_not(self, name: str, shape: Sequence[int], tp: int, kv_heads: int | None) -> str:
-        """Why a weight cannot be stored so for a server of `tp` devices; "" if it can."""
-        return why_not_blocks(name, shape, tp, kv_heads) if isinstance(self.tiling, Block) else ""
+        """Why a weight cannot be stored in this way for a server.
+
+        Args:
+            name: name of the weight.
+            shape: shape of the weight, `[..., out, in]`.
+            tp: number of devices over which the server divides each weight.
+            kv_heads: heads of keys and values; None if the config names no number.
+
+        Returns:
+            The reason; "" if it can be stored.
+        """
+        return ""
+
+
+class BlockLayout(Layout):
+    """Blocks, which must be whole on each device."""
+
+    def why_not(self, name: str, shape: Sequence[int], tp: int, kv_heads: int | None) -> str:
+        """See `Layout.why_not`."""
+        return why_not_blocks(name, shape, tp, kv_heads)
 
 
 class PackedLayout(Layout):
@@ -75,12 +95,12 @@ class PackedLayout(Layout):
     def specs(self, name: str, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
         """See `Layout.specs`."""
         found = packed_specs(shape, GROUP)
-        return {module_of(name) + f".{word}": spec for word, spec in found.items()}
+        return {module_of(name) + f".{suffix}": spec for suffix, spec in found.items()}
 
     def arrays(self, name: str, q: QTensor) -> dict[str, np.ndarray]:
         """See `Layout.arrays`."""
         found = packed_tensors(q)
-        return {module_of(name) + f".{word}": found[word] for word in ("weight_packed", "weight_scale")}
+        return {module_of(name) + f".{suffix}": found[suffix] for suffix in ("weight_packed", "weight_scale")}
 
     def constants(self, name: str, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
         """See `Layout.constants`."""
@@ -104,24 +124,10 @@ def _fine_grained(skipped: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _compressed(kind: str, stored_as: str) -> Callable[[Sequence[str]], dict[str, Any]]:
-    def args(strategy: str, dynamic: bool) -> dict[str, Any]:
-        # The reader refuses keys that it does not know, and older readers know fewer: nothing else here.
-        return {"num_bits": 8, "type": kind, "symmetric": True, "dynamic": dynamic, "strategy": strategy}
-
+def _of_channels(kind: str, stored_as: str) -> Callable[[Sequence[str]], dict[str, Any]]:
     def config(skipped: Sequence[str]) -> dict[str, Any]:
-        group = {
-            "targets": ["Linear"],
-            "weights": args("channel", False),
-            "input_activations": args("token", True),
-        }
-        return {
-            "quant_method": "compressed-tensors",
-            "format": stored_as,
-            "quantization_status": "compressed",
-            "config_groups": {"group_0": group},
-            "ignore": list(skipped),
-        }
+        weights, inputs = how_quantized(8, kind, "channel"), how_quantized(8, kind, "token", dynamic=True)
+        return compressed_config(stored_as, skipped, weights=weights, inputs=inputs)
 
     return config
 
@@ -129,9 +135,9 @@ def _compressed(kind: str, stored_as: str) -> Callable[[Sequence[str]], dict[str
 LAYOUTS: dict[str, Layout] = {
     layout.name: layout
     for layout in (
-        Layout("fp8-block", fp8_e4m3fn, Block(BLOCK, BLOCK), "_scale_inv", _fine_grained),
-        Layout("fp8-channel", fp8_e4m3fn, Channel(), "_scale", _compressed("float", "float-quantized")),
-        Layout("int8-channel", int8, Channel(), "_scale", _compressed("int", "int-quantized")),
+        BlockLayout("fp8-block", fp8_e4m3fn, Block(BLOCK, BLOCK), "_scale_inv", _fine_grained),
+        Layout("fp8-channel", fp8_e4m3fn, Channel(), "_scale", _of_channels("float", "float-quantized")),
+        Layout("int8-channel", int8, Channel(), "_scale", _of_channels("int", "int-quantized")),
         PackedLayout(
             "int4-group", int4, Group(GROUP), "_scale", functools.partial(packed_config, GROUP), True
         ),
@@ -223,16 +229,16 @@ def why_not_blocks(name: str, shape: Sequence[int], tp: int, kv_heads: int | Non
     *_, outputs, inputs = shape
     if outputs % BLOCK or inputs % BLOCK:
         return f"not a multiple of {BLOCK} x {BLOCK}: {outputs} x {inputs}"
-    last = _last_word(name)
+    last = _last_component(name)
     if tp == 1 or last in _NOT_SPLIT:
         return ""
     by_input = last in _SPLIT_BY_INPUT
     # Heads of keys and values are copied, not cut, where there are more devices than heads.
     parts = min(tp, kv_heads or tp) if last in ("k_proj", "v_proj", "key", "value") else tp
-    whole, word = (inputs, "inputs") if by_input else (outputs, "outputs")
+    whole, axis = (inputs, "inputs") if by_input else (outputs, "outputs")
     whole = whole // 2 if last == "gate_up_proj" else whole
     if whole % (parts * BLOCK):
-        return f"not a multiple of {BLOCK} on each device: {whole} {word} over {parts} devices"
+        return f"not a multiple of {BLOCK} on each device: {whole} {axis} over {parts} devices"
     return ""
 
 
@@ -243,13 +249,13 @@ def why_not_groups(name: str, shape: Sequence[int], tp: int) -> str:
     inputs = shape[-1]
     if inputs % GROUP:
         return f"no whole number of groups of {GROUP}: {inputs} inputs"
-    if _last_word(name) in _SPLIT_BY_INPUT and inputs % (tp * GROUP):
+    if _last_component(name) in _SPLIT_BY_INPUT and inputs % (tp * GROUP):
         return f"no whole number of groups of {GROUP} on each device: {inputs} inputs over {tp} devices"
     return ""
 
 
-def _last_word(name: str) -> str:
-    """Of the name of the layer that a weight belongs to."""
+def _last_component(name: str) -> str:
+    """Last component of the name of the layer that a weight belongs to."""
     return module_of(name).rpartition(".")[2] if not name.endswith("_proj") else name.rpartition(".")[2]
 
 

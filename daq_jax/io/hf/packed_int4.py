@@ -21,12 +21,14 @@ from jaxtyping import Int32, Shaped
 from numpy.typing import NDArray
 
 from daq_jax.errors import DaqError
+from daq_jax.io.hf.compressed_tensors import compressed_config, how_quantized
 from daq_jax.io.hf.tensor_files import TensorSpec
 from daq_jax.qtensor import QTensor
-from daq_jax.tilings import Group
+from daq_jax.tilings import Tiling
 
 WORD = 8  # codes in an int32
 _OFFSET = 8  # added to a code, so that none is negative
+_LARGE = 2**40  # rows or columns: more than any matrix has
 
 
 def pack(codes: Shaped[np.ndarray, "out inputs"]) -> Int32[np.ndarray, "out words"]:
@@ -68,13 +70,21 @@ def packing_problem(q: QTensor) -> str | None:
         )
     if q.format.name != "int4":
         return f"its format is {q.format.name}; these files hold int4"
-    if not isinstance(q.tiling, Group):
+    group = group_of(q.tiling)
+    if group is None:
         return f"its tiling is {q.tiling}; these files hold groups: use Group(128)"
     if q.ndim != 2:
         return f"it is {q.shape}; these files hold matrices: split it"
-    if q.view.rows % q.tiling.n:
-        return f"its {q.view.rows} inputs are no whole number of groups of {q.tiling.n}, which readers refuse"
+    rows = q.view.rows
+    if rows % group:
+        return f"its {rows} inputs are no whole number of groups of {group}, which readers refuse"
     return None
+
+
+def group_of(tiling: Tiling) -> int | None:
+    """Inputs of one output that share a scale, if the number is the same for all matrices; None otherwise."""
+    inputs, outputs = tiling.tile(_LARGE, _LARGE)
+    return inputs if outputs == 1 and inputs < _LARGE else None
 
 
 def packed_tensors(q: QTensor) -> dict[str, np.ndarray]:
@@ -103,12 +113,5 @@ def packed_config(group: int, skipped: Sequence[str]) -> dict[str, Any]:
         group: inputs that share a scale.
         skipped: names of the linear modules that are not quantized.
     """
-    weights = {"num_bits": 4, "type": "int", "symmetric": True, "dynamic": False}
-    weights |= {"strategy": "group", "group_size": group}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
-        "ignore": list(skipped),
-    }
+    weights = how_quantized(4, "int", "group", group_size=group)
+    return compressed_config("pack-quantized", skipped, weights=weights)

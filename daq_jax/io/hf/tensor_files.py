@@ -1,7 +1,7 @@
 """Safetensors files: headers read and checked before anything else, tensors read and written one by one.
 
 A file is a little-endian u64 length `N`, `N` bytes of JSON (name -> dtype, shape, byte offsets), then the
-bytes of all tensors with neither hole nor overlap. Everything here works on one tensor, or on part of one:
+bytes of all tensors with neither hole nor overlap. Everything here works on one tensor, or on a band of one:
 the `safetensors` package has no NumPy dtype for FP8 when it reads, and writes whole files from memory.
 
 Bytes are read by position, not mapped: mapped pages count as this process's memory until they are dropped,
@@ -24,7 +24,7 @@ import numpy as np
 
 from daq_jax.errors import DaqError
 
-# The format's own names, as the reference writer ranks them: those further down come first in a file.
+# The format's own names, as the reference writer ranks them: dtypes further down come first in a file.
 _RANKED = {
     "BOOL": np.dtype(np.bool_),
     "F4": None,
@@ -202,7 +202,7 @@ def _short(value: Any) -> str:
 
 
 def drop_pages(file: int, start: int = 0, length: int = 0) -> None:
-    """Tells the system that these bytes of a file are not needed again soon, where it listens; 0 for all."""
+    """Tells the system, where it listens, that bytes of a file are not needed soon; length 0 for all."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file, start, length, os.POSIX_FADV_DONTNEED)
 
@@ -215,8 +215,8 @@ class TensorReader:
         self.entries = read_header(path) if entries is None else entries
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
-    def read(self, name: str, part: slice = slice(None)) -> np.ndarray:
-        """A tensor, or the given part of its first axis, in memory of its own.
+    def read(self, name: str, band: slice = slice(None)) -> np.ndarray:
+        """A tensor, or a band of its first axis, in memory of its own.
 
         The pages that the system kept of it are dropped: a long walk over a large file leaves no trace.
 
@@ -229,13 +229,13 @@ class TensorReader:
             raise DaqError(f"{self.path}: tensor {name!r} is {spec.dtype}, which cannot be read.")
         if not spec.shape:
             return self._bytes(entry.start, spec.nbytes).view(dtype).reshape(())
-        first, last, _ = part.indices(spec.shape[0])
+        first, last, _ = band.indices(spec.shape[0])
         row = spec.nbytes // spec.shape[0] if spec.shape[0] else 0
         rows = max(last - first, 0)
         return self._bytes(entry.start + first * row, rows * row).view(dtype).reshape(rows, *spec.shape[1:])
 
     def chunks(self, name: str) -> Iterator[np.ndarray]:
-        """The bytes of a tensor of any dtype, in runs of at most 16 MiB."""
+        """The bytes of a tensor of any dtype, at most 16 MiB at a time."""
         entry = self.entries[name]
         for at in range(0, entry.spec.nbytes, _CHUNK):
             yield self._bytes(entry.start + at, min(_CHUNK, entry.spec.nbytes - at))
@@ -257,14 +257,14 @@ class TensorReader:
 
 
 class TensorWriter:
-    """Writes a file whose tensors are known beforehand, in any order and piece by piece.
+    """Writes a file whose tensors are known beforehand, in any order, some bytes at a time.
 
-    Bytes go to a temporary name beside `path`; `finish` gives the file its name once all of it is on disk.
-    The order of tensors is that of the reference writer, so the files are equal byte by byte. A context that
-    closes the file at its end, finished or not.
+    Bytes go to a temporary name beside `path`; `finish` gives the file its name once all bytes are on disk.
+    Tensors are in the order of the reference writer, so the files are equal byte by byte. As a context
+    manager it closes the file at the end, finished or not.
 
     Args:
-        path: of the finished file.
+        path: path of the finished file.
         specs: every tensor that will be written.
     """
 
@@ -285,9 +285,9 @@ class TensorWriter:
         """Writes bytes of a tensor.
 
         Args:
-            name: of the tensor.
-            data: any array; its bytes in C order.
-            at: how many bytes of the tensor come before these.
+            name: name of the tensor.
+            data: any array, whose bytes are written in C order.
+            at: how many bytes of the tensor come before `data`.
         """
         entry = self.entries[name]
         data = np.ascontiguousarray(data)  # a transposed view would be written in the wrong order
@@ -308,7 +308,7 @@ class TensorWriter:
 
 
 def plan_file(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, Entry]]:
-    """The header of a file that holds these tensors, and where each of them lies in it."""
+    """The header of a file that holds tensors of these specs, and where each tensor begins in the file."""
     ordered = sorted(specs.items(), key=lambda item: (-_RANK[item[1].dtype], item[0]))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # without which transformers refuses a file
     starts, end = {}, 0

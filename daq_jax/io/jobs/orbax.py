@@ -117,7 +117,7 @@ def _memory(where: str, pairs: Sequence[Pair], recipe: Recipe, memory: int, unit
     if not quantized:
         raise DaqError(f"{where}: no leaf of it is quantized by the default rules.")
     largest = max(quantized, key=lambda pair: pair.tuned.size)
-    needed = RUNTIME + work_of(recipe) * largest.tuned.size + 4 * unit_bytes
+    needed = RUNTIME + work_of(recipe).bytes_each * largest.tuned.size + 4 * unit_bytes
     if needed > memory:
         raise DaqError(
             f"{where}: {largest.path!r} is {tuple(largest.tuned.shape)}; with it the work takes "

@@ -8,10 +8,11 @@ import collections
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from daq_jax.errors import DaqError
+from daq_jax.errors import DaqError, refuse
 from daq_jax.io.hf.bands import can_be_cut, rows_per_tile
 from daq_jax.io.hf.folders import Folder, Tensor
 from daq_jax.io.hf.layouts import (
@@ -34,7 +35,6 @@ RULES = (keep(r"(^|\.)score\."), *DEFAULT_RULES)
 _BY_TILE, _FEEDBACK, _WHOLE = 24, 38, 64
 _WRITING = 2  # bytes for each element of the matrix before it, which is being written
 RUNTIME = 700 * 10**6  # bytes of the interpreter, JAX, its compiled programs, and the figures of a band
-_SHOWN = 8  # problems listed in full
 _CONV1D = ("gpt2", "gpt_bigcode", "openai-gpt")  # whose matrices are stored [in, out]
 _FLOATS = ("BF16", "F16", "F32")
 
@@ -183,7 +183,12 @@ def make_plan(
         if name not in kept and name not in dropped and (why := _problem(base.tensors.get(name), tensor)):
             problems[name] = why
     if problems and missing_base == "error":
-        raise DaqError(_report(base, problems))
+        refuse(
+            f"{base.path}: {len(problems)} weights of the tuned model have no partner in base",
+            [f"{name!r} {why}" for name, why in problems.items()],
+            "Pass the base that was tuned, or --missing-base absmax to quantize these without it.",
+            one_line=True,
+        )
     shards: dict[str, list[Task]] = {}
     for name, tensor in tuned.tensors.items():
         if name in dropped:
@@ -226,7 +231,7 @@ def _rows_at_a_time(tensor: Tensor, base: Tensor | None, recipe: Recipe, layout:
         return whole
     step = _step(tensor, base, layout)
     rows = room // inputs // step * step
-    if batch or rows < step or not _goes_in_bands(recipe):
+    if batch or rows < step or not work_of(recipe).by_tile:
         needed = (RUNTIME + outputs * inputs * each) / 10**9
         raise DaqError(
             f"{tensor.file}: {tensor.name!r} is {outputs} x {inputs}, which takes {needed:.1f} GB at once; "
@@ -242,27 +247,34 @@ def _step(tensor: Tensor, base: Tensor | None, layout: Layout) -> int:
     return math.lcm(*(rows_per_tile(tiling, tensor.shape) for tiling in cut))
 
 
-def _goes_in_bands(recipe: Recipe) -> bool:
-    """Whether the rounding looks at one tile at a time, so that a band of a matrix is coded by itself."""
-    return isinstance(recipe.rounding, Nearest)
-
-
 def _memory(tasks: Sequence[Task], recipe: Recipe) -> int:
     units = [task.most_elements * _bytes_each(task.tuned, recipe) for task in tasks if task.quantize]
     return RUNTIME + max(units, default=0)
 
 
-def work_of(recipe: Recipe) -> int:
-    """Bytes that quantizing takes for each element, two inputs of 16 bits included."""
+class Work(NamedTuple):
+    """What a recipe asks of memory.
+
+    Attributes:
+        bytes_each: bytes that quantizing takes for each element, two inputs of 16 bits included.
+        by_tile: whether the rounding looks at one tile at a time, so that a band of a matrix is coded alone.
+    """
+
+    bytes_each: int
+    by_tile: bool
+
+
+def work_of(recipe: Recipe) -> Work:
+    """What a recipe asks of memory; the one place that asks its rounding."""
     if isinstance(recipe.rounding, Nearest):
-        return _BY_TILE
-    return _FEEDBACK if isinstance(recipe.rounding, UnbiasedFeedback) else _WHOLE
+        return Work(_BY_TILE, True)
+    return Work(_FEEDBACK if isinstance(recipe.rounding, UnbiasedFeedback) else _WHOLE, False)
 
 
 def _bytes_each(tensor: Tensor, recipe: Recipe) -> int:
-    """Bytes of memory for each element of the largest matrix: while one is worked on, the next is read."""
+    """Bytes of memory for each element of the largest matrix: while a pair is quantized, the next is read."""
     wide = max(2, tensor.dtype.itemsize if tensor.dtype else 2)
-    return work_of(recipe) + _WRITING + 2 * wide + 2 * (wide - 2)
+    return work_of(recipe).bytes_each + _WRITING + 2 * wide + 2 * (wide - 2)
 
 
 def _stored_dtype(folder: Folder) -> np.dtype:
@@ -322,15 +334,6 @@ def _problem(base: Tensor | None, tuned: Tensor) -> str:
     if base.coding is None and base.spec.dtype not in _FLOATS:
         return f"is {base.spec.dtype} without a scale"
     return ""
-
-
-def _report(base: Folder, problems: Mapping[str, str]) -> str:
-    listed = "; ".join(f"{name!r} {why}" for name, why in list(problems.items())[:_SHOWN])
-    more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-    return (
-        f"{base.path}: {len(problems)} weights of the tuned model have no partner in base: {listed}{more}. "
-        "Pass the base that was tuned, or --missing-base absmax to quantize these without it."
-    )
 
 
 def _reasons(plan: Plan) -> str:

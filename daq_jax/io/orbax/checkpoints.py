@@ -14,7 +14,7 @@ import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from daq_jax.errors import DaqError
+from daq_jax.errors import DaqError, refuse
 from daq_jax.io.orbax.placement import placement
 from daq_jax.io.orbax.reader import (
     METADATA_KEY,
@@ -161,9 +161,8 @@ def _refuse_misfits(where: str, found: Mapping[str, Any], into: Mapping[str, Any
                 f"{path!r} is {_static(have)} in the checkpoint but {_static(want)} in the template"
             )
     if problems:
-        lines = "".join(f"\n  {p}" for p in problems)
-        raise DaqError(
-            f"{where}: the template does not fit:{lines}\nLoad without a template to see what is there."
+        refuse(
+            f"{where}: the template does not fit", problems, "Load without a template to see what is there."
         )
 
 
@@ -204,6 +203,6 @@ def _take_apart(tree: PyTree) -> tuple[dict[str, Record], dict[Components, Any]]
     names = collections.Counter(".".join(components) for components in arrays)
     problems |= {n: "two arrays would have this name in Orbax; rename one" for n, k in names.items() if k > 1}
     if problems:
-        lines = "".join(f"\n  {path!r}: {why}." for path, why in problems.items())
-        raise DaqError(f"{len(problems)} of the leaves cannot be saved:{lines}")
+        lines = [f"{path!r}: {why}." for path, why in problems.items()]
+        refuse(f"{len(problems)} of the leaves cannot be saved", lines)
     return records, arrays
