@@ -171,5 +171,8 @@ def for_folders(recipe: Recipe, base: Folder, tuned: Folder, layout: Layout) -> 
 
 
 def _searches_by_score(recipe: Recipe) -> bool:
-    """Whether the search takes the best of any candidates, so that one more can do no harm."""
+    """Whether the search takes the best of any candidates, so that one more can do no harm.
+
+    Known of two searches alone: another one may have its reasons not to try the scales of the base.
+    """
     return isinstance(recipe.search, (Grid, CoarseToFine))

@@ -24,15 +24,13 @@ from daq_jax.io.hf.layouts import (
 from daq_jax.io.hf.tensor_files import TensorSpec, plan_file
 from daq_jax.io.jobs.options import MissingBase
 from daq_jax.recipe import Recipe
-from daq_jax.roundings.feedback import UnbiasedFeedback
 from daq_jax.roundings.nearest import Nearest
+from daq_jax.roundings.rounding import as_rounding
 from daq_jax.rules import DEFAULT_RULES, decide, keep
+from daq_jax.searches.search import as_search
 
 # The heads of classifiers, by the name that transformers gives them.
 RULES = (keep(r"(^|\.)score\."), *DEFAULT_RULES)
-# Bytes that quantizing takes for each element of a matrix, two inputs of 16 bits included: choices within a
-# tile, error feedback (33 by XLA's own account), other roundings of whole matrices (57).
-_BY_TILE, _FEEDBACK, _WHOLE = 24, 38, 64
 _WRITING = 2  # bytes for each element of the matrix before it, which is being written
 RUNTIME = 700 * 10**6  # bytes of the interpreter, JAX, its compiled programs, and the figures of a band
 _CONV1D = ("gpt2", "gpt_bigcode", "openai-gpt")  # whose matrices are stored [in, out]
@@ -257,7 +255,7 @@ class Work(NamedTuple):
 
     Attributes:
         bytes_each: bytes that quantizing takes for each element, two inputs of 16 bits included.
-        by_tile: whether the rounding looks at one tile at a time, so that a band of a matrix is coded alone.
+        by_tile: whether codes depend on one tile at a time, so that a band of a matrix is coded by itself.
     """
 
     bytes_each: int
@@ -265,10 +263,11 @@ class Work(NamedTuple):
 
 
 def work_of(recipe: Recipe) -> Work:
-    """What a recipe asks of memory; the one place that asks its rounding."""
-    if isinstance(recipe.rounding, Nearest):
-        return Work(_BY_TILE, True)
-    return Work(_FEEDBACK if isinstance(recipe.rounding, UnbiasedFeedback) else _WHOLE, False)
+    """What a recipe asks of memory; the one place that asks its rounding and its search."""
+    rounding = as_rounding(recipe.rounding)
+    # Other roundings of single tiles draw numbers by the place in the weight, or align their sets of tiles.
+    by_tile = rounding == Nearest() and as_search(recipe.search).is_tile_local
+    return Work(rounding.bytes_per_element, by_tile)
 
 
 def _bytes_each(tensor: Tensor, recipe: Recipe) -> int:
