@@ -40,8 +40,8 @@ class Layout:
         name: as the command line has it.
         format: number format of the codes.
         tiling: which elements share a scale.
-        suffix: of the scale's name, after the weight's.
-        config: names of modules that are not quantized -> `quantization_config`.
+        suffix: end of the name of a scale, after the name of its weight.
+        config: makes the `quantization_config`, given the names of the modules that are not quantized.
         narrow_scales: whether servers hold scales in the model's own dtype, not in float32.
     """
 
@@ -150,9 +150,9 @@ class Target:
     """A kind of machine that will serve the result.
 
     Attributes:
-        layout: what to write for it unless told otherwise.
-        power_of_two: layouts in which its servers would re-quantize all other scales.
-        notes: by layout, what its servers do to the scales.
+        layout: name of the layout to write unless told otherwise.
+        power_of_two: layouts in which its servers would re-quantize scales that are no powers of two.
+        notes: what its servers do to the scales, by the name of the layout.
     """
 
     layout: str

@@ -100,7 +100,7 @@ class Run:
             raise DaqError(f"`shard` must be (I, N) with I from 1 to N; got {self.shard}.")
         if self.overwrite and self.shard[1] > 1:
             raise DaqError(
-                "`overwrite` with several shares would undo the work of the others; empty `out` first."
+                "`overwrite` with several processes would undo the work of the others; empty `out` first."
             )
         if self.missing_base not in get_args(MissingBase):
             raise DaqError(f"`missing_base` must be 'error' or 'absmax'; got {self.missing_base!r}.")

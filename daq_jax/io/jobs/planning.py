@@ -1,7 +1,7 @@
 """What will be done with a pair of folders, decided from headers and configs before any weight is read.
 
-A plan is data: shards of the result, and in each the tensors with what becomes of them. `streaming` carries
-it out. All that can be known to fail is found here, for all tensors at once.
+A plan is data: the shards of the result, and for each shard its tensors with what becomes of each. A
+`FolderStore` carries the plan out. All that can be known to fail is found here, for all tensors at once.
 """
 
 import collections
@@ -43,11 +43,11 @@ class Task:
 
     Attributes:
         tuned: the tensor of the tuned model.
-        base: its partner; None if it is not quantized, or has no partner and takes AbsMax scales.
-        quantize: whether it is quantized.
-        why: why it is not, or "no base"; "" for the common case.
-        outputs: name -> spec of what is written.
-        rows: a matrix, or a stack of them, is worked on by that many of its first axis at a time.
+        base: the tensor of the base; None if the tensor is not quantized, or lacks a base and takes AbsMax.
+        quantize: whether the tensor is quantized.
+        why: why the tensor is kept, or "no base"; "" for a tensor that is quantized with its base.
+        outputs: dtype and shape of each tensor that is written, by name.
+        rows: length of a band of the first axis, the part that is worked on at a time.
     """
 
     tuned: Tensor
@@ -59,7 +59,7 @@ class Task:
 
     @property
     def name(self) -> str:
-        """Of the tensor in the tuned model."""
+        """Name of the tensor in the tuned model."""
         return self.tuned.name
 
     @property
@@ -88,7 +88,7 @@ class Shard:
 
     @property
     def tuned_bytes(self) -> int:
-        """Bytes that the tuned model has for it."""
+        """Bytes of its tensors in the tuned model."""
         return sum(task.tuned.nbytes for task in self.tasks)
 
     @property
@@ -105,8 +105,8 @@ class Plan:
     Attributes:
         shards: files of the result, in order.
         recipe: how weights are quantized, the layout's format and tiling put in.
-        layout: how they are stored.
-        dtype: that quantized inputs are dequantized to, and kept ones stored in.
+        layout: how quantized weights are stored.
+        dtype: dtype that quantized inputs dequantize to, and in which those of them that are kept are stored.
         skipped: modules named in the config as not quantized.
         dropped: tensors of the tuned model that are left out, and why.
         memory: bytes the work will take at most, the process itself included.
@@ -132,7 +132,7 @@ class Plan:
 
     @property
     def share(self) -> float:
-        """Of the tuned model's elements, the share that is quantized."""
+        """Quantized elements of the tuned model, as a share of all of its elements."""
         sizes = collections.Counter[bool]()
         for task in self.tasks:
             sizes[task.quantize] += task.tuned.spec.size
@@ -140,7 +140,7 @@ class Plan:
 
     @property
     def kept(self) -> dict[str, list[Task]]:
-        """Tensors that stay as they are, by the reason why, without its particulars."""
+        """Tensors that stay as they are, by the reason without its particulars."""
         reasons: dict[str, list[Task]] = collections.defaultdict(list)
         for task in self.tasks:
             if not task.quantize:
@@ -162,14 +162,14 @@ def make_plan(
     """Plans the quantization of one folder against another.
 
     Args:
-        base: before tuning.
-        tuned: after.
+        base: folder before tuning.
+        tuned: folder after tuning.
         recipe: how to quantize, with the format and the tiling of the layout.
         layout: how to store the result.
         memory: bytes that the work may take.
         missing_base: what becomes of weights whose base is missing or has another shape.
         tp: number of devices over which a server will divide each weight.
-        dtype: that quantized inputs are dequantized to; None for that of the tuned model's weights.
+        dtype: dtype that quantized inputs dequantize to; None for the dtype of the tuned model's weights.
 
     Raises:
         DaqError: naming every tensor that has no base, or what does not fit into the memory.
@@ -277,7 +277,7 @@ def _bytes_each(tensor: Tensor, recipe: Recipe) -> int:
 
 
 def _stored_dtype(folder: Folder) -> np.dtype:
-    """Of its weights; where they are codes, the one its config names."""
+    """Dtype of the weights of a folder; if they are all codes, the dtype that its config names."""
     plain = (t for name, t in folder.tensors.items() if is_matrix(name, len(t.shape)) and not t.coding)
     return next((t.dtype for t in plain if t.dtype and t.spec.dtype in _FLOATS), folder.dtype)
 

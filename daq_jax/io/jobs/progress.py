@@ -66,7 +66,7 @@ class Running:
         self._at_hand: tuple[str, Figures] | None = None
 
     def tell(self, name: str, nbytes: int, figures: Figures | None) -> None:
-        """Takes note that more of a tensor is done; `figures` are those of all of it so far."""
+        """Takes note that more of a tensor is done; `figures` are the figures of all its bands so far."""
         self.done += nbytes
         if figures is not None:
             if self._at_hand and self._at_hand[0] != name:

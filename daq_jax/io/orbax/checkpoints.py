@@ -1,7 +1,7 @@
 """Quantized trees in Orbax checkpoints, and weights out of any Orbax checkpoint.
 
-Orbax does the work: it writes sharded arrays from all processes to a temporary folder and renames that when
-all is there. See `checkpoint_reader` for what a checkpoint holds.
+Orbax does the work: it writes sharded arrays from all processes to a temporary folder, and renames the folder
+when all arrays are there. See `reader` for what a checkpoint holds.
 """
 
 import collections
@@ -36,7 +36,7 @@ _UNSTORABLE = ("float8_e4m3", "uint4", "uint2")  # Orbax 0.12 writes them and re
 def save(path: str | os.PathLike, tree: PyTree, *, overwrite: bool = False, wait: bool = True) -> Any:
     """Saves a tree with its QTensors, sharded arrays by all processes that hold them, through Orbax.
 
-    A checkpoint is there whole or not at all: what a killed process leaves behind has another name.
+    A checkpoint is complete or does not exist: what a killed process leaves behind has another name.
 
     Args:
         path: a folder that does not exist yet, or a `gs://` address.
@@ -81,15 +81,16 @@ def load(
     """Loads what `save` saved, bit for bit, onto any devices; every process reads only what it needs.
 
     Args:
-        path: of the checkpoint.
+        path: path of the checkpoint.
         template: a tree to load into, with an array, a `jax.ShapeDtypeStruct` or a QTensor for each leaf;
-            gives the containers and, where it has them, the shardings. Shapes must agree; dtypes are those
-            of the checkpoint. Without one, dicts and lists come back as such, a tuple as a list, and
-            everything else as a dict.
+            gives the containers and, where it has them, the shardings. Shapes must agree; dtypes come from
+            the checkpoint. Without a template, dicts and lists come back as such, a tuple as a list, and
+            every other container as a dict.
         sharding: where leaves go: one `jax.sharding.Sharding` (a leaf that it does not fit is replicated over
             its devices), a tree of them with the paths of the leaves, or a function of a leaf's path
-            and shape. That of a QTensor is of its codes; scales lie with their tiles. Without one and without
-            a template: where JAX puts new arrays, and with several processes on all devices.
+            and shape. The sharding of a QTensor is that of its codes; its scales follow their tiles.
+            Without a sharding and without a template, leaves go where JAX puts new arrays, with several
+            processes on all devices.
 
     Raises:
         FileNotFoundError: if there is nothing at `path`.
@@ -115,9 +116,9 @@ def load_weights(
     """Loads weights, such as a base or a tuned model, from any Orbax checkpoint, one of `save` included.
 
     Args:
-        path: of the checkpoint.
-        template: as in `load`, but what it lacks is not read.
-        sharding: as in `load`.
+        path: path of the checkpoint.
+        template: a tree to load into, as in `load`; leaves that it lacks are not read.
+        sharding: where leaves go, as in `load`.
         only: regular expression, found in the paths of the leaves that are read: `"^params/"` leaves out the
             state of an optimizer.
 
@@ -173,7 +174,7 @@ def _static(x: Any) -> Any:
 
 
 def _rebuilt(leaves: Sequence[tuple[Sequence[Any], Any]]) -> PyTree:
-    """The tree of leaves with these keys: dicts, and lists where every key is an index."""
+    """The tree whose leaves have these keys: dicts, and lists where every key is an index."""
     if len(leaves) == 1 and not leaves[0][0]:
         return leaves[0][1]
     groups: dict[Any, list[Any]] = {}

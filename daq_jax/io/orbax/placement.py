@@ -1,4 +1,4 @@
-"""Where the leaves of a tree go when they are read from files."""
+"""On which devices the leaves of a tree go when they are read from files."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,7 +16,7 @@ Place = Callable[[str, tuple[int, ...]], Sharding]  # of a leaf's path and shape
 
 
 def placement(sharding: Any, template: Mapping[str, Any]) -> Place:
-    """The sharding of each leaf; of a QTensor, that of its codes.
+    """The sharding of each leaf; for a QTensor, the sharding of its codes.
 
     Args:
         sharding: one `Sharding`, replicated over its mesh where it does not fit; a tree of them with the

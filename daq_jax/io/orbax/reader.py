@@ -29,13 +29,13 @@ Components = tuple[str, ...]  # of the path of an array in the Orbax tree
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """An Orbax checkpoint: what is in it, known without its arrays; and its leaves, some at a time.
+    """An Orbax checkpoint. What is in it is known without its arrays; leaves are read some at a time.
 
     Attributes:
         path: absolute.
         is_ours: whether `save` wrote it.
-        records: of each leaf by its path: see `leaf_records`, with the "keys" that lead to the leaf and the
-            names of its "arrays".
+        records: record of each leaf by its path; see `daq_jax.records`. A record also has the "keys" that
+            lead to the leaf and the names of its "arrays".
         tree: the checkpoint's own tree, with shape and dtype of each array.
     """
 
@@ -93,7 +93,7 @@ class Checkpoint:
         return self._leaf(path, shapes)
 
     def read(self, places: Mapping[str, Sharding]) -> dict[str, Any]:
-        """Leaves by path, read onto the given shardings; that of a QTensor is of its codes."""
+        """Leaves by path, read onto the given shardings; for a QTensor, the sharding of its codes."""
         wanted: dict[Components, Any] = {}
         for path, sharding in places.items():
             wanted |= self._wanted(path, sharding)
@@ -161,7 +161,7 @@ def nested(arrays: Mapping[Components, Any]) -> dict[str, Any]:
 
 
 def _records_of_arrays(tree: PyTree) -> dict[str, Record]:
-    """Records for a checkpoint of another's: every leaf is as Orbax has it."""
+    """Records for a checkpoint that `save` did not write: every leaf is as Orbax has it."""
     return {
         path: {"kind": "array", "keys": [key_record(k) for k in keys], "arrays": [WHOLE]}
         for path, (keys, leaf) in keyed_leaves(tree).items()
