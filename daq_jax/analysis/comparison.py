@@ -134,13 +134,13 @@ def compare_leaf(base: ArrayLike | QTensor, tuned: ArrayLike | QTensor, quantize
 
 
 def _refuse_wrong_order(base: PyTree, tuned: PyTree, quantized: PyTree) -> None:
-    """Raises DaqError where nothing is quantized because another tree was meant; rules may keep all leaves."""
+    """Raises DaqError where nothing is quantized because another tree was meant; rules may keep all."""
     elsewhere = any(is_qtensor(x) for x in (*named_leaves(base).values(), *named_leaves(tuned).values()))
     again = any(quantized is x for x in (base, tuned)) and not jax.tree_util.all_leaves([quantized])
     if elsewhere or again:
         raise DaqError(
-            "no leaf of the third tree is quantized: call compare(base, tuned, quantized), in this order, with "
-            "what `quantize` returned."
+            "no leaf of the third tree is quantized: call compare(base, tuned, quantized), in this order, "
+            "with what `quantize` returned."
         )
 
 
