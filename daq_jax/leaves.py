@@ -77,7 +77,7 @@ def lowered(
         tuned: the weight after tuning, likewise.
         recipe: how to quantize it.
         matrix: input axes and output axes of the weight.
-        one_device: whether the weight lies on one device; None for what the array itself says.
+        one_device: whether the weight is on one device; None for what the array itself says.
     """
     how = _How.of(tuned, recipe, matrix)
     if one_device is not None:
@@ -99,7 +99,7 @@ def quantize_alike(
 
 
 def multiplies_on_gpu(tuned: ArrayLike | QTensor, rounding: Rounding) -> bool:
-    """Whether this weight lies on a GPU, and is rounded with products of whole matrices."""
+    """Whether this weight is on a GPU and is rounded with products of whole matrices."""
     array = codes_of(tuned)
     if isinstance(array, Tracer) or not rounding.multiplies:
         return False

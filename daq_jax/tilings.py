@@ -228,7 +228,7 @@ class TileView:
 
 
 def keeps_tiles_whole(weight: NamedSharding, scale: NamedSharding, view: TileView) -> bool:
-    """Whether every tile lies on one device, given the sharding of the weight and of its scales."""
+    """Whether every tile is on one device, given the sharding of the weight and of its scales."""
     batch, rows, columns = view.axes
     spec = tuple(weight.spec) + (None,) * (len(view.shape) - len(weight.spec))
     grid = tuple(scale.spec)[len(batch) :]

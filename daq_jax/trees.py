@@ -49,8 +49,8 @@ def is_box(x: object) -> bool:
     return hasattr(x, "get_raw_value") or (hasattr(x, "unbox") and hasattr(x, "replace_boxed"))
 
 
-def word_of(key: Any) -> str:
-    """A key of a JAX key path as it stands in a path: a dict key, an index or an attribute name."""
+def path_component(key: Any) -> str:
+    """One component of a path, from a key of a JAX key path: a dict key, an index or an attribute name."""
     for name in ("key", "idx", "name"):  # of DictKey, SequenceKey, GetAttrKey
         if hasattr(key, name):
             return str(getattr(key, name))
@@ -74,7 +74,7 @@ def keyed_leaves(
         tree, is_leaf=lambda x: x is None or is_whole(x) or is_box(x)
     )
     for keys, node in outer:
-        path = "/".join(map(word_of, keys))
+        path = "/".join(map(path_component, keys))
         found = [None] if node is None else jax.tree.leaves(node, is_leaf=is_whole)
         if len(found) > 1:
             raise DaqError(

@@ -1,4 +1,4 @@
-"""Roundings: which code stands for each element. Each GPU kernel lies beside its plain twin."""
+"""Roundings: which code stands for each element. Each GPU kernel is in the file beside its plain twin."""
 
 from daq_jax.roundings.feedback import UnbiasedFeedback
 from daq_jax.roundings.gains import UnbiasedGain

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from daq_jax.errors import DaqError
+from daq_jax.errors import DaqError, check_whole_numbers
 from daq_jax.metrics import neg_bias, neg_error
 from daq_jax.numerics.arithmetic import divide
 from daq_jax.roundings.nearest import Nearest
@@ -26,12 +26,10 @@ from daq_jax.tiles import Tiles
 
 
 def _check_range(search: object, low: float, high: float, **counts: int) -> None:
-    name = type(search).__name__
     if not 0 < low <= high < float("inf"):
+        name = type(search).__name__
         raise DaqError(f"{name}: ratios must satisfy 0 < low <= high; got low={low}, high={high}.")
-    for word, n in counts.items():
-        if isinstance(n, bool) or not isinstance(n, int) or n < 2:
-            raise DaqError(f"{name}: `{word}` must be a whole number of at least 2; got {n!r}.")
+    check_whole_numbers(search, least=2, **counts)
 
 
 def _one(trials: Trials) -> Trial:

@@ -20,7 +20,7 @@ from daq_jax.errors import DaqError
 from daq_jax.qtensor import QTensor
 from daq_jax.records import WHOLE, Record, leaf_of
 from daq_jax.tilings import scale_sharding
-from daq_jax.trees import PyTree, keyed_leaves, word_of
+from daq_jax.trees import PyTree, keyed_leaves, path_component
 
 METADATA_KEY = "daq_jax"  # of our part of the custom metadata
 VERSION = 1  # of that part; goes up when an older reader would misread
@@ -139,7 +139,7 @@ def key_record(key: Any) -> list[Any]:
     """One key of a JAX key path as JSON: whether it is an index, and its value."""
     if hasattr(key, "idx"):
         return ["index", key.idx]
-    key = getattr(key, "key", word_of(key))
+    key = getattr(key, "key", path_component(key))
     return ["key", key if isinstance(key, (int, str)) else str(key)]
 
 
@@ -170,7 +170,7 @@ def _records_of_arrays(tree: PyTree) -> dict[str, Record]:
 
 
 def _components(keys: Sequence[Any]) -> Components:
-    return tuple(map(word_of, keys)) or (WHOLE,)
+    return tuple(map(path_component, keys)) or (WHOLE,)
 
 
 def _by_components(tree: PyTree) -> dict[Components, Any]:
