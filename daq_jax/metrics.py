@@ -65,7 +65,7 @@ class OfFunction(Metric):
 
     function: Callable[[Array, Array], Array]
 
-    def __call__(self, d: Float[Array, "T K"], q: Float[Array, "T K"]) -> Float[Array, " T"]:
+    def __call__(self, d: Float[Array, "T K"], q: Float[Array, "T K"]) -> Array:
         return self.function(d, q)
 
 

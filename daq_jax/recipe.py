@@ -19,6 +19,11 @@ from daq_jax.searches.trials import Trials
 from daq_jax.tiles import Tiles
 from daq_jax.tilings import Block, Tiling
 
+
+class UnnamedPartError(DaqError, TypeError):
+    """A part of a recipe was passed without its name."""
+
+
 _CALLED = ("metric", "search", "rounding", "scales")
 
 
@@ -51,7 +56,7 @@ class Recipe:
     def __new__(cls, *unnamed: Any, **parts: Any) -> "Recipe":
         """Refuses parts without a name, which all look alike."""
         if unnamed:
-            raise DaqError(
+            raise UnnamedPartError(
                 f"Recipe: parts go by name, such as Recipe(format=daq.int8); got {unnamed[0]!r} without one. "
                 "To change one thing of a recipe: recipe.replace(format=daq.int8)."
             )
