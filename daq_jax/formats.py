@@ -205,7 +205,13 @@ class SmallFloat(_Cast):
 
 @dataclasses.dataclass(frozen=True)
 class Integer(_Cast):
-    """Whole numbers from `-largest` to `largest`; the symmetric range leaves the lowest code unused."""
+    """Whole numbers from `-largest` to `largest`; the symmetric range leaves the lowest code unused.
+
+    Attributes:
+        name: for messages and files.
+        dtype: storage dtype, such as "int8".
+        largest: largest whole number.
+    """
 
     def round(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Nearest whole number, ties to even, after clipping to the largest; NaN stays NaN."""
@@ -222,7 +228,17 @@ class Integer(_Cast):
 
 @dataclasses.dataclass(frozen=True)
 class Codebook(Format):
-    """A short table of levels in ascending order; a code is an index into it, held as uint8."""
+    """A short table of levels in ascending order; a code is an index into it, held as uint8.
+
+    Attributes:
+        name: for messages and files.
+        levels: the values of the codes, in code units, ascending.
+        dtype: storage dtype.
+        largest: largest magnitude among the levels.
+
+    Raises:
+        DaqError: unless there are two levels or more, ascending.
+    """
 
     name: str
     levels: tuple[float, ...]

@@ -32,8 +32,8 @@ class QTensor:
         tiling: which elements share a scale.
         dtype: dtype of the weight that was quantized.
         matrix: input axes and output axes of the weight; all other axes are a batch.
-        zero: float32 in the shape of `scale`, the point of the code line that stands for weight 0, in code
-            units and not necessarily a code; None for 0 everywhere.
+        zero: float32 in the shape of `scale`, the value that stands for weight 0, in code units and not
+            necessarily that of a code; None for 0 everywhere.
     """
 
     codes: Any  # an array; what stands for one (a shape, a sharding) in a tree mapped over a tree

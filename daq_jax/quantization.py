@@ -125,5 +125,8 @@ def dequantize(tree: PyTree, dtype: jax.typing.DTypeLike | None = None) -> PyTre
     Args:
         tree: any pytree.
         dtype: of the results; None gives each leaf's original dtype.
+
+    Raises:
+        DaqError: if there is no such dtype.
     """
     return jax.tree.map(lambda x: x.dequantize(dtype) if is_qtensor(x) else x, tree, is_leaf=is_qtensor)

@@ -65,7 +65,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for part, word in (("format", "round"), ("tiling", "tile")):
             value = getattr(self, part)
-            if isinstance(value, type) or not hasattr(value, word):  # the one look at what a caller passes
+            if isinstance(value, type) or not hasattr(value, word):
                 raise DaqError(f"Recipe: `{part}` has no `{word}` method; got {value!r}.")
         for part in _CALLED:
             value = getattr(self, part)

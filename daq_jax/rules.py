@@ -59,6 +59,9 @@ class Rule:
 def keep(pattern: str) -> Rule:
     """Leaves whose path matches stay as they are.
 
+    Args:
+        pattern: regular expression, found anywhere in the path.
+
     Raises:
         DaqError: if `pattern` is not a regular expression.
 
@@ -78,7 +81,8 @@ def use(pattern: str, recipe: Recipe | None = None, *, matrix: Matrix | None = N
             a weight `[out, in]` as Hugging Face stores it, `((-3,), (-2, -1))` for a kernel `[D, heads, hd]`.
 
     Raises:
-        DaqError: if `pattern` is not a regular expression or `matrix` is not two tuples of axes.
+        DaqError: if `pattern` is not a regular expression, `matrix` is not two tuples of axes, or `recipe` is
+            not a Recipe.
     """
     if recipe is not None:
         check_recipe(recipe)

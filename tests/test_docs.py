@@ -20,7 +20,14 @@ import daq_jax as daq
 ROOT = pathlib.Path(__file__).parents[1]
 MODULES = ["daq_jax", *(m.name for m in pkgutil.walk_packages(daq.__path__, "daq_jax."))]
 SLOW = {
-    f"daq_jax.{name}" for name in ("density", "flax_models", "inspection", "io.orbax_checkpoints", "products")
+    f"daq_jax.{name}"
+    for name in (
+        "analysis.inspection",
+        "density.quantizer",
+        "io.orbax.checkpoints",
+        "models.flax",
+        "models.matmul",
+    )
 }
 
 

@@ -7,7 +7,7 @@ import daq_jax as daq
 from benchmarks.behaviour.baselines import Baseline, awq, smoothquant
 from daq_jax.formats import Format
 from daq_jax.metrics import Metric, neg_bias
-from daq_jax.roundings.nearest import Rounding
+from daq_jax.roundings.rounding import Rounding
 from daq_jax.tilings import Tiling
 
 

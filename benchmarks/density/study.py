@@ -7,8 +7,8 @@
 A byte-level decoder, that of the behaviour study, learns messages of presidents to Congress. All matrices of
 its layers are quantized; Gram matrices are taken on the text it learned. Judged on held-out messages:
 perplexity, less that of the float model, and the KL divergence from the float model's predictions. The loss
-under an error of the weights has a part that changes sign with the error. It is as large as the other, and
-a matter of luck, so the mean of the increases under the error and its negative is given too.
+under an error of the weights has a first-order term, which changes sign with the error and is as large as
+the rest. The mean of the increases under the error and under its negative is therefore given too.
 `baselines.py` holds round to nearest, AWQ and GPTQ.
 
 Also measures the loss of stage 2 on each layer against the released program's (`released.py`).

@@ -40,9 +40,8 @@ class Grams:
     """Gram matrices of each layer: the mean of `x x'` over the calibration data, with `x` the layer's inputs.
 
     Attributes:
-        products: float32 arrays by path of the kernel: `[ceil(R / n), n, n]`, one matrix for each group of
-        `n`
-            of the `R` inputs, the last one filled up with zeros; or `[R, R]` if `joint`.
+        products: float32 arrays by path of the kernel: `[ceil(R / n), n, n]`, one matrix for each
+            group of `n` of the `R` inputs, the last one filled up with zeros; or `[R, R]` if `joint`.
         inputs: how the model contracts its inputs with each of these kernels.
         group: n, inputs of a group; None for one group of all inputs.
         joint: whether a matrix is of all inputs of its layer, which serves every size of group.

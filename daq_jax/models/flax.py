@@ -154,7 +154,16 @@ def linen_variables(variables: PyTree) -> PyTree:
 
 
 def linen_apply(model: nn.Module, variables: PyTree, *args: Any, **kwargs: Any) -> Any:
-    """`model.apply(variables, *args, **kwargs)` with quantized variables; call it inside `jax.jit`."""
+    """`model.apply(variables, *args, **kwargs)` with quantized variables; call it inside `jax.jit`.
+
+    Args:
+        model: any Linen module.
+        variables: as for `linen_variables`.
+        args, kwargs: passed on to `model.apply`.
+
+    Returns:
+        What `model.apply` returns.
+    """
     return model.apply(linen_variables(variables), *args, **kwargs)
 
 

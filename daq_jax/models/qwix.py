@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array
 
 from daq_jax.errors import DaqError
-from daq_jax.formats import FORMATS, Format, nf4
+from daq_jax.formats import Format, fp4_e2m1, fp8_e4m3fn, fp8_e5m2, int4, int8, nf4
 from daq_jax.qtensor import QTensor
 from daq_jax.recipe import Recipe
 from daq_jax.rules import DEFAULT_RULES, Rule, decide
@@ -25,7 +25,8 @@ from daq_jax.tilings import Block, Channel, Group, Matrix, PerTensor, TileView, 
 from daq_jax.trees import PyTree, is_concrete, is_qtensor, keyed_leaves
 
 # Formats by what qwix calls them; of those with a table of levels it has only nf4.
-_FORMATS: dict[str, Format] = {f.dtype: f for f in FORMATS.values() if f.dtype != "uint8"} | {"nf4": nf4}
+_BY_DTYPE = (fp8_e4m3fn, fp8_e5m2, int8, int4, fp4_e2m1)
+_FORMATS: dict[str, Format] = {f.dtype: f for f in _BY_DTYPE} | {"nf4": nf4}
 _QTYPES = {f.name: qtype for qtype, f in _FORMATS.items()}
 
 

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+_ITERATIONS = 2  # of the subspace; more changed no result of the behaviour study
+
 
 def factor(gram: Float[Array, "*B n n"]) -> Float[Array, "*B n n"]:
     """Lower triangular `L` with `L L' = gram`; NaN where a matrix is not positive definite."""
@@ -43,7 +45,7 @@ def _each(function: Callable[[Array], Array], stack: Array) -> Array:
 
 
 def leading_directions(
-    matrix: Float[Array, "B R C"], rank: int, *, iterations: int = 2
+    matrix: Float[Array, "B R C"], rank: int
 ) -> tuple[Float[Array, "B R k"], Float[Array, "B C k"]]:
     """Orthonormal bases of about the leading `rank` left and right singular directions, for each matrix.
 
@@ -51,7 +53,7 @@ def leading_directions(
     """
     right = jax.random.normal(jax.random.key(0), (matrix.shape[-1], rank), jnp.float32)
     left = right
-    for _ in range(iterations):
+    for _ in range(_ITERATIONS):
         left = _orthonormalized(matrix @ right)
         right = _orthonormalized(matrix.mT @ left)
     return _orthonormalized(left), _orthonormalized(right)

@@ -1,6 +1,6 @@
 """The gains of `UnbiasedGain` as one kernel for NVIDIA GPUs: weights are read once and bisected on the chip.
 
-`unbiased.bracket` says what is computed; here it runs on a few rows, or columns, of a tile at a time, which
+`gains.bracket` says what is computed; here it runs on a few rows, or columns, of a tile at a time, which
 stay in registers from the first rounding to the last.
 """
 

@@ -57,7 +57,13 @@ class AbsMax(Search):
 
 @dataclasses.dataclass(frozen=True)
 class Grid(Search):
-    """`n` ratios evenly spaced from `low` to `high`, both included, and AbsMax."""
+    """`n` ratios evenly spaced from `low` to `high`, both included, and AbsMax.
+
+    Attributes:
+        low: smallest ratio to the AbsMax scale.
+        high: largest ratio to the AbsMax scale.
+        n: number of ratios, at least 2.
+    """
 
     low: float
     high: float
@@ -87,6 +93,12 @@ class CoarseToFine(Search):
 
     The fine points run from half a coarse step below the winner to half a step above, within the range.
     With 5 and 10 points a tile is scored 16 times. Source: arXiv:2603.22324.
+
+    Attributes:
+        low: smallest ratio to the AbsMax scale.
+        high: largest ratio to the AbsMax scale.
+        coarse: number of ratios of the coarse grid, at least 2.
+        fine: number of ratios of the fine grid, at least 2.
     """
 
     low: float

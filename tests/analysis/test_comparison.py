@@ -32,7 +32,10 @@ def leaf_of(name, i):
     """One leaf of the compared tree: its pair, recipe, matrix, and what the oracle needs to know of them."""
     shape, matrix = LAYERS[name]
     base, tuned = native(name, shape, 0.01) if i == 0 else pair(name, shape, change=0.01 * 3**i)
-    (fmt, number), (tiling, tile) = FORMATS[i % 3], TILINGS[(i + 2) % 4]  # the first with one scale
+    (fmt, number), (tiling, tile) = (
+        FORMATS[i % len(FORMATS)],
+        TILINGS[(i + 2) % 4],
+    )  # the first with one scale
     search = daq.AbsMax() if i == 0 else daq.CoarseToFine(0.8, 1.5, 5, 10)
     recipe = daq.Recipe(format=fmt, tiling=tiling, search=search)
     return base, tuned, daq.use(f"^{name}$", recipe, matrix=matrix), (number, tile, matrix)

@@ -73,7 +73,7 @@ def product():
         ((40, 33), ((1,), (0,))),
     ]
     for i, (metric, search, tiling) in enumerate(itertools.product(METRICS, SEARCHES[1:], TILINGS)):
-        fmt, dtype, layer = FORMATS[i % 3], list(DTYPES)[i // 3 % 3], layers[(i + i // 4) % 4]
+        fmt, dtype, layer = FORMATS[i % len(FORMATS)], list(DTYPES)[i // 3 % 3], layers[(i + i // 4) % 4]
         parts = [metric[1].__name__, type(search[0]).__name__, type(tiling[0]).__name__]
         yield pytest.param(
             metric,

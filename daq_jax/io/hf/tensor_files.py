@@ -210,9 +210,9 @@ def drop_pages(file: int, start: int = 0, length: int = 0) -> None:
 class TensorReader:
     """Reads tensors of one file by name. Safe to use from several threads."""
 
-    def __init__(self, path: Path, entries: Mapping[str, Entry] | None = None) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.entries = read_header(path) if entries is None else entries
+        self.entries = read_header(path)
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def read(self, name: str, band: slice = slice(None)) -> np.ndarray:
