@@ -25,8 +25,8 @@ from daq_jax.tilings import Block, Channel, Group, Matrix, PerTensor, TileView, 
 from daq_jax.trees import PyTree, is_concrete, is_qtensor, keyed_leaves
 
 # Formats by what qwix calls them; of those with a table of levels it has only nf4.
-_BY_DTYPE = (fp8_e4m3fn, fp8_e5m2, int8, int4, fp4_e2m1)
-_FORMATS: dict[str, Format] = {f.dtype: f for f in _BY_DTYPE} | {"nf4": nf4}
+_BY_DTYPE: tuple[Format, ...] = (fp8_e4m3fn, fp8_e5m2, int8, int4, fp4_e2m1)
+_FORMATS: dict[str, Format] = {**{f.dtype: f for f in _BY_DTYPE}, "nf4": nf4}
 _QTYPES = {f.name: qtype for qtype, f in _FORMATS.items()}
 
 
