@@ -85,7 +85,7 @@ def a_pair() -> tuple[np.ndarray, np.ndarray]:
     r, c = TILE
     base[:r, :c] = tuned[:r, :c] = 0
     tuned[:r, c : 2 * c] = base[:r, c : 2 * c]
-    far = rng_for("contract, outlier").integers(0, SHAPE[0], 3)
+    far = rng_for("contract, outlier").integers(r, SHAPE[0], 3)
     tuned[far, -1] = base[far, -1] * 1.5
     return base, tuned
 
