@@ -1,0 +1,1 @@
+"""Prototype, on whole matrices, of the rounding of docs/design/envelope.md; not part of daq_jax."""
