@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[2] / "results" / "behaviour"
 
 
 def table(results, title):
@@ -41,19 +41,19 @@ if __name__ == "__main__":
     print("# KL from the tuned model, nats per byte; bold: within 1.1 x the least of the row\n")
     print(
         table(
-            json.loads((HERE / "results_gpu.json").read_text()),
+            json.loads((HERE / "envelope_gpu.json").read_text()),
             "25M parameters, one H100, seed 0: the last run",
         )
     )
     print(
         table(
-            json.loads((HERE / "results_gpu_explore.json").read_text()),
+            json.loads((HERE / "envelope_gpu_explore.json").read_text()),
             "25M parameters: the exploration (`env` is the form before the last)",
         )
     )
     print(
         table(
-            small(json.loads((HERE / "results_cpu.json").read_text())),
+            small(json.loads((HERE / "envelope_cpu.json").read_text())),
             "2.5M parameters: what was tried on the way",
         )
     )

@@ -13,8 +13,8 @@ import numpy as np
 from benchmarks.behaviour.envelope import pairs as P
 from benchmarks.behaviour.envelope.grids import GRIDS
 
-DATA = Path(__file__).parent.parent / ".data"
-RESULTS = Path(__file__).parent / "results_cpu.json"
+DATA = Path(__file__).parents[3] / "build" / "envelope"
+RESULTS = Path(__file__).parents[2] / "results" / "behaviour" / "envelope_cpu.json"
 
 
 class Study:
