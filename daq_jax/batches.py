@@ -44,6 +44,8 @@ def plan_batches(pairs: Sequence[Pair]) -> list[list[int]]:
 def most_together(pair: Pair) -> int:
     """How many leaves like this one are best quantized by one program."""
     rounding = as_rounding(pair.decision.recipe.rounding)
+    if rounding.draws:  # each leaf has a stream of its own, and a batch has none
+        return 1
     if not multiplies_on_gpu(pair.tuned, rounding) or sharding_of(codes_of(pair.tuned)):
         return 1
     return max(1, _MOST_TOGETHER // max(1, math.prod(np.shape(pair.tuned))))

@@ -455,3 +455,25 @@ def test_what_a_model_runs_on_is_no_tree_of_weights():
     q = daq.linen_variables(daq.quantize({"kernel": BASE}, {"kernel": TUNED}, ABSMAX))
     with pytest.raises(ValueError, match=r"'kernel' is a InPlace of 2 arrays.*pass what `quantize` returned"):
         daq.compare({"kernel": BASE}, {"kernel": TUNED}, q)
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing(daq.Rounding):
+    """A rounding of whole matrices that draws."""
+
+    draws = True
+    multiplies = True
+
+    def draw(self, shape, stream):
+        return daq.Stochastic().draw(shape, stream)
+
+    def __call__(self, tiles, scale):
+        return daq.Stochastic()(tiles, scale)
+
+
+def test_leaves_whose_rounding_draws_are_no_batch(monkeypatch):
+    monkeypatch.setattr(batches, "multiplies_on_gpu", lambda tuned, rounding: True)
+    base, tuned = ({"a": x, "b": x} for x in (BASE, TUNED))
+    q = daq.quantize(base, tuned, daq.Recipe(rounding=Drawing()))
+    expected = daq.quantize(base, tuned, daq.Recipe(rounding=daq.Stochastic()))
+    assert_same_bits([q[k].codes for k in "ab"], [expected[k].codes for k in "ab"])
