@@ -38,6 +38,7 @@ from daq_jax.metrics import Additive, Metric, SignRate, cosine, neg_mse
 from daq_jax.qtensor import QTensor
 from daq_jax.quantization import dequantize, quantize
 from daq_jax.recipe import Recipe
+from daq_jax.roundings.dithered import DitheredFeedback
 from daq_jax.roundings.feedback import UnbiasedFeedback
 from daq_jax.roundings.gains import UnbiasedGain
 from daq_jax.roundings.nearest import Nearest, Stochastic
@@ -131,6 +132,7 @@ __all__ = [
     "Comparison",
     "DaqError",
     "DensityRecipe",
+    "DitheredFeedback",
     "Figures",
     "Format",
     "Grams",

@@ -213,6 +213,8 @@ def by_kernel_and_by_loop(base, tuned, recipe, wrap=lambda f: f):
             ((1024, 256), 0.01, jnp.float32, feedback_recipe(tiling=daq.Channel())),
             ((1024, 256), 0.01, jnp.float32, feedback_recipe(tiling=daq.Group(32))),
             ((1024, 256), 0.01, jnp.float32, feedback_recipe(format=daq.fp8_e5m2)),
+            ((1024, 256), 0.01, jnp.float32, daq.Recipe(rounding=daq.DitheredFeedback())),
+            ((1100, 128), 0.003, jnp.bfloat16, daq.Recipe(rounding=daq.DitheredFeedback(32))),
         ],
     ),
 )

@@ -57,6 +57,7 @@ ROUNDINGS = {
     "UnbiasedGain tile": daq.Recipe(tiling=BLOCK, rounding=daq.UnbiasedGain("tile")),
     "UnbiasedSubspace": daq.Recipe(tiling=BLOCK, rounding=daq.UnbiasedSubspace(rank=8, turns=2)),
     "UnbiasedFeedback": daq.Recipe(tiling=BLOCK, rounding=daq.UnbiasedFeedback(rank=8)),
+    "DitheredFeedback": daq.Recipe(tiling=BLOCK, rounding=daq.DitheredFeedback(rank=8)),
 }
 SCALES = {
     "PowerOfTwo": daq.Recipe(tiling=BLOCK, scales=daq.PowerOfTwo()),
@@ -76,7 +77,7 @@ MEMBERS: dict[str, daq.Recipe] = {
     **RECIPES,
 }
 # Products of whole matrices may differ in their last bit from one program to another.
-BY_PRODUCTS = ("UnbiasedSubspace", "UnbiasedFeedback", "recipes.default")
+BY_PRODUCTS = ("UnbiasedSubspace", "UnbiasedFeedback", "DitheredFeedback", "recipes.default")
 
 
 def a_pair() -> tuple[np.ndarray, np.ndarray]:

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import daq_jax as daq
 from daq_jax.roundings import feedback as feedback_module
+from daq_jax.roundings.row_blocks import RowBlocks
 from tests import oracles
 from tests import rounding_oracles as ro
 from tests.cases import BF16, slow_after
@@ -263,8 +264,9 @@ def test_products_in_bfloat16_do(monkeypatch):
 
         return wrapped
 
-    for name in ("leading_directions", "_responses"):  # on a CPU, no option makes products inexact
-        monkeypatch.setattr(feedback_module, name, short(getattr(feedback_module, name)))
+    places = ((feedback_module, "leading_directions"), (RowBlocks, "responses"))
+    for owner, name in places:  # on a CPU, no option makes products inexact
+        monkeypatch.setattr(owner, name, short(getattr(owner, name)))
     coarse = daq.quantize(base, tuned, feedback(15, damping=10.001))  # compiled anew
     assert not np.array_equal(kept(coarse), kept(fine))
     for a, b in zip(error_seen(base, tuned, coarse), error_seen(base, tuned, fine), strict=True):

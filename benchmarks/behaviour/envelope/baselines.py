@@ -15,7 +15,7 @@ from benchmarks.behaviour.envelope.grids import Grid
 from daq_jax.formats import fp4_e2m1, fp8_e4m3fn, int4, int8
 from daq_jax.numerics.linalg import leading_directions
 from daq_jax.roundings.feedback import UnbiasedFeedback
-from daq_jax.roundings.feedback_rows import lattice
+from daq_jax.roundings.feedback_plan import lattice
 from daq_jax.roundings.gains import UnbiasedGain
 from daq_jax.tiles import Tiles
 

@@ -12,7 +12,7 @@ from jax import Array, lax
 
 from benchmarks.behaviour.envelope.baselines import responses_of
 from daq_jax.numerics.linalg import leading_directions
-from daq_jax.roundings.feedback_rows import lattice
+from daq_jax.roundings.feedback_plan import lattice
 
 
 class Number(NamedTuple):

@@ -1,0 +1,205 @@
+"""Which weights carry a change on the grid of the base, and what that costs.
+
+A weight that lies on a code can be moved by a mean `x` only by going whole steps `h` with probability
+`|x| / h`. The noise of that is `|x| (h - |x|)`: linear in `|x|`, and in the weight's own step. So weights
+with small steps carry the change for their rows and columns, the others stay. Which weights they are is
+decided by their steps and never by their own changes: a choice by changes would favour some directions over
+others. docs/design/envelope.md has the figures.
+
+Arrays are `[B, t, r, C]`: matrices, rows of tiles, rows of a tile, columns; `r = 1` for what holds for tiles.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from daq_jax.formats import Format, weights_of
+from daq_jax.numerics.arithmetic import divide
+
+_TURNS = 4  # of rows and columns; after them projections are 1.00
+_MOST_PER_TURN = 8.0  # times or parts that a row or column may take on in one turn
+_HALVINGS = 16  # of the share of weights that carry
+_FEWEST = 1e-5  # share of weights that carry at least
+_SAMPLE = 2**18  # elements of a matrix from which that share is found
+_RANDOM = 1.5  # times the coherence of a random matrix counts as none
+_TINY = 1e-37
+
+PerMatrix = Float[Array, "B 1 1 1"]
+
+
+class Pair(NamedTuple):
+    """Matrices before and after tuning, by rows of tiles.
+
+    Attributes:
+        base: `[B, t, r, C]` float32, weights before tuning.
+        tuned: `[B, t, r, C]` float32, weights after tuning.
+        scale: `[B, t, 1, C]` float32, weight units per code unit.
+        native: `[B, t, 1, C]` bool, whether the base of the tile lies on the grid of its scale.
+    """
+
+    base: Array
+    tuned: Array
+    scale: Array
+    native: Array
+
+    @property
+    def change(self) -> Array:
+        """The true change d."""
+        return self.tuned - self.base
+
+    def sample(self, most: int) -> "Pair":
+        """Every n-th column, such that a matrix has at most about `most` elements."""
+        _, t, r, columns = self.base.shape
+        every = max(1, t * r * columns // most)
+        return Pair(*(x[..., ::every] for x in self))
+
+
+class Carried(NamedTuple):
+    """What moving weights on the grid of the base comes to.
+
+    Attributes:
+        move: `[B, t, r, C]` float32, mean move of each weight in weight units; the change off the grid.
+        excess: squared error expected beyond that of rounding the tuned weights to nearest, a sum.
+        error: squared error expected, a sum.
+        size: squared change, a sum.
+        price: what a move costs in units of its square: the sum of `|x| h` over the sum of `x^2`.
+    """
+
+    move: Array
+    excess: PerMatrix
+    error: PerMatrix
+    size: PerMatrix
+    price: PerMatrix
+
+
+def carry(number: Format, pair: Pair, reach: float) -> Carried:
+    """Shares out the change of each matrix among the weights that carry it.
+
+    Args:
+        number: the format of the codes.
+        pair: the matrices.
+        reach: a weight carries fully while its step is below half of `reach` times the change it would carry
+            if all were alike, and not at all above `reach` times that.
+    """
+    d = pair.change
+    code = number.round(divide(pair.base, pair.scale))
+    step = _step_towards(number, code, d > 0)
+    carries = pair.native & (d != 0) & (step > 0)
+    on = jnp.where(carries, _share_on(pair, step, carries, reach), 0)
+    size = jnp.where(pair.native, d * d, 0)
+    move = jnp.where(pair.native, on * _balance(on * size, size) * d, d)
+    aim = code + divide(move, pair.scale)
+    low, high = number.floor(aim), number.ceil(aim)
+    up = (aim - low) / jnp.where(high > low, high - low, 1)
+    noise = up * (1 - up) * ((high - low) * pair.scale) ** 2
+    missed = weights_of(low + up * (high - low), pair.scale) - pair.tuned
+    off = weights_of(number.round(divide(pair.tuned, pair.scale)), pair.scale) - pair.tuned
+    error = jnp.where(pair.native, noise + missed * missed, off * off)
+    moved = jnp.where(pair.native, move, 0)
+    return Carried(
+        move,
+        excess=_total(error - off * off),
+        error=_total(error),
+        size=_total(d * d),
+        price=_total(jnp.abs(moved) * step * pair.scale) / jnp.maximum(_total(moved * moved), _TINY),
+    )
+
+
+def coherence(seen: Float[Array, "B k C"], total: Float[Array, "B"], rows: int) -> Float[Array, "B"]:
+    """How much more harm the loss of a change does than a random error of its size; 0 for a random change.
+
+    `R C sum(s^6) / sum(s^2)^3` of its singular values `s`, less 1.5 times what a random matrix has, which is
+    `R / C + C / R + 3`. Tunes had a thousand and more.
+
+    Args:
+        seen: the change along its leading left singular directions, `U' d`: the sixth powers of the others
+            add little.
+        total: sum of `d^2`.
+        rows: R.
+    """
+    columns = seen.shape[-1]
+    seen = seen / jnp.sqrt(jnp.maximum(total, _TINY))[:, None, None]
+    gram = seen @ seen.mT
+    found = rows * columns * jnp.sum((gram @ gram) * gram, (1, 2))
+    return jnp.maximum(found - _RANDOM * (rows / columns + columns / rows + 3), 0)
+
+
+def worth_keeping(carried: Carried, coherence: Float[Array, "B"], native: Bool[Array, "..."]) -> PerMatrix:
+    """The share of the change that is worth the noise of keeping it, from 0 to 1.
+
+    It minimizes `(1 - a)^2 c |d|^2 + a (excess error)` with the coherence `c`; 1 for a matrix off the grid.
+    """
+    worth = 2 * coherence[:, None, None, None] * carried.size
+    share = jnp.clip(1 - carried.excess / jnp.maximum(worth, _TINY), 0, 1)
+    return jnp.where(jnp.any(native, (1, 2, 3), keepdims=True), share, 1)
+
+
+def _total(x: Array) -> PerMatrix:
+    return _sum(x, (1, 2, 3))
+
+
+def _step_towards(number: Format, code: Array, up: Array) -> Array:
+    """Distance in code units from the value of a code to the next one up, or down; 0 beyond the last one."""
+    nudge = jnp.maximum(jnp.abs(code) * 2.0**-12, number.largest * 2.0**-40)  # less than any step
+    return jnp.where(up, number.ceil(code + nudge) - code, code - number.floor(code - nudge))
+
+
+def _share_on(pair: Pair, step: Array, carries: Array, reach: float) -> Array:
+    """From 0 to 1: how far each weight carries, by its step in code units, compared within its tile.
+
+    Few carry much, or many little: with `G` the gain of those that carry fully, `G * mean(share) = 1`.
+    """
+
+    def rms(x: Array, where: Array) -> PerMatrix:
+        where = jnp.broadcast_to(where, jnp.broadcast_shapes(x.shape, where.shape))
+        count = jnp.maximum(_total(where.astype(jnp.float32)), 1)
+        return jnp.sqrt(_total(jnp.where(where, x * x, 0)) / count)
+
+    unit = rms(pair.scale, pair.native) / jnp.maximum(reach * rms(pair.change, carries), _TINY)
+
+    def share(step: Array, gain: Array) -> Array:
+        return jnp.clip(2 - 2 * step * unit / gain, 0, 1)
+
+    some, counted = _every_nth(step), _every_nth(carries)
+    count = jnp.maximum(_total(counted.astype(jnp.float32)), 1)
+
+    def halve(_: Array, gains: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = gains
+        gain = jnp.sqrt(low * high)
+        few = gain * _total(jnp.where(counted, share(some, gain), 0)) < count
+        return jnp.where(few, gain, low), jnp.where(few, high, gain)
+
+    start = jnp.ones_like(unit), jnp.full_like(unit, 1 / _FEWEST)
+    return share(step, lax.fori_loop(0, _HALVINGS, halve, start)[1])
+
+
+def _every_nth(x: Array) -> Array:
+    """Every n-th column."""
+    _, t, r, columns = x.shape
+    return x[..., :: max(1, t * r * columns // _SAMPLE)]
+
+
+def _balance(part: Array, whole: Array) -> Array:
+    """Factors of rows and columns such that, in each of them, `part` times the factors sums to `whole`."""
+    rows, columns = jnp.ones_like(part[..., :1]), jnp.ones_like(part[:, :1, :1])
+    by_row, by_column = (_sum(whole, axes) for axes in ((3,), (1, 2)))
+
+    def turn(_: Array, factors: tuple[Array, Array]) -> tuple[Array, Array]:
+        rows, columns = factors
+        rows = rows * _towards(by_row, rows * _sum(part * columns, (3,)))
+        return rows, columns * _towards(by_column, columns * _sum(part * rows, (1, 2)))
+
+    rows, columns = lax.fori_loop(0, _TURNS, turn, (rows, columns))
+    return rows * columns
+
+
+def _sum(x: Array, axes: tuple[int, ...]) -> Array:
+    return jnp.sum(x, axes, keepdims=True)
+
+
+def _towards(whole: Array, part: Array) -> Array:
+    """The factor from a part to the whole, within what one turn may change; 1 where there is nothing."""
+    factor = jnp.clip(whole / jnp.maximum(part, _TINY), 1 / _MOST_PER_TURN, _MOST_PER_TURN)
+    return jnp.where(whole > 0, factor, 1)
