@@ -21,6 +21,7 @@ import numpy as np
 from daq_jax.errors import DaqError
 from daq_jax.io.hf.bands import rows_per_tile
 from daq_jax.io.hf.codings import HF_MATRIX, Coding, find_codings, find_packed, stored_scale
+from daq_jax.io.hf.layouts import is_matrix
 from daq_jax.io.hf.packed_int4 import unpack
 from daq_jax.io.hf.tensor_files import TensorReader, TensorSpec, read_json
 from daq_jax.qtensor import QTensor
@@ -28,6 +29,10 @@ from daq_jax.tilings import Matrix
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+CONFIG = "config.json"
+ADAPTER = "adapter_model.safetensors"
+# Types of models whose stacks of experts are stored [experts, in, out] (`is_transposed` in transformers).
+_TURNED = ("aria", "aria_text", "gpt_oss", "llama4", "llama4_text", "openai_privacy_filter")
 _DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
@@ -46,6 +51,9 @@ class Tensor:
         coding: how codes and scale make a weight; None for a tensor that is not quantized. The scale itself
             is not listed as a tensor of its own.
         matrix: input and output axes, if the tensor is a matrix.
+        copied: dtype and shape in which a tensor that is not quantized is copied, where they are not `spec`.
+        turned: whether the tensor is a stack of experts that is stored `[experts, in, out]`; it is read
+            `[experts, out, in]`, and copied as it is stored.
     """
 
     name: str
@@ -53,6 +61,8 @@ class Tensor:
     file: str
     coding: Coding | None
     matrix: Matrix
+    copied: TensorSpec | None = None
+    turned: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -85,12 +95,18 @@ class Folder(abc.ABC):
         tensors: all tensors of the folder by name, in the order of its files.
         config: the folder's `config.json`; empty if it has none.
         dtype: dtype that quantized weights dequantize to unless told otherwise: the dtype of the config.
+        files: all files that tensors, index and config are read from.
+        working_dtype: dtype that quantized weights must dequantize to beside the others; None for any.
+        overlay: folder whose files of the tokenizer stand in place of those in `path`; None for none.
     """
 
     path: Path
     tensors: dict[str, Tensor]
     config: dict[str, Any]
     dtype: np.dtype
+    files: list[Path]
+    working_dtype: np.dtype | None = None
+    overlay: Path | None = None
 
     @abc.abstractmethod
     def read(
@@ -155,7 +171,7 @@ class HuggingFaceFolder(Folder):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        config = path / "config.json"
+        config = path / CONFIG
         self.config = read_json(config, "the config") if config.is_file() else {}
         self.dtype = _dtype_of(self.config)
         self._readers: dict[str, TensorReader] = {}
@@ -165,6 +181,8 @@ class HuggingFaceFolder(Folder):
                 self._readers[name] = TensorReader(path / name)
             self._file_of = files or dict.fromkeys(self._readers[SINGLE].entries, SINGLE)
             self.tensors = self._tensors()
+            known = (*self._readers, CONFIG, INDEX)
+            self.files = [path / name for name in known if (path / name).is_file()]
         except BaseException:
             self.close()
             raise
@@ -189,8 +207,22 @@ class HuggingFaceFolder(Folder):
             if stored in weight_of:
                 coding, shape = packed[name]
                 spec = TensorSpec("I8", shape)  # as it is read
-            found[name] = Tensor(name, spec, self._file_of[stored], coding, HF_MATRIX)
+            found[name] = self._turned(Tensor(name, spec, self._file_of[stored], coding, HF_MATRIX))
         return found
+
+    def _turned(self, tensor: Tensor) -> Tensor:
+        """A tensor; a stack of experts that is stored `[experts, in, out]` as it is read."""
+        types = {_part(self.config, key).get("model_type") for key in ("", "text_config")}
+        if (
+            not types & set(_TURNED)
+            or tensor.coding
+            or len(tensor.shape) != 3
+            or not is_matrix(tensor.name, 3)
+        ):
+            return tensor
+        experts, inputs, outputs = tensor.shape
+        spec = TensorSpec(tensor.spec.dtype, (experts, outputs, inputs))
+        return dataclasses.replace(tensor, spec=spec, copied=tensor.spec, turned=True)
 
     def _stored(self, name: str, band: slice = slice(None)) -> np.ndarray:
         return self._readers[self._file_of[name]].read(name, band)
@@ -205,7 +237,8 @@ class HuggingFaceFolder(Folder):
         tensor = self.tensors[name]
         coding = tensor.coding
         if coding is None:
-            return self._stored(name, band)
+            stored = self._stored(name, band)
+            return np.ascontiguousarray(np.swapaxes(stored, -1, -2)) if tensor.turned else stored
         values = self._stored(coding.words or name, band)
         values = unpack(values, tensor.shape[1]).astype(coding.format.dtype) if coding.words else values
         try:
@@ -228,9 +261,14 @@ class HuggingFaceFolder(Folder):
             reader.close()
 
 
+def _part(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """An object inside a config; the config itself for "", and nothing for what is no object."""
+    found = config.get(key) if key else config
+    return found if isinstance(found, Mapping) else {}
+
+
 def _dtype_of(config: Mapping[str, Any]) -> np.dtype:
-    inner = config.get("text_config")
-    for place in (config, inner if isinstance(inner, dict) else {}):
+    for place in (config, _part(config, "text_config")):
         for key in ("dtype", "torch_dtype"):
             found = place.get(key)
             if isinstance(found, str) and found.removeprefix("torch.") in _DTYPES:
@@ -248,10 +286,10 @@ def _weight_files(path: Path) -> dict[str, str] | None:
 
 
 def _nothing_to_read(path: Path) -> str:
-    if (path / "adapter_config.json").exists() or (path / "adapter_model.safetensors").exists():
+    if (path / "adapter_config.json").exists() or (path / ADAPTER).exists():
         return (
-            f"{path}: a LoRA adapter, not a whole model; merge it into its base first "
-            "(`merge_and_unload` and `save_pretrained` of peft) and pass the merged folder."
+            f"{path}: a LoRA adapter, not a whole model; pass it as TUNED beside its base, or merge it into "
+            "its base (`merge_and_unload` and `save_pretrained` of peft) and pass the merged folder."
         )
     if any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth")):
         return f"{path}: holds only pickled weights, which are never read; save it as safetensors first."

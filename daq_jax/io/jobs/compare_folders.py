@@ -9,6 +9,7 @@ from daq_jax.analysis.comparison import Comparison, compare_leaf
 from daq_jax.analysis.figures import Figures, pool
 from daq_jax.analysis.histograms import Details, details_of
 from daq_jax.errors import DaqError, refuse
+from daq_jax.io.hf.adapters import open_tuned
 from daq_jax.io.hf.bands import MOST_ELEMENTS, bands
 from daq_jax.io.hf.folders import Folder, Tensor, open_safetensors
 from daq_jax.io.jobs.progress import Tell
@@ -31,7 +32,7 @@ def compare_folders(
 
     Args:
         base: folder before tuning.
-        tuned: folder after tuning.
+        tuned: folder after tuning, or a LoRA adapter of `base`.
         quantized: folder of the quantized model. Its weights bear the names of the tuned model's.
         details: also collect what pictures need, of all weights together: under the path "".
         tell: of the number of bytes to come, makes what is told of progress.
@@ -41,11 +42,10 @@ def compare_folders(
             folders lack.
     """
     with contextlib.ExitStack() as stack:
-        folders = [
-            stack.enter_context(contextlib.closing(open_safetensors(path)))
-            for path in (base, tuned, quantized)
-        ]
-        return compare_opened(*folders, details=details, tell=tell)
+        before = stack.enter_context(contextlib.closing(open_safetensors(base)))
+        after = stack.enter_context(contextlib.closing(open_tuned(tuned, before)))
+        result = stack.enter_context(contextlib.closing(open_safetensors(quantized)))
+        return compare_opened(before, after, result, details=details, tell=tell)
 
 
 def compare_opened(
@@ -105,7 +105,7 @@ def _leaf(
 ) -> tuple[Figures, Details | None]:
     """Figures of one weight, band by band."""
     base, tuned, quantized = folders
-    dtype = tuned.dtype  # what an FP8 base stands for
+    dtype = tuned.working_dtype or tuned.dtype  # what an FP8 base stands for
     figures: Figures | None = None
     found: Details | None = None
     tensors = [folder.tensors[name] for folder in folders]

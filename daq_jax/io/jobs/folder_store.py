@@ -23,6 +23,8 @@ CONFIG = "config.json"
 _JOURNAL = ".daq"
 _SIDE_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".vocab", ".bpe")
 _CODE = ".py"
+# Files of a tokenizer that a tune may have changed; an adapter's own config must not come into a model.
+_OF_TOKENIZER = ("added_tokens", "chat_template", "merges", "special_tokens", "tokenizer", "vocab")
 _WRITTEN_HERE = (CONFIG, INDEX, REPORT)
 
 
@@ -101,13 +103,21 @@ class FolderStore:
 
     def complete(self, report: Mapping[str, Any]) -> None:
         """Writes side files, report and index, and the config last."""
-        for path in side_files(self.tuned.path, self.custom_code):
+        for path, folder in self._side_files().items():
             (self.out / path).parent.mkdir(exist_ok=True)
-            shutil.copyfile(self.tuned.path / path, self.out / path)
+            shutil.copyfile(folder / path, self.out / path)
         write_text(self.out / REPORT, json.dumps(report, indent=1, allow_nan=False) + "\n")
         if list(self._shards) != [SINGLE]:
             write_text(self.out / INDEX, json.dumps(_index(self.plan), indent=2) + "\n")
         write_text(self.out / CONFIG, json.dumps(_config(self.plan, self.tuned), indent=2) + "\n")
+
+    def _side_files(self) -> dict[Path, Path]:
+        """Files to copy, relative to the folder that each is copied from."""
+        found = dict.fromkeys(side_files(self.tuned.path, self.custom_code), self.tuned.path)
+        if self.tuned.overlay is not None:
+            above = side_files(self.tuned.overlay, custom_code=False)
+            found |= {p: self.tuned.overlay for p in above if p.name.startswith(_OF_TOKENIZER)}
+        return found
 
 
 def side_files(folder: Path, custom_code: bool) -> list[Path]:

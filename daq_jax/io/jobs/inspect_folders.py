@@ -14,6 +14,7 @@ from daq_jax import recipes
 from daq_jax.analysis.inspection import MOST_ELEMENTS, Inspection, Source, inspect_sources
 from daq_jax.analysis.sampling import Index, Patches, scales, take
 from daq_jax.errors import DaqError
+from daq_jax.io.hf.adapters import open_tuned
 from daq_jax.io.hf.bands import band_around
 from daq_jax.io.hf.folders import Folder, Tensor, open_safetensors
 from daq_jax.io.hf.layouts import LAYOUTS, Layout
@@ -42,7 +43,7 @@ def inspect_folder(
 
     Args:
         base: folder before tuning.
-        tuned: folder after tuning.
+        tuned: folder after tuning, or a LoRA adapter of `base`.
         recipe: what to hold against AbsMax; its format and tiling are those of `format`.
         format: as of `quantize_folder`.
         most_elements: how many elements to look at, at most.
@@ -55,7 +56,7 @@ def inspect_folder(
         raise DaqError(f"`format` must be one of {', '.join(LAYOUTS)}; got {format!r}.")
     with (
         contextlib.closing(open_safetensors(base)) as before,
-        contextlib.closing(open_safetensors(tuned)) as after,
+        contextlib.closing(open_tuned(tuned, before)) as after,
     ):
         return inspect_opened(before, after, recipe, LAYOUTS[format], most_elements)
 

@@ -106,7 +106,7 @@ class Plan:
         shards: files of the result, in order.
         recipe: how weights are quantized, the layout's format and tiling put in.
         layout: how quantized weights are stored.
-        dtype: dtype that quantized inputs dequantize to, and in which those of them that are kept are stored.
+        dtype: dtype that quantized inputs dequantize to.
         skipped: modules named in the config as not quantized.
         dropped: tensors of the tuned model that are left out, and why.
         memory: bytes the work will take at most, the process itself included.
@@ -175,7 +175,8 @@ def make_plan(
         DaqError: naming every tensor that has no base, or what does not fit into the memory.
     """
     kept, dropped = _kept(tuned, layout, tp), _dropped(tuned)
-    dtype = dtype or _stored_dtype(tuned)
+    stored = dtype or _stored_dtype(tuned)  # of quantized inputs that are kept
+    dtype = dtype or tuned.working_dtype or stored
     problems = {}
     for name, tensor in tuned.tensors.items():
         if name not in kept and name not in dropped and (why := _problem(base.tensors.get(name), tensor)):
@@ -192,7 +193,8 @@ def make_plan(
         if name in dropped:
             continue
         if name in kept:
-            spec = tensor.spec if tensor.coding is None else TensorSpec.of(dtype, tensor.shape)
+            plain = tensor.copied or tensor.spec
+            spec = plain if tensor.coding is None else TensorSpec.of(stored, tensor.shape)
             task = Task(tensor, None, False, kept[name], {name: spec}, rows=max(1, *tensor.shape[:1], 1))
         else:
             partner = None if name in problems else base.tensors[name]
@@ -279,7 +281,8 @@ def _bytes_each(tensor: Tensor, recipe: Recipe) -> int:
 def _stored_dtype(folder: Folder) -> np.dtype:
     """Dtype of the weights of a folder; if they are all codes, the dtype that its config names."""
     plain = (t for name, t in folder.tensors.items() if is_matrix(name, len(t.shape)) and not t.coding)
-    return next((t.dtype for t in plain if t.dtype and t.spec.dtype in _FLOATS), folder.dtype)
+    specs = (t.copied or t.spec for t in plain if t.spec.dtype in _FLOATS)
+    return next((spec.numpy_dtype for spec in specs if spec.numpy_dtype), folder.dtype)
 
 
 def _is_tied(folder: Folder) -> bool:
@@ -319,6 +322,8 @@ def _why_kept(tuned: Folder, tensor: Tensor, layout: Layout, tp: int) -> str:
         return "stored [in, out], which servers do not read quantized"
     if 0 in shape:
         return "empty"
+    if tensor.turned:
+        return "experts stored [in, out], which servers do not read quantized"
     if not decide(name, len(shape), True, RULES, Recipe()).quantize:
         return "embedding, norm, head or router"
     heads = tuned.config.get("num_key_value_heads")

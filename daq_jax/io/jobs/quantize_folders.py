@@ -10,7 +10,8 @@ from rich.console import Console
 from daq_jax import recipes
 from daq_jax.density.recipe import DensityRecipe
 from daq_jax.errors import DaqError
-from daq_jax.io.hf.folders import INDEX, Folder, is_orbax, open_folder
+from daq_jax.io.hf.adapters import open_tuned
+from daq_jax.io.hf.folders import is_orbax, open_folder
 from daq_jax.io.jobs.folder_store import CONFIG, FolderStore
 from daq_jax.io.jobs.job import Job
 from daq_jax.io.jobs.journal import describe
@@ -56,7 +57,8 @@ def quantize_folder(
         base: folder before tuning; Hugging Face safetensors, bfloat16, float16, float32, or FP8 with scales.
             Or an Orbax checkpoint, if `tuned` is one too: then so is `out`, for `daq_jax.load`, and `shard`,
             `tp`, `base_dtype` and `custom_code` are refused.
-        tuned: folder after tuning; may be sharded in another way.
+        tuned: folder after tuning, which may be sharded in another way; or a LoRA adapter of `base`, as PEFT
+            saves it: each weight is then the base's plus `scale * B A` in float32, with no merged folder.
         out: folder to write; new, empty, or left by the same call.
         recipe: how to quantize; its format and tiling are those of `format`. A `DensityRecipe` is refused.
         format: "fp8-block", "fp8-channel", "int8-channel" or "int4-group"; None for what suits the target.
@@ -120,7 +122,10 @@ def open_job(
 def _open_folder_job(
     base: Path, tuned: Path, out: Path, recipe: Recipe, output: Output, run: Run, console: Console
 ) -> Iterator[Job]:
-    with contextlib.closing(open_folder(base)) as before, contextlib.closing(open_folder(tuned)) as after:
+    with (
+        contextlib.closing(open_folder(base)) as before,
+        contextlib.closing(open_tuned(tuned, before)) as after,
+    ):
         if not after.config:
             raise DaqError(f"{tuned}: has no {CONFIG}, without which no server loads the result.")
         plan = make_plan(
@@ -139,7 +144,7 @@ def _open_folder_job(
         first, step = run.shard
         yield Job(
             store=store,
-            inputs=_files(before, after),
+            inputs=[*before.files, *after.files],
             settings=settings,
             summary=settings | _summary(plan, output),
             units=list(store.units)[first - 1 :: step],
@@ -193,8 +198,3 @@ def _refuse_same(out: Path, base: Path, tuned: Path) -> None:
             raise DaqError(f"{out}: must neither be an input, nor lie in one, nor hold one: {folder}.")
     if out.exists() and not out.is_dir():
         raise DaqError(f"{out}: is a file; needed a folder to write to.")
-
-
-def _files(*folders: Folder) -> list[Path]:
-    names = [(f.path, {t.file for t in f.tensors.values()} | {CONFIG, INDEX}) for f in folders]
-    return [path / name for path, files in names for name in sorted(files) if (path / name).is_file()]

@@ -122,7 +122,7 @@ class ShardJob:
         for rows in task.bands:
             q = self.tuned.read(task.name, rows, self.plan.dtype)
             assert isinstance(q, QTensor)
-            yield np.asarray(q.dequantize())
+            yield np.asarray(q.dequantize(task.outputs[task.name].numpy_dtype))
 
     def _put(self, file: TensorWriter, name: str, data: np.ndarray) -> None:
         """Writes the next bytes of a tensor: bands of a matrix, and matrices of a stack, come in order."""
