@@ -114,7 +114,7 @@ def _responses(d: Array, u: Array, damping: float, blocks: int) -> Float[Array, 
 
 
 def _lattice(rows: int, columns: int) -> Float[Array, "R C"]:
-    """Numbers in [0, 1) at the places of a matrix; neighbours differ widely (plastic number, 2^32 over it)."""
+    """Numbers in [0, 1) by place; neighbours differ widely (2^32 over the plastic number)."""
     row, column = (np.arange(n, dtype=np.uint32) for n in (rows, columns))
     place = row[:, None] * np.uint32(3242174889) + column * np.uint32(2447445414)
     return jnp.asarray((place >> 8).astype(np.float32) * np.float32(2.0**-24))

@@ -17,7 +17,15 @@ import daq_jax as daq
 from benchmarks.behaviour.corpora import Text
 from benchmarks.behaviour.native.layouts import BF16, LAYOUTS
 from benchmarks.behaviour.training import SIZES, Size, learn
-from daq_jax.demo.model import ADAM, Params, learning_rates, losses, make_params, next_byte_log_probs, to_dtype
+from daq_jax.demo.model import (
+    ADAM,
+    Params,
+    learning_rates,
+    losses,
+    make_params,
+    next_byte_log_probs,
+    to_dtype,
+)
 
 LORA_RANK = 16
 What = Literal["tune", "lora", "noise", "zero"]
@@ -116,7 +124,7 @@ class Tuner:
         return unflatten_dict(leaves | new, sep="/")
 
     def _lora(self, params: Params, rate: float) -> dict[str, Array]:
-        leaves = flatten_dict(params, sep="/")
+        leaves: dict[str, Any] = flatten_dict(params, sep="/")  # pyright: ignore
         keys = jax.random.split(jax.random.fold_in(self.key, 1), len(self.paths))
         lora = {path: _factors(leaves[path].shape, k) for path, k in zip(self.paths, keys, strict=True)}
         steps, text = self.size.tune_steps, jnp.asarray(self.second.train)

@@ -75,7 +75,9 @@ class Study:
                 key = tuple(row[k] for k in ("layout", "what", "stored", "rate"))
                 groups.setdefault(key, []).append(row)
         order = ("tune", "lora", "noise")
-        return [groups[k] for k in sorted(groups, key=lambda k: (k[0], order.index(k[1]), k[2] == "bf16", k[3]))]
+        return [
+            groups[k] for k in sorted(groups, key=lambda k: (k[0], order.index(k[1]), k[2] == "bf16", k[3]))
+        ]
 
 
 def _mean(values: Sequence[float | None], pattern: str) -> str:
@@ -94,7 +96,9 @@ def _cells(study: Study, rows: list[Row], methods: Sequence[str]) -> list[str]:
     stored = ", stored in bfloat16" if first["stored"] == "bf16" else ""
     change = f"{statistics.fmean(r['change'] for r in rows):.2g}"
     grid = [first["layout"]] if first["base_kind"] == BF16 else []
-    means = {m: statistics.fmean(found) for m in methods if (found := [r["kl"] for r in rows if r["method"] == m])}
+    means = {
+        m: statistics.fmean(found) for m in methods if (found := [r["kl"] for r in rows if r["method"] == m])
+    }
     least = min(means.values())
     shown = {m: f"**{kl:.1e}**" if kl <= 1.1 * least else f"{kl:.1e}" for m, kl in means.items()}
     kept = {m: statistics.fmean(r["projection"] for r in rows if r["method"] == m) for m in means}
@@ -117,7 +121,7 @@ def table(study: Study, kind: str) -> str:
 
 
 def shortfalls(study: Study) -> dict[str, tuple[int, list[str]]]:
-    """By limit: how many cells it was asked of, and those that miss it; a cell is a mean of ratios over seeds."""
+    """By limit: of how many cells it was asked, and the cells that miss it by the mean ratio over seeds."""
     found = {}
     for limit, (column, most) in LIMITS.items():
         asked, missed = 0, []
@@ -152,8 +156,20 @@ def zero_change(study: Study) -> str:
 def provenance(files: Sequence[dict[str, Any]]) -> str:
     """Devices, dates and commands of all runs."""
     runs = [run for file in files for run in file["runs"] if "seconds" in run]
-    lines = dict.fromkeys(f"- seed {f['seed']}: {common.provenance(r)}" for f in files for r in f["runs"] if r in runs)
+    lines = dict.fromkeys(
+        f"- seed {f['seed']}: {common.provenance(r)}" for f in files for r in f["runs"] if r in runs
+    )
     return "\n".join(lines)
+
+
+_LEGEND = (
+    "KL from the tuned model, nats per byte of held-out tuning text, mean over seeds, and in brackets the "
+    "share of the change that is kept (projection); bold within 1.1 x the least of the line. Change: "
+    "|tuned - base| / |base| over the quantized matrices. The last three columns are ratios of the default, "
+    "mean over seeds and in brackets the worst seed: to the least of {others} (on bf16: and absmax); to "
+    "AbsMax at the base's scale; to the floor, which is AbsMax in the same format on the bf16 base, changed "
+    "the same way."
+)
 
 
 def markdown(files: Sequence[dict[str, Any]]) -> str:
@@ -162,17 +178,14 @@ def markdown(files: Sequence[dict[str, Any]]) -> str:
     parts = [
         f"# What each method keeps of a tune of a native base: size {size}",
         provenance(files),
-        "KL from the tuned model, nats per byte of held-out tuning text, mean over seeds, and in brackets the share "
-        "of the change that is kept (projection); bold within 1.1 x the least of the line. Change: |tuned - base| / "
-        "|base| over the quantized matrices. The last three columns are ratios of the default, mean over seeds and "
-        "in brackets the worst seed: to the least of " + ", ".join(OTHERS) + " (on bf16: and absmax); to AbsMax at "
-        "the base's scale; to the floor, which is AbsMax in the same format on the bf16 base, changed the same way.",
+        _LEGEND.format(others=", ".join(OTHERS)),
         "\n".join(f"- **{name}**: {words}." for name, words in ALSO_CALLED.items()),
         "## What the default is to show",
         zero_change(study),
     ]
     for limit, (asked, missed) in shortfalls(study).items():
-        parts.append(f"- {limit}: {asked - len(missed)} of {asked} cells." + "".join(f"\n  - {m}" for m in missed))
+        named = "".join(f"\n  - {cell}" for cell in missed)
+        parts.append(f"- {limit}: {asked - len(missed)} of {asked} cells.{named}")
     for kind in dict.fromkeys(row["base_kind"] for row in study.rows):
         parts.append(f"## Base: {kind}\n\n{table(study, kind)}")
     return "\n\n".join(parts) + "\n"

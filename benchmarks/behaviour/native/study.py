@@ -2,29 +2,26 @@
 
     python -m benchmarks native_bases --size cpu
     python -m benchmarks native_bases --size gpu --seeds 0 --bases mxfp4 int4 --seconds 400
-    python -m benchmarks native_bases --report
+    python -m benchmarks native_bases --size gpu --report
 
 The model and the texts are those of `python -m benchmarks behaviour`. The trained weights are rounded to a
-grid, as a model that ships on it has them, changed, and brought back to the same grid by each method. A change
-is a tune at one of seven learning rates (0.004 % to 6 % of the weights), a LoRA tune of rank 16, or random
-noise of 0.1 % and 1 %; some tunes are judged once more with both weights stored in bfloat16. The library gets
-the base as QTensors with their stored scales; where both weights are stored in bfloat16 it gets two arrays and
-no scales. The base `bf16` is on no grid: it is brought to each of the seven, and what AbsMax loses there is the
-floor of the format.
+grid, as a model that ships on it has them, changed, and brought back to the same grid by each method. A
+change is a tune at one of seven learning rates (0.004 % to 6 % of the weights), a LoRA tune of rank 16, or
+random noise of 0.1 % and 1 %; some tunes are judged once more with both weights stored in bfloat16. The
+library gets the base as QTensors with their stored scales; where both weights are stored in bfloat16 it gets
+two arrays and no scales. The base `bf16` is on no grid: it is brought to each of the seven, and what AbsMax
+loses there is the floor of the format.
 
-Results are one JSON file for each size and seed. A run reads the file that is there (`--known`), measures what
-it does not hold and writes the file to `--out` after every pair, so that a study may take several runs:
-`--seconds` starts no further pair after that time, and `--again default` measures a method anew. `--report`
-writes one table for each base from the files, and the list of cells that miss what the default is to show. On a
-GPU all programs are compiled by several threads while the base is trained.
+Results are one JSON file for each size and seed. A run reads the file of `--known`, measures what it does not
+hold, and writes the file to `--out` after every pair: a study may take several runs. `--seconds` starts no
+further pair after that time; `--again default` measures a method anew. `--report` writes one table for each
+base and the list of cells that miss what the default is to show. On a GPU the programs of the library are
+compiled by several threads while the base is trained.
 
-On a machine of its own that has this checkout, JAX, Flax, optax, tyro and the two corpora, but no network:
-
-    export XLA_PYTHON_CLIENT_PREALLOCATE=false PYTHONUNBUFFERED=1
-    python3 -m benchmarks native_bases --size gpu --seeds 0 --seconds 430 --wheels WHEELS --out $OUT \
-        --bases bf16 mxfp4 nvfp4 int4
-
-then copy `$OUT/native_gpu_seed0.json` to `benchmarks/results/behaviour/` and run it for the other four bases.
+On a machine that has this checkout, JAX, Flax, optax, tyro and the files of the corpora but no network, a
+seed takes two runs of about 8 minutes on one H100. After each, copy the file from `--out` to
+`benchmarks/results/behaviour/`, so that the next run goes on from it. `benchmarks/behaviour/native/README.md`
+has the command lines.
 """
 
 import json
@@ -127,7 +124,9 @@ def figures(paths: Iterable[str], base: Params, tuned: Params, kept: Params) -> 
     }
 
 
-def measure(tuner: Tuner, judge_: Judge, base: Base, tuned: Params, change: Change, todo: list[Cell]) -> tuple:
+def measure(
+    tuner: Tuner, judge_: Judge, base: Base, tuned: Params, change: Change, todo: list[Cell]
+) -> tuple:
     """What a pair is like, and one row for each cell."""
     pair = given(base, tuned, change)
     before, after = (to_dtype(x, jnp.float32) for x in (daq.dequantize(pair[0]), pair[1]))
@@ -147,7 +146,10 @@ def measure(tuner: Tuner, judge_: Judge, base: Base, tuned: Params, change: Chan
 
 def scales_changed(base: Params, quantized: Params) -> int:
     """How many scales differ from those that the base was stored with."""
-    leaves = zip(*(jax.tree.leaves(t, is_leaf=lambda x: isinstance(x, daq.QTensor)) for t in (base, quantized)), strict=True)
+    leaves = zip(
+        *(jax.tree.leaves(t, is_leaf=lambda x: isinstance(x, daq.QTensor)) for t in (base, quantized)),
+        strict=True,
+    )
     return sum(int(jnp.sum(b.scale != q.scale)) for b, q in leaves if isinstance(b, daq.QTensor))
 
 
@@ -158,7 +160,7 @@ class Results:
         self.path, found = out, {}
         if known.exists():
             found = json.loads(known.read_text())
-        self.content = dict(header) | {"runs": [], "pairs": [], "rows": []} | found
+        self.content: dict[str, Any] = dict(header) | {"runs": [], "pairs": [], "rows": []} | found
         self.content["runs"].append(common.environment())
         self.again, self.run = frozenset(again), len(self.content["runs"]) - 1
 
@@ -166,10 +168,12 @@ class Results:
         """The cells of a pair that no row holds."""
         key = self._key(kind, change)
         rows = (row for row in self.content["rows"] if key.items() <= row.items())
-        there = {(r["layout"], r["method"]) for r in rows if r["method"] not in self.again or r["run"] == self.run}
+        there = {
+            (r["layout"], r["method"]) for r in rows if r["method"] not in self.again or r["run"] == self.run
+        }
         return [cell for cell in wanted if (cell.layout, cell.method) not in there]
 
-    def add(self, kind: str, change: Change, about: Mapping[str, Any], rows: list[Row], seconds: float) -> None:
+    def add(self, kind: str, change: Change, about: Row, rows: list[Row], seconds: float) -> None:
         """Writes more rows, in place of any that a method had."""
         key = self._key(kind, change)
         new = [key | {"run": self.run} | row for row in rows]
@@ -232,9 +236,14 @@ def run_seed(
             about, rows = measure(tuner, judge_, base, tuned, change, some)
             seconds = time.perf_counter() - start
             results.add(kind, change, about, rows, seconds)
-            words = "; ".join(f"{r['layout']} {r['method']} {r['kl']:.2e} ({r['projection'] or 0:.2f})" for r in rows)
+            words = "; ".join(
+                f"{r['layout']} {r['method']} {r['kl']:.2e} ({r['projection'] or 0:.2f})" for r in rows
+            )
             head = f"{kind} {change.what} {change.rate:g} {change.stored}: change {rows[0]['change']:.3%}"
-            print(f"seed {seed}, {seconds:4.0f} s: {head}, base {about['base']['kl']:.1e}\n    {words}", flush=True)
+            print(
+                f"seed {seed}, {seconds:4.0f} s: {head}, base {about['base']['kl']:.1e}\n    {words}",
+                flush=True,
+            )
 
 
 def main(
@@ -274,13 +283,19 @@ def main(
         for seed in seeds:
             name = f"native_{size}_seed{seed}.json"
             header = {"size": size, "seed": seed}
-            results = Results((known or common.results(None, quick, "behaviour")) / name, folder / name, header, again)
+            results = Results(
+                (known or common.results(None, quick, "behaviour")) / name, folder / name, header, again
+            )
             todo = {
-                kind: {c: x for c in plan.changes() if (x := results.missing(kind, c, cells(kind, c, methods)))}
+                kind: {
+                    c: x for c in plan.changes() if (x := results.missing(kind, c, cells(kind, c, methods)))
+                }
                 for kind in bases
             }
             if any(todo.values()):
-                run_seed(SIZES[size], plan, {k: x for k, x in todo.items() if x}, texts, seed, results, seconds)
+                run_seed(
+                    SIZES[size], plan, {k: x for k, x in todo.items() if x}, texts, seed, results, seconds
+                )
     write_report(sorted(folder.glob(f"native_{size}_seed*.json")), folder / f"native_{size}.md")
 
 
