@@ -9,6 +9,7 @@ MODULES = {
     "speed": "benchmarks.speed.study",
     "scaling": "benchmarks.speed.scaling",
     "behaviour": "benchmarks.behaviour.study",
+    "native_bases": "benchmarks.behaviour.native.study",
     "real_pair": "benchmarks.behaviour.real_pair",
     "density": "benchmarks.density.study",
     "density_layer": "benchmarks.density.layer",
