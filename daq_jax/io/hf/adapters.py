@@ -17,9 +17,10 @@ import numpy as np
 
 from daq_jax.errors import DaqError, refuse
 from daq_jax.io.hf.codings import HF_MATRIX
-from daq_jax.io.hf.folders import ADAPTER, Folder, Tensor, open_safetensors
+from daq_jax.io.hf.folders import ADAPTER, Folder, Tensor, is_adapter, open_safetensors
 from daq_jax.io.hf.lora import (
     AddedBias,
+    Both,
     Change,
     Contents,
     LowRank,
@@ -49,11 +50,6 @@ _RENAMED = (
     ("language_model.model.", "model."),
     ("", "model."),
 )
-
-
-def is_adapter(path: Path) -> bool:
-    """Whether a folder looks like an adapter of PEFT."""
-    return (path / CONFIG).exists() or (path / ADAPTER).exists()
 
 
 def open_tuned(path: str | Path, base: Folder) -> Folder:
@@ -248,6 +244,8 @@ class _Matching:
             self.problems.append(f"{stored!r} matches no tensor of the base")
         elif self.shapes[here] != shape:
             self.problems.append(f"{stored!r} is {shape} but {here!r} of the base is {self.shapes[here]}")
+        elif ".base_layer" in stored and here in self.changes:
+            self.changes[here] = Both(Replaced(self.reader, stored), self.changes[here])
         else:
             self._change(here, Replaced(self.reader, stored))
 

@@ -22,6 +22,7 @@ from daq_jax.errors import DaqError
 from daq_jax.io.hf.bands import rows_per_tile
 from daq_jax.io.hf.codings import HF_MATRIX, Coding, find_codings, find_packed, stored_scale
 from daq_jax.io.hf.layouts import is_matrix
+from daq_jax.io.hf.lora_config import CONFIG as ADAPTER_CONFIG
 from daq_jax.io.hf.packed_int4 import unpack
 from daq_jax.io.hf.tensor_files import TensorReader, TensorSpec, read_json
 from daq_jax.qtensor import QTensor
@@ -285,8 +286,13 @@ def _weight_files(path: Path) -> dict[str, str] | None:
     return None
 
 
+def is_adapter(path: Path) -> bool:
+    """Whether a folder looks like an adapter of PEFT."""
+    return (path / ADAPTER_CONFIG).exists() or (path / ADAPTER).exists()
+
+
 def _nothing_to_read(path: Path) -> str:
-    if (path / "adapter_config.json").exists() or (path / ADAPTER).exists():
+    if is_adapter(path):
         return (
             f"{path}: a LoRA adapter, not a whole model; pass it as TUNED beside its base, or merge it into "
             "its base (`merge_and_unload` and `save_pretrained` of peft) and pass the merged folder."

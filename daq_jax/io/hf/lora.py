@@ -137,6 +137,18 @@ class AddedBias(Change):
         return (weight + self.scale * own).astype(np.float32)
 
 
+@dataclasses.dataclass(frozen=True)
+class Both(Change):
+    """One change after another: an embedding's base, which peft stores too, and what LoRA adds to it."""
+
+    first: Change
+    second: Change
+
+    def add_to(self, weight: np.ndarray, first: int) -> np.ndarray:
+        """See `Change.add_to`."""
+        return self.second.add_to(self.first.add_to(weight, first), first)
+
+
 Orientation = Literal["out_in", "in_out"]
 
 
