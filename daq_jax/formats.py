@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from daq_jax.errors import DaqError
 from daq_jax.numerics.arithmetic import multiply
@@ -332,6 +332,13 @@ def dither(number: Format, x: Float[Array, "..."], thresholds: Float[Array, "...
     """
     low, high = number.floor(x), number.ceil(x)
     return jnp.where(thresholds * (high - low) < x - low, high, low)
+
+
+def step_towards(x: Float[Array, "..."], up: Bool[Array, "..."], fmt: Format) -> Float[Array, "..."]:
+    """Distance from the code nearest to `x` to the next one above, or below it; 0 beyond the last code."""
+    here = fmt.round(x)
+    nudge = jnp.maximum(jnp.abs(here) * 2.0**-12, fmt.largest * 2.0**-40)  # less than any step
+    return jnp.where(up, fmt.ceil(here + nudge) - here, here - fmt.floor(here - nudge))
 
 
 def weights_of(

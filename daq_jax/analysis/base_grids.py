@@ -83,10 +83,3 @@ def fitting_ratios(fmt: Format, dtype: str) -> np.ndarray:
     unit = max(2.0 ** -(jnp.finfo(dtype).nmant + 2), 2.0**-23)
     ratios = np.outer(fmt.largest / tops[::-1], 1 + unit * _NUDGES[np.argsort(abs(_NUDGES))])
     return ratios.ravel().astype(np.float32)
-
-
-def step_towards(x: Float[Array, "..."], up: Bool[Array, "..."], fmt: Format) -> Float[Array, "..."]:
-    """Distance from the code nearest to `x` to the next one above, or below it; 0 beyond the last code."""
-    here = fmt.round(x)
-    nudge = jnp.maximum(jnp.abs(here) * 2.0**-12, fmt.largest * 2.0**-40)  # less than any step
-    return jnp.where(up, fmt.ceil(here + nudge) - here, here - fmt.floor(here - nudge))

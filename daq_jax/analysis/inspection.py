@@ -21,12 +21,13 @@ from numpy.typing import NDArray
 
 from daq_jax import recipes
 from daq_jax.analysis import sheets
-from daq_jax.analysis.base_grids import lies_on_fitted_grid, lies_on_grid, step_towards
+from daq_jax.analysis.base_grids import lies_on_fitted_grid, lies_on_grid
 from daq_jax.analysis.comparison import sums_of_leaf
 from daq_jax.analysis.estimates import Findings, Sums, findings_of
 from daq_jax.analysis.sampling import Index, Patches, plan, scales, take
 from daq_jax.analysis.verdicts import verdict_of
 from daq_jax.errors import DaqError
+from daq_jax.formats import step_towards
 from daq_jax.leaves import quantize_leaf
 from daq_jax.numerics.arithmetic import divide
 from daq_jax.qtensor import QTensor

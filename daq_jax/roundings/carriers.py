@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from daq_jax.formats import Format, weights_of
+from daq_jax.formats import Format, step_towards, weights_of
 from daq_jax.numerics.arithmetic import divide
 
 _TURNS = 4  # of rows and columns; after them projections are 1.00
@@ -49,12 +49,6 @@ class Pair(NamedTuple):
         """The true change d."""
         return self.tuned - self.base
 
-    def sample(self, most: int) -> "Pair":
-        """Every n-th column, such that a matrix has at most about `most` elements."""
-        _, t, r, columns = self.base.shape
-        every = max(1, t * r * columns // most)
-        return Pair(*(x[..., ::every] for x in self))
-
 
 class Carried(NamedTuple):
     """What moving weights on the grid of the base comes to.
@@ -62,14 +56,12 @@ class Carried(NamedTuple):
     Attributes:
         move: `[B, t, r, C]` float32, mean move of each weight in weight units; the change off the grid.
         excess: squared error expected beyond that of rounding the tuned weights to nearest, a sum.
-        error: squared error expected, a sum.
         size: squared change, a sum.
         price: what a move costs in units of its square: the sum of `|x| h` over the sum of `x^2`.
     """
 
     move: Array
     excess: PerMatrix
-    error: PerMatrix
     size: PerMatrix
     price: PerMatrix
 
@@ -85,7 +77,7 @@ def carry(number: Format, pair: Pair, reach: float) -> Carried:
     """
     d = pair.change
     code = number.round(divide(pair.base, pair.scale))
-    step = _step_towards(number, code, d > 0)
+    step = step_towards(code, d > 0, number)
     carries = pair.native & (d != 0) & (step > 0)
     on = jnp.where(carries, _share_on(pair, step, carries, reach), 0)
     size = jnp.where(pair.native, d * d, 0)
@@ -101,7 +93,6 @@ def carry(number: Format, pair: Pair, reach: float) -> Carried:
     return Carried(
         move,
         excess=_total(error - off * off),
-        error=_total(error),
         size=_total(d * d),
         price=_total(jnp.abs(moved) * step * pair.scale) / jnp.maximum(_total(moved * moved), _TINY),
     )
@@ -138,12 +129,6 @@ def worth_keeping(carried: Carried, coherence: Float[Array, "B"], native: Bool[A
 
 def _total(x: Array) -> PerMatrix:
     return _sum(x, (1, 2, 3))
-
-
-def _step_towards(number: Format, code: Array, up: Array) -> Array:
-    """Distance in code units from the value of a code to the next one up, or down; 0 beyond the last one."""
-    nudge = jnp.maximum(jnp.abs(code) * 2.0**-12, number.largest * 2.0**-40)  # less than any step
-    return jnp.where(up, number.ceil(code + nudge) - code, code - number.floor(code - nudge))
 
 
 def _share_on(pair: Pair, step: Array, carries: Array, reach: float) -> Array:

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from daq_jax.formats import step_towards
 from daq_jax.numerics.arithmetic import divide
 from daq_jax.tiles import Tiles
 
@@ -13,7 +14,6 @@ def is_native(tiles: Tiles, scale: Array) -> Array:
     """Bool in the shape of a scale: whether base weights are codes times the scale, to a tenth of a step."""
     number, base = tiles.format, divide(tiles.base, scale)
     code = number.round(base)
-    away = jnp.maximum(jnp.abs(base), number.largest * 2.0**-30) * 2.0**-12
-    step = jnp.where(base > code, number.ceil(code + away) - code, code - number.floor(code - away))
+    step = step_towards(base, base > code, number)
     off = jnp.where(step > 0, (base - code) / jnp.where(step > 0, step, 1), 0)
     return jnp.mean(off * off, tiles.axes, keepdims=True) < _NEAR

@@ -5,13 +5,8 @@ held against.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax import lax
 from jaxtyping import Array, Float
 
 import daq_jax as daq
@@ -19,7 +14,9 @@ from benchmarks.behaviour.native.layouts import INT4_OF_8, FromLargest, HalfStep
 from daq_jax.formats import Format, dither, weights_of
 from daq_jax.numerics.arithmetic import divide
 from daq_jax.numerics.linalg import leading_directions
+from daq_jax.roundings.feedback_plan import Plan, Rows, Rule
 from daq_jax.roundings.rounding import Rounding
+from daq_jax.roundings.row_blocks import RowBlocks
 from daq_jax.scales import usable
 from daq_jax.searches.search import Search
 from daq_jax.searches.trials import Trials
@@ -60,64 +57,25 @@ class DitherAndFeedback(Rounding):
 
     def __call__(self, tiles: Tiles, scale: Array) -> Array:
         """The value of each element's code; see `Rounding`."""
-        arrays = tiles.base, tiles.tuned, jnp.broadcast_to(scale, tiles.shape)
-        base, tuned, scales = map(tiles.as_matrix, arrays)
-        change = tuned - base
-        rank = min(self.rank, max(1, change.shape[1] // 2))
-        directions, _ = leading_directions(change, rank)
-        one = jax.vmap(lambda *of: _round(*of, tiles.format, self.damping))
-        return tiles.from_matrix(one(tuned, change, scales, directions))
+        blocks = RowBlocks.of(tiles)
+        tuned, change = blocks.whole(tiles.stored_tuned), blocks.whole(tiles.change)
+        directions, _ = leading_directions(change, blocks.rank(self.rank))
+        responses = blocks.responses(change, directions, self.damping)
+        plan = Plan((tuned,), (blocks.by_row_of_tiles(scale),), (), responses, directions)
+        return blocks.round(_Dither(), plan)
 
 
-def _round(
-    tuned: Float[Array, "R C"], d: Array, scale: Array, u: Float[Array, "R k"], number: Format, damping: float
-) -> Array:
-    """Code values of one matrix."""
-    rows, columns = d.shape
-    blocks = math.gcd(64, max(1, rows // 8))
-    size, thresholds = rows // blocks, _lattice(rows, columns)
-    responses = _responses(d, u, damping, blocks)
-    moved = jnp.any(d != 0)
+@dataclasses.dataclass(frozen=True)
+class _Dither(Rule):
+    """A dither about the tuned weights less the response. Elements of the plan: those; tiles: the scale."""
 
-    def step(i: Array, done: tuple[Array, Array]) -> tuple[Array, Array]:
-        values, error = done
+    def round(self, number: Format, rows: Rows, response: Array, block: tuple) -> Float[Array, "..."]:
+        """See `Rule`."""
+        return dither(number, divide(rows.elements[0] - response, rows.tiles[0]), rows.thresholds)
 
-        def take(x: Array) -> Array:
-            return lax.dynamic_slice_in_dim(x, i * size, size)
-
-        aim = take(tuned) - jnp.where(moved, responses[i] @ error, 0)
-        value = dither(number, divide(aim, take(scale)), take(thresholds))
-        error += take(u).T @ (weights_of(value, take(scale)) - take(tuned))
-        return lax.dynamic_update_slice_in_dim(values, value, i * size, 0), error
-
-    start = jnp.zeros_like(d), jnp.zeros((u.shape[1], columns))
-    return lax.fori_loop(0, blocks, step, start)[0]
-
-
-def _responses(d: Array, u: Array, damping: float, blocks: int) -> Float[Array, "n b k"]:
-    """How each row block answers the error so far in each direction."""
-    (rows, k), seen = u.shape, u.T @ d
-    with jax.default_matmul_precision("highest"):
-        gram = seen @ seen.T
-        captured = jnp.trace(gram)
-        unit = jnp.maximum(captured, 1e-37)
-        root = jnp.linalg.cholesky(gram / unit + 1e-6 * jnp.eye(k))
-        rest = jnp.maximum(jnp.sum(d * d) - captured, 0) / (rows - k) / unit
-        mean = jnp.maximum(damping * rest, 1e-5)
-        parts = u.reshape(blocks, rows // blocks, k)
-        left = jnp.cumsum((parts.mT @ parts)[::-1], 0)[::-1] + 0.03 * jnp.eye(k)
-
-        def one(gram: Array) -> Array:
-            return root @ jnp.linalg.solve(mean * jnp.eye(k) + root.T @ gram @ root, root.T)
-
-        return parts @ lax.map(one, left)
-
-
-def _lattice(rows: int, columns: int) -> Float[Array, "R C"]:
-    """Numbers in [0, 1) by place; neighbours differ widely (2^32 over the plastic number)."""
-    row, column = (np.arange(n, dtype=np.uint32) for n in (rows, columns))
-    place = row[:, None] * np.uint32(3242174889) + column * np.uint32(2447445414)
-    return jnp.asarray((place >> 8).astype(np.float32) * np.float32(2.0**-24))
+    def error(self, rows: Rows, values: Array) -> Float[Array, "..."]:
+        """See `Rule`."""
+        return weights_of(values, rows.tiles[0]) - rows.elements[0]
 
 
 def _llm_compressor(layout: Layout) -> daq.Recipe | None:
