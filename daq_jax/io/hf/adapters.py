@@ -16,8 +16,16 @@ import jax
 import numpy as np
 
 from daq_jax.errors import DaqError, refuse
+from daq_jax.io.hf.architectures import turns_linear_layers
 from daq_jax.io.hf.codings import HF_MATRIX
-from daq_jax.io.hf.folders import ADAPTER, Folder, Tensor, is_adapter, open_safetensors
+from daq_jax.io.hf.folders import (
+    ADAPTER,
+    Folder,
+    Tensor,
+    is_adapter,
+    open_safetensors,
+    refuse_two_models,
+)
 from daq_jax.io.hf.lora import (
     AddedBias,
     Both,
@@ -38,7 +46,6 @@ from daq_jax.io.hf.tensor_files import TensorReader, TensorSpec
 from daq_jax.qtensor import QTensor
 
 _MOST = 2**22  # elements that are copied at a time
-_CONV1D = ("gpt2", "gpt_bigcode", "openai-gpt")  # whose linear layers are stored [in, out]
 # How names begin in a model in memory and in its checkpoint: the first pair that fits all is taken.
 _RENAMED = (
     ("", ""),
@@ -60,6 +67,7 @@ def open_tuned(path: str | Path, base: Folder) -> Folder:
             tensor of the base.
     """
     path = Path(path)
+    refuse_two_models(path)
     return AdaptedFolder(base, path) if is_adapter(path) else open_safetensors(path)
 
 
@@ -229,7 +237,7 @@ class _Matching:
             return ["out_in"] if turned and "out_in" in ways else ways if not turned else []
         stored_in_out = module.table or (
             not place.name.endswith("lm_head.weight")
-            and (self.lora.fan_in_fan_out or self.base.config.get("model_type") in _CONV1D)
+            and (self.lora.fan_in_fan_out or turns_linear_layers(self.base.config))
         )
         wanted: Orientation = "in_out" if stored_in_out else "out_in"
         return [wanted] if wanted in ways else []

@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from daq_jax.errors import DaqError
+from daq_jax.io.hf.architectures import part_of, turns_experts
 from daq_jax.io.hf.bands import rows_per_tile
 from daq_jax.io.hf.codings import HF_MATRIX, Coding, find_codings, find_packed, stored_scale
 from daq_jax.io.hf.layouts import is_matrix
@@ -32,8 +33,6 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CONFIG = "config.json"
 ADAPTER = "adapter_model.safetensors"
-# Types of models whose stacks of experts are stored [experts, in, out] (`is_transposed` in transformers).
-_TURNED = ("aria", "aria_text", "gpt_oss", "llama4", "llama4_text", "openai_privacy_filter")
 _DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
@@ -213,9 +212,8 @@ class HuggingFaceFolder(Folder):
 
     def _turned(self, tensor: Tensor) -> Tensor:
         """A tensor; a stack of experts that is stored `[experts, in, out]` as it is read."""
-        types = {_part(self.config, key).get("model_type") for key in ("", "text_config")}
         if (
-            not types & set(_TURNED)
+            not turns_experts(self.config)
             or tensor.coding
             or len(tensor.shape) != 3
             or not is_matrix(tensor.name, 3)
@@ -262,14 +260,8 @@ class HuggingFaceFolder(Folder):
             reader.close()
 
 
-def _part(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """An object inside a config; the config itself for "", and nothing for what is no object."""
-    found = config.get(key) if key else config
-    return found if isinstance(found, Mapping) else {}
-
-
 def _dtype_of(config: Mapping[str, Any]) -> np.dtype:
-    for place in (config, _part(config, "text_config")):
+    for place in (config, part_of(config, "text_config")):
         for key in ("dtype", "torch_dtype"):
             found = place.get(key)
             if isinstance(found, str) and found.removeprefix("torch.") in _DTYPES:
@@ -287,8 +279,21 @@ def _weight_files(path: Path) -> dict[str, str] | None:
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether a folder looks like an adapter of PEFT."""
-    return (path / ADAPTER_CONFIG).exists() or (path / ADAPTER).exists()
+    """Whether a folder holds an adapter of PEFT; its config alone, beside a whole model, does not count."""
+    return (path / ADAPTER).exists() or ((path / ADAPTER_CONFIG).exists() and not _holds_model(path))
+
+
+def _holds_model(path: Path) -> bool:
+    return (path / INDEX).exists() or (path / SINGLE).exists()
+
+
+def refuse_two_models(path: Path) -> None:
+    """Refuses a folder that holds a whole model and an adapter, since either may be meant."""
+    if (path / ADAPTER).exists() and _holds_model(path):
+        raise DaqError(
+            f"{path}: holds both a whole model and an adapter ({ADAPTER}); move one of them to a folder of "
+            "its own."
+        )
 
 
 def _nothing_to_read(path: Path) -> str:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from daq_jax.errors import DaqError, refuse
+from daq_jax.io.hf.architectures import turns_linear_layers
 from daq_jax.io.hf.bands import can_be_cut, rows_per_tile
 from daq_jax.io.hf.folders import Folder, Tensor
 from daq_jax.io.hf.layouts import (
@@ -33,7 +34,6 @@ from daq_jax.searches.search import as_search
 RULES = (keep(r"(^|\.)score\."), *DEFAULT_RULES)
 _WRITING = 2  # bytes for each element of the matrix before it, which is being written
 RUNTIME = 700 * 10**6  # bytes of the interpreter, JAX, its compiled programs, and the figures of a band
-_CONV1D = ("gpt2", "gpt_bigcode", "openai-gpt")  # whose matrices are stored [in, out]
 _FLOATS = ("BF16", "F16", "F32")
 
 
@@ -318,7 +318,7 @@ def _why_kept(tuned: Folder, tensor: Tensor, layout: Layout, tp: int) -> str:
         return "not the weight of a linear layer"
     if tensor.coding is None and tensor.spec.dtype not in _FLOATS:
         return f"{tensor.spec.dtype} without a scale"
-    if tuned.config.get("model_type") in _CONV1D:
+    if turns_linear_layers(tuned.config):
         return "stored [in, out], which servers do not read quantized"
     if 0 in shape:
         return "empty"

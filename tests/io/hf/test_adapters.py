@@ -8,6 +8,7 @@ import pytest
 
 import daq_jax as daq
 from daq_jax.io.hf.adapters import open_tuned
+from daq_jax.io.hf.architectures import turns_experts, turns_linear_layers
 from daq_jax.io.hf.folders import open_folder
 from tests.adapters import CONFIG, PREFIX, factors, lora, merged, product, write_adapter
 from tests.hf_folders import BF16, E4M3, llama, normal, spread, to_fp8, write_folder
@@ -312,3 +313,21 @@ def test_pickles_and_missing_files_are_refused(tmp_path):
         (path / "adapter_config.json").unlink()
         with pytest.raises(daq.DaqError, match="adapter_config"):
             open_tuned(path, base)
+
+
+def test_the_config_of_an_adapter_beside_a_whole_model_is_left_over(tmp_path):
+    write_folder(tmp_path / "base", [llama()])
+    (tmp_path / "base" / "adapter_config.json").write_text(json.dumps(CONFIG))
+    with contextlib.closing(open_folder(tmp_path / "base")) as base:
+        with contextlib.closing(open_tuned(tmp_path / "base", base)) as tuned:
+            assert tuned.tensors.keys() == base.tensors.keys()
+        (tmp_path / "base" / "adapter_model.safetensors").write_bytes(b"\x08" + bytes(30))
+        with pytest.raises(daq.DaqError, match="both a whole model and an adapter"):
+            open_tuned(tmp_path / "base", base)
+
+
+@pytest.mark.parametrize("kind", [[], {}, 1, None, ["gpt2"], {"gpt2": 1}])
+def test_a_type_of_model_that_is_no_text_is_no_type_that_we_know(kind):
+    assert not turns_linear_layers({"model_type": kind})
+    assert not turns_experts({"model_type": kind, "text_config": kind})
+    assert turns_experts({"model_type": kind, "text_config": {"model_type": "gpt_oss"}})
