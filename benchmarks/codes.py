@@ -44,6 +44,7 @@ OWN = {
     "stochastic": daq.Recipe(rounding=daq.Stochastic(seed=3)),
     "grid": daq.Recipe(search=daq.Grid(0.75, 1.4, 7), metric=daq.neg_mse),
     "off grid": daq.Recipe(search=daq.OffGrid()),
+    "base scale": daq.Recipe(search=daq.BaseScale()),
     "with base scale": daq.Recipe(search=daq.WithBaseScale(daq.CoarseToFine(0.8, 1.5, 5, 10))),
     "power of two": daq.Recipe(scales=daq.PowerOfTwo(), rounding=daq.UnbiasedGain()),
 }

@@ -56,6 +56,7 @@ from daq_jax.rules import (
     use,
 )
 from daq_jax.scales import AnyScale, PowerOfTwo, Scales
+from daq_jax.searches.base_scale import BaseScale
 from daq_jax.searches.candidates import AbsMax, CoarseToFine, Grid, OffGrid, WithBaseScale
 from daq_jax.searches.search import Search
 from daq_jax.searches.trials import Trial, Trials
@@ -125,6 +126,7 @@ __all__ = [
     "Additive",
     "Adjustment",
     "AnyScale",
+    "BaseScale",
     "Block",
     "Channel",
     "CoarseToFine",

@@ -19,6 +19,7 @@ ORDER = (
     "gpu_codes",
     "scales",
     "tiles",
+    "grids",
     "cpu_parts",
     "metrics",
     "qtensor",

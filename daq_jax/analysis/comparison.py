@@ -21,10 +21,10 @@ from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from daq_jax.analysis import sheets
-from daq_jax.analysis.base_grids import lies_on_grid
 from daq_jax.analysis.figures import Figures, pool
 from daq_jax.analysis.histograms import Details, details_of
 from daq_jax.errors import DaqError, refuse
+from daq_jax.grids.membership import lies_on_grid
 from daq_jax.numerics.arithmetic import sum_of_runs, total
 from daq_jax.numerics.sharding import run_sharded, sharding_of
 from daq_jax.qtensor import QTensor, as_array

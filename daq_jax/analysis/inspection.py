@@ -21,13 +21,14 @@ from numpy.typing import NDArray
 
 from daq_jax import recipes
 from daq_jax.analysis import sheets
-from daq_jax.analysis.base_grids import lies_on_fitted_grid, lies_on_grid
 from daq_jax.analysis.comparison import sums_of_leaf
 from daq_jax.analysis.estimates import Findings, Sums, findings_of
 from daq_jax.analysis.sampling import Index, Patches, plan, scales, take
 from daq_jax.analysis.verdicts import verdict_of
 from daq_jax.errors import DaqError
 from daq_jax.formats import step_towards
+from daq_jax.grids.fitting import fitted_scale
+from daq_jax.grids.membership import lies_on_grid
 from daq_jax.leaves import quantize_leaf
 from daq_jax.numerics.arithmetic import divide
 from daq_jax.qtensor import QTensor
@@ -244,7 +245,7 @@ def _sums_of_patches(
     scale = absmax_scale(tiles, view.tile_axes, largest=fmt.largest)
     towards = step_towards(divide(tiles, scale), view.cut(d) > 0, fmt)
     short = (d != 0) & (jnp.abs(d) < view.join(towards * scale) / 2)
-    fitted = lies_on_fitted_grid(tiles, scale, view.tile_axes, fmt, dtype)
+    fitted = lies_on_grid(tiles, fitted_scale(tiles, view.tile_axes, fmt, dtype), fmt, dtype)
     return {
         "absmax": sums_of_leaf(base, tuned, plain),
         "recipe": sums_of_leaf(base, tuned, q),

@@ -8,11 +8,11 @@ from jaxtyping import Array, Float
 
 from daq_jax.errors import DaqError, check_whole_numbers
 from daq_jax.formats import Format, dither, weights_of
+from daq_jax.grids.membership import is_native
 from daq_jax.numerics.arithmetic import divide
 from daq_jax.numerics.linalg import leading_directions
 from daq_jax.roundings.carriers import Pair, carry, coherence, worth_keeping
 from daq_jax.roundings.feedback_plan import Plan, Rows, Rule
-from daq_jax.roundings.native import is_native
 from daq_jax.roundings.rounding import Rounding
 from daq_jax.roundings.row_blocks import RowBlocks
 from daq_jax.tiles import Tiles

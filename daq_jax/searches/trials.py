@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array
 
 from daq_jax.metrics import Metric
-from daq_jax.numerics.arithmetic import divide, total
+from daq_jax.numerics.arithmetic import divide
 from daq_jax.roundings.rounding import Rounding
 from daq_jax.scales import absmax_scale, usable
 from daq_jax.tiles import Tiles
@@ -51,6 +51,8 @@ class Trials:
         rounding: gives the codes that are scored.
         scales: which scales may be stored.
         absmax: AbsMax scale of each tile; NaN where the base or the tuned weights are not finite.
+        stored_base: the scale that the base was stored with, in this format and tiling; None if it has
+            none.
         base: the scale that the base was stored with, or where it has none the base's own AbsMax scale.
         changed: whether a tile holds any change.
         fixed_sums: what the metric needs of the change alone.
@@ -61,6 +63,7 @@ class Trials:
     rounding: Rounding
     scales: Callable[[Array], Array]
     absmax: Array
+    stored_base: Array | None
     base: Array
     changed: Array
     fixed_sums: tuple[Array, ...]
@@ -87,21 +90,22 @@ class Trials:
             rounding,
             scales,
             absmax=absmax(jnp.where(jnp.isfinite(tiles.base), tiles.tuned, jnp.nan)),
+            stored_base=stored_base,
             base=absmax(tiles.base) if stored_base is None else stored_base,
             changed=jnp.any(tiles.change != 0, axis=tiles.axes, keepdims=True),
-            fixed_sums=metric.fixed_sums(tiles, functools.partial(_total, tiles)),
+            fixed_sums=metric.fixed_sums(tiles, tiles.total),
         )
 
     def score(self, scale: Array, rounding: Rounding | None = None) -> Array:
         """Score of each tile under a scale, of the codes that `rounding` (None: that of the trials) gives."""
         values = (rounding or self.rounding)(self.tiles, scale)
-        kept, total = self.tiles.kept(values, scale), functools.partial(_total, self.tiles)
-        score = self.metric.score_tiles(self.tiles, kept, self.fixed_sums, total)
+        kept = self.tiles.kept(values, scale)
+        score = self.metric.score_tiles(self.tiles, kept, self.fixed_sums, self.tiles.total)
         return jnp.where(self.changed, score, 0)  # all alike where nothing changed: AbsMax wins the tie
 
     def judged_by(self, metric: Metric, rounding: Rounding) -> "Trials":
         """The same trials under another metric, of the codes of another rounding."""
-        fixed = metric.fixed_sums(self.tiles, functools.partial(_total, self.tiles))
+        fixed = metric.fixed_sums(self.tiles, self.tiles.total)
         return dataclasses.replace(self, metric=metric, rounding=rounding, fixed_sums=fixed)
 
     def at_scale(self, scale: Array) -> Trial:
@@ -142,11 +146,3 @@ class Trials:
             for k in range(len(some.score)):
                 start = choose(start, Trial(*(x[k] for x in some)))
         return start
-
-
-def _total(tiles: Tiles, x: Array) -> Array:
-    """Sums over each tile, in a shape that broadcasts over the tiles."""
-    if tiles.machine.scores_at_once:
-        # An accelerator sums in short runs by itself; XLA's GPU code was half as fast for axes out of order.
-        return jnp.sum(x, tuple(sorted(tiles.axes)), keepdims=True)
-    return total(x, tiles.axes)

@@ -48,6 +48,7 @@ SEARCHES = {
     "Grid": daq.Recipe(tiling=BLOCK, search=daq.Grid(0.8, 1.3, 4)),
     "CoarseToFine": daq.Recipe(tiling=BLOCK, search=SEARCH),
     "WithBaseScale": daq.Recipe(tiling=BLOCK, search=daq.WithBaseScale(daq.Grid(0.9, 1.2, 3))),
+    "BaseScale": daq.Recipe(tiling=BLOCK, search=daq.BaseScale()),
     "OffGrid": daq.Recipe(tiling=BLOCK, search=daq.OffGrid()),
 }
 ROUNDINGS = {

@@ -76,6 +76,9 @@ def test_the_zero_tile_stays_zero_and_the_frozen_tile_gets_nearest_codes_under_a
     assert (np.asarray(q.scale) > 0).all()
     np.testing.assert_array_equal(weight[:r, :c], 0)
     plain = run(recipe.replace(search=daq.AbsMax(), rounding=daq.Nearest(), metric=daq.cosine))
+    if name == "BaseScale":  # the frozen tile stays on the grid of its base
+        np.testing.assert_array_equal(weight[:r, c : 2 * c], np.asarray(BASE)[:r, c : 2 * c])
+        return
     tiled_alone = recipe.tiling.tile(*SHAPE) == TILE
     released = name == "recipes.released_cosine"  # clips a tile without change, as the released program does
     if tiled_alone and not released and name != "Stochastic":
@@ -144,6 +147,7 @@ IN_PARTS = (
     "a function",
     "CoarseToFine",
     "WithBaseScale",
+    "BaseScale",
     "OffGrid",
     "Stochastic",
     "UnbiasedGain row",

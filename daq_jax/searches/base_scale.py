@@ -1,0 +1,69 @@
+"""The search that keeps the grid of the base: its own scale, and clips what has grown beyond it."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from daq_jax.formats import weights_of
+from daq_jax.grids.fitting import fitted_scale
+from daq_jax.grids.membership import is_native
+from daq_jax.roundings.nearest import Nearest
+from daq_jax.roundings.rounding import Rounding
+from daq_jax.scales import usable
+from daq_jax.searches.search import Search
+from daq_jax.searches.trials import Trials
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseScale(Search):
+    """Keeps the scale of the base, so that a tile of a native base stays on its grid.
+
+    For each tile:
+
+    1. A base that came as a `QTensor` of the same tiling and format has a stored scale: that one.
+    2. Otherwise the scale is fitted to the weights of the base: see `daq_jax.grids.fitting`. Powers of two
+       and scales that are numbers of FP8 are found too, and so are bases stored in bfloat16.
+    3. A base that is not on the grid of the fitted scale (`daq_jax.grids.membership.is_native`), and a tile
+       of zeros that tuning changed, get the AbsMax scale of the tuned weights.
+    4. Tuned weights beyond the largest code are clipped. Only if the squared error of clipping alone exceeds
+       that of nearest rounding at the AbsMax scale does the tile get the AbsMax scale.
+
+    A tile without change keeps the scale of its base. The metric and the rounding of the recipe play no part.
+    """
+
+    @property
+    def is_tile_local(self) -> bool:
+        """See `Search`."""
+        return True
+
+    @property
+    def reads_metric(self) -> bool:
+        """See `Search`."""
+        return False
+
+    def judged(self, rounding: Rounding) -> Rounding:
+        """No codes but nearest ones are looked at, whatever rounding the recipe has."""
+        return Nearest()
+
+    def __call__(self, trials: Trials) -> Array:
+        """One scale per tile."""
+        tiles, absmax = trials.tiles, trials.scales(trials.absmax)
+        if trials.stored_base is not None:
+            scale, known = trials.scales(usable(trials.stored_base)), True
+        else:
+            dtype = tiles.stored_base.dtype
+            scale = fitted_scale(tiles.base, tiles.axes, tiles.format, dtype, trials.scales)
+            known = is_native(tiles, scale)
+        kept = jnp.any(tiles.base != 0, axis=tiles.axes, keepdims=True) & ~_clips_too_much(
+            trials, scale, absmax
+        )
+        return jnp.where(known & (kept | ~trials.changed), scale, absmax)
+
+
+def _clips_too_much(trials: Trials, scale: Array, absmax: Array) -> Array:
+    """Whether clipping at `scale` errs more than nearest rounding at `absmax`, in squares, tile by tile."""
+    tiles, unit = trials.tiles, 1 / absmax  # squares of weights might leave float32
+    beyond = jnp.maximum(jnp.abs(tiles.tuned) - tiles.format.largest * scale, 0)
+    error = weights_of(Nearest()(tiles, absmax), absmax) - tiles.tuned
+    return tiles.total((beyond * unit) ** 2) > tiles.total((error * unit) ** 2)
