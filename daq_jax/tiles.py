@@ -90,6 +90,10 @@ class Tiles:
         """`[T]` in the shape of a scale."""
         return x.reshape([1 if i in self.axes else n for i, n in enumerate(self.shape)])
 
+    def per_matrix(self, x: Array) -> Array:
+        """An array of `B` numbers, one for each matrix, in a shape that broadcasts over the tiles."""
+        return x.reshape([1 if i in self.axes + self.grid else n for i, n in enumerate(self.shape)])
+
     def as_matrix(self, x: Array) -> Array:
         """An array of the tiles' shape as `[B, R, C]`, padding included; for tiles that were not moved."""
         return x.transpose(self._matrix_order).reshape(-1, *self._padded)

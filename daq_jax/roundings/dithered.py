@@ -11,7 +11,7 @@ from daq_jax.formats import Format, dither, weights_of
 from daq_jax.grids.membership import is_native
 from daq_jax.numerics.arithmetic import divide
 from daq_jax.numerics.linalg import leading_directions
-from daq_jax.roundings.carriers import Pair, carry, coherence, worth_keeping
+from daq_jax.roundings.carriers import REACH, Pair, carry, coherence, worth_keeping
 from daq_jax.roundings.feedback_plan import Plan, Rows, Rule
 from daq_jax.roundings.rounding import Rounding
 from daq_jax.roundings.row_blocks import RowBlocks
@@ -50,7 +50,7 @@ class DitheredFeedback(Rounding):
 
     rank: int = 128
     damping: float = 3.0
-    reach: float = 3.0
+    reach: float = REACH
 
     def __post_init__(self) -> None:
         check_whole_numbers(self, rank=self.rank)

@@ -5,14 +5,20 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from daq_jax.errors import DaqError
 from daq_jax.formats import weights_of
 from daq_jax.grids.fitting import fitted_scale
 from daq_jax.grids.membership import is_native
+from daq_jax.numerics.arithmetic import divide, power_below
+from daq_jax.roundings.carriers import REACH, carry, every_nth
+from daq_jax.roundings.dithered import pair_of
 from daq_jax.roundings.nearest import Nearest
 from daq_jax.roundings.rounding import Rounding
+from daq_jax.roundings.row_blocks import RowBlocks
 from daq_jax.scales import usable
 from daq_jax.searches.search import Search
 from daq_jax.searches.trials import Trials
+from daq_jax.tiles import Tiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,13 +35,29 @@ class BaseScale(Search):
     4. Tuned weights beyond the largest code are clipped. Only if the squared error of clipping alone exceeds
        that of nearest rounding at the AbsMax scale does the tile get the AbsMax scale.
 
+    With `off_grid` a whole matrix may leave the grid of its base: to a scale that is `off_grid` times the
+    AbsMax scale, if such scales may be stored and nearest rounding there errs less, in squares, than a change
+    costs on the grid of the base (`daq_jax.roundings.carriers`). That is so for large changes in FP8. The
+    errors are those of a sample of the columns.
+
     A tile without change keeps the scale of its base. The metric and the rounding of the recipe play no part.
+
+    Attributes:
+        off_grid: ratio of a scale off the grid of the base to the AbsMax scale, from 1 to 2; None for none.
     """
+
+    off_grid: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.off_grid is not None and not (
+            isinstance(self.off_grid, float | int) and 1 <= self.off_grid <= 2
+        ):
+            raise DaqError(f"`off_grid` must be None or a number from 1 to 2; got {self.off_grid!r}.")
 
     @property
     def is_tile_local(self) -> bool:
         """See `Search`."""
-        return True
+        return self.off_grid is None
 
     @property
     def reads_metric(self) -> bool:
@@ -58,7 +80,16 @@ class BaseScale(Search):
         kept = jnp.any(tiles.base != 0, axis=tiles.axes, keepdims=True) & ~_clips_too_much(
             trials, scale, absmax
         )
-        return jnp.where(known & (kept | ~trials.changed), scale, absmax)
+        scale = jnp.where(known & (kept | ~trials.changed), scale, absmax)
+        if self.off_grid is None:
+            return scale
+        beside = trials.scales(usable(self.off_grid * trials.absmax))
+        ratio = divide(beside, scale)
+        may_leave = (
+            known & trials.changed & (ratio != power_below(ratio))
+        )  # an octave on the grid is the same
+        beside = jnp.where(may_leave, beside, scale)
+        return jnp.where(_errs_less(tiles, beside, scale, known & trials.changed), beside, scale)
 
 
 def _clips_too_much(trials: Trials, scale: Array, absmax: Array) -> Array:
@@ -67,3 +98,13 @@ def _clips_too_much(trials: Trials, scale: Array, absmax: Array) -> Array:
     beyond = jnp.maximum(jnp.abs(tiles.tuned) - tiles.format.largest * scale, 0)
     error = weights_of(Nearest()(tiles, absmax), absmax) - tiles.tuned
     return tiles.total((beyond * unit) ** 2) > tiles.total((error * unit) ** 2)
+
+
+def _errs_less(tiles: Tiles, beside: Array, scale: Array, native: Array) -> Array:
+    """Whether nearest rounding at `beside` errs less than changes cost at `scale`, matrix by matrix."""
+    blocks, number = RowBlocks.of(tiles), tiles.format
+    on, off = (every_nth(pair_of(blocks, x, native)) for x in (scale, beside))
+    carried = carry(number, on, REACH)
+    error = weights_of(number.round(divide(off.tuned, off.scale)), off.scale) - off.tuned
+    missed = jnp.sum(error * error, (1, 2, 3), keepdims=True)
+    return tiles.per_matrix(missed < carried.plain + carried.excess)

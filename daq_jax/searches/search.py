@@ -88,8 +88,9 @@ def find_scales(
         return run(dataclasses.replace(tiles, machine=machine), stored_base)
 
     def in_order(tiles: Tiles, stored_base: Array | None) -> Array:
-        # Parts of a sharded weight would move between devices, and some roundings must see the whole.
-        if not tiles.machine.one_device or judged.scope == "matrix":
+        # Parts of a sharded weight would move between devices, and some must see the whole.
+        whole = judged.scope == "matrix" or not search.is_tile_local
+        if whole or not tiles.machine.one_device:
             return run(tiles, stored_base)
         return in_parts(run, tiles, stored_base, step=judged.alignment(tiles))
 

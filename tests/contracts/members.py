@@ -49,6 +49,7 @@ SEARCHES = {
     "CoarseToFine": daq.Recipe(tiling=BLOCK, search=SEARCH),
     "WithBaseScale": daq.Recipe(tiling=BLOCK, search=daq.WithBaseScale(daq.Grid(0.9, 1.2, 3))),
     "BaseScale": daq.Recipe(tiling=BLOCK, search=daq.BaseScale()),
+    "BaseScale off_grid": daq.Recipe(tiling=BLOCK, search=daq.BaseScale(off_grid=1.19)),
     "OffGrid": daq.Recipe(tiling=BLOCK, search=daq.OffGrid()),
 }
 ROUNDINGS = {
