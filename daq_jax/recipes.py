@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from daq_jax.metrics import SignRate, cosine, neg_mse
 from daq_jax.recipe import Recipe
-from daq_jax.roundings.feedback import UnbiasedFeedback
-from daq_jax.searches.candidates import CoarseToFine, OffGrid, Released
+from daq_jax.roundings.dithered import DitheredFeedback
+from daq_jax.searches.base_scale import BaseScale
+from daq_jax.searches.candidates import CoarseToFine, Released
 
 if TYPE_CHECKING:  # what `__getattr__` gives, for editors and type checkers
     from daq_jax.density.recipe import (  # noqa: F401
@@ -31,7 +32,7 @@ paper_sign = Recipe(metric=SignRate(), search=_PAPER)
 paper_cosine = Recipe(metric=cosine, search=_PAPER)
 released_sign = Recipe(metric=SignRate(), search=Released())
 released_cosine = Recipe(metric=cosine, search=Released())
-default = Recipe(search=OffGrid(), rounding=UnbiasedFeedback())
+default = Recipe(search=BaseScale(off_grid=1.19), rounding=DitheredFeedback())
 
 RECIPES: dict[str, Recipe] = {
     "default": default,

@@ -17,29 +17,7 @@ from daq_jax.numerics.linalg import leading_directions
 from daq_jax.roundings.feedback_plan import Plan, Rows, Rule
 from daq_jax.roundings.rounding import Rounding
 from daq_jax.roundings.row_blocks import RowBlocks
-from daq_jax.scales import usable
-from daq_jax.searches.search import Search
-from daq_jax.searches.trials import Trials
 from daq_jax.tiles import Tiles
-
-
-@dataclasses.dataclass(frozen=True)
-class AtBaseScale(Search):
-    """The scale that the base was stored with; a tuned weight beyond the largest code clips."""
-
-    @property
-    def is_tile_local(self) -> bool:
-        """See `Search`."""
-        return True
-
-    @property
-    def reads_metric(self) -> bool:
-        """See `Search`."""
-        return False
-
-    def __call__(self, trials: Trials) -> Array:
-        """One scale per tile."""
-        return trials.scales(usable(trials.base))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +73,7 @@ def _floor(layout: Layout) -> daq.Recipe | None:
 
 
 def _at_base(rounding: Rounding) -> Callable[[Layout], daq.Recipe]:
-    return lambda layout: layout.of(daq.Recipe(search=AtBaseScale(), rounding=rounding))
+    return lambda layout: layout.of(daq.Recipe(search=daq.BaseScale(), rounding=rounding))
 
 
 def _fresh(recipe: daq.Recipe) -> Callable[[Layout], daq.Recipe]:
