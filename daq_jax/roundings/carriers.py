@@ -18,12 +18,15 @@ from jaxtyping import Array, Bool, Float
 from daq_jax.formats import Format, step_towards, weights_of
 from daq_jax.numerics.arithmetic import divide
 
-REACH = 3.0  # see `carry`; 2 lost 5 to 50 %
+REACH = 4.0  # see `carry`; 2 lost 5 to 50 %
 _TURNS = 4  # of rows and columns; after them projections are 1.00
 _MOST_PER_TURN = 8.0  # times or parts that a row or column may take on in one turn
 _HALVINGS = 16  # of the share of weights that carry
 _FEWEST = 1e-5  # share of weights that carry at least
 _SAMPLE = 2**18  # elements of a matrix from which that share is found
+_NEARER = 8  # steps towards the size of a change before it was stored
+_WITHIN = 0.4  # units in the last place: smaller changes are single units, if any
+_MEAN_SIZE = 0.8  # of a normal variable, in units of its root mean square
 _RANDOM = 1.5  # times the coherence of a random matrix counts as none
 _TINY = 1e-37
 
@@ -38,12 +41,16 @@ class Pair(NamedTuple):
         tuned: `[B, t, r, C]` float32, weights after tuning.
         scale: `[B, t, 1, C]` float32, weight units per code unit.
         native: `[B, t, 1, C]` bool, whether the base of the tile lies on the grid of its scale.
+        unit: `[B, t, r, C]` float32, a unit in the last place of each weight as it is stored.
+        both: whether both weights are stored in such units; if not, the base is exact.
     """
 
     base: Array
     tuned: Array
     scale: Array
     native: Array
+    unit: Array
+    both: bool
 
     @property
     def change(self) -> Array:
@@ -82,8 +89,9 @@ def carry(number: Format, pair: Pair, reach: float) -> Carried:
     code = number.round(divide(pair.base, pair.scale))
     step = step_towards(code, d > 0, number)
     carries = pair.native & (d != 0) & (step > 0)
-    on = jnp.where(carries, _share_on(pair, step, carries, reach), 0)
-    size = jnp.where(pair.native, d * d, 0)
+    known = _known_before_storing(pair)
+    on = jnp.where(carries, _share_on(pair, step, carries, reach, known.rms), 0)
+    size = jnp.where(pair.native, known.share * d * d, 0)
     move = jnp.where(pair.native, on * _balance(on * size, size) * d, d)
     aim = code + divide(move, pair.scale)
     low, high = number.floor(aim), number.ceil(aim)
@@ -135,18 +143,52 @@ def _total(x: Array) -> PerMatrix:
     return _sum(x, (1, 2, 3))
 
 
-def _share_on(pair: Pair, step: Array, carries: Array, reach: float) -> Array:
+class _Known(NamedTuple):
+    """What is known of a change before the weights were stored.
+
+    Attributes:
+        rms: its root mean square over the native tiles.
+        share: `[B, t, r, C]`, from 0 to 1: the part of the squared change that it is expected to be.
+    """
+
+    rms: PerMatrix
+    share: Array
+
+
+def _known_before_storing(pair: Pair) -> _Known:
+    """Tells a change from the rounding of the stored weights, which is noise.
+
+    A change of a weight that is stored in units `u` has `u^2 / 12` more in squares, and `u^2 / 6` where both
+    weights are stored so. Changes `x` well below `u` are then a whole unit with probability `|x| / u`, which
+    comes to `|x| u`. The root mean square of `x` is the one under which the changes have the squares expected.
+    """
+
+    def expected(rms: Array, unit: Array) -> Array:
+        if not pair.both:
+            return rms * rms + unit * unit / 12
+        return jnp.where(rms < _WITHIN * unit, _MEAN_SIZE * rms * unit, rms * rms + unit * unit / 6)
+
+    counted = _every_nth(jnp.broadcast_to(pair.native, pair.base.shape))
+    square, unit = _every_nth(pair.change) ** 2, _every_nth(pair.unit)
+    count = jnp.maximum(_total(counted.astype(jnp.float32)), 1)
+
+    def nearer(_: Array, rms: Array) -> Array:
+        ratio = square / jnp.maximum(expected(rms, unit), _TINY)
+        return rms * jnp.sqrt(_total(jnp.where(counted, ratio, 0)) / count)
+
+    rms = jnp.sqrt(_total(jnp.where(counted, square, 0)) / count)
+    rms = lax.fori_loop(0, _NEARER, nearer, rms)
+    return _Known(rms, rms * rms / jnp.maximum(expected(rms, pair.unit), _TINY))
+
+
+def _share_on(pair: Pair, step: Array, carries: Array, reach: float, rms: PerMatrix) -> Array:
     """From 0 to 1: how far each weight carries, by its step in code units, compared within its tile.
 
     Few carry much, or many little: with `G` the gain of those that carry fully, `G * mean(share) = 1`.
     """
-
-    def rms(x: Array, where: Array) -> PerMatrix:
-        where = jnp.broadcast_to(where, jnp.broadcast_shapes(x.shape, where.shape))
-        count = jnp.maximum(_total(where.astype(jnp.float32)), 1)
-        return jnp.sqrt(_total(jnp.where(where, x * x, 0)) / count)
-
-    unit = rms(pair.scale, pair.native) / jnp.maximum(reach * rms(pair.change, carries), _TINY)
+    tiles = jnp.maximum(_total(pair.native.astype(jnp.float32)), 1)
+    scale = jnp.sqrt(_total(jnp.where(pair.native, pair.scale * pair.scale, 0)) / tiles)
+    unit = scale / jnp.maximum(reach * rms, _TINY)
 
     def share(step: Array, gain: Array) -> Array:
         return jnp.clip(2 - 2 * step * unit / gain, 0, 1)
@@ -174,7 +216,8 @@ def every_nth(pair: Pair) -> Pair:
     """Every n-th column of large matrices, from which a share or an error may be estimated."""
     _, t, r, columns = pair.base.shape
     step = max(1, t * r * columns // _SAMPLE)
-    return Pair(*(x[..., ::step] if x.shape[-1] == columns else x for x in pair))
+    some = (x[..., ::step] if x.shape[-1] == columns else x for x in pair[:-1])
+    return Pair(*some, both=pair.both)
 
 
 def _balance(part: Array, whole: Array) -> Array:

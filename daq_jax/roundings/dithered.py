@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from daq_jax.errors import DaqError, check_whole_numbers
 from daq_jax.formats import Format, dither, weights_of
-from daq_jax.grids.membership import is_native
+from daq_jax.grids.membership import half_unit, is_native
 from daq_jax.numerics.arithmetic import divide
 from daq_jax.numerics.linalg import leading_directions
 from daq_jax.roundings.carriers import REACH, Pair, carry, coherence, worth_keeping
@@ -125,7 +125,9 @@ def pair_of(blocks: RowBlocks, scale: Array, native: Array) -> Pair:
         return x.reshape(len(x), -1, blocks.height, x.shape[-1])
 
     scale, native = (by_rows(blocks, x) for x in (scale, native))
-    return Pair(elements(tiles.base), elements(tiles.tuned), scale, native)
+    unit = 2 * half_unit(tiles.tuned, tiles.stored_tuned.dtype)
+    both = tiles.stored_base.dtype == tiles.stored_tuned.dtype
+    return Pair(elements(tiles.base), elements(tiles.tuned), scale, native, elements(unit), both)
 
 
 def coherence_of(change: Array, directions: Array, rows: int) -> Array:
