@@ -81,7 +81,7 @@ def quantize(
         base_dtype: that an FP8 input is dequantized to; None for the tuned model's own.
         shard: I/N writes every N-th file, from the I-th on, while other processes write the others; the last
             process to end completes the folder.
-        overwrite: replace the checkpoint that is in OUT.
+        overwrite: replace what an earlier call wrote to OUT; files of others stay, or are refused.
         custom_code: copy Python files of the tuned model too.
         json: print one JSON object, the report, and nothing else.
     """
