@@ -160,7 +160,8 @@ def compare(
         out: folder of the quantized model: FP8, int8 or packed int4 with scales, as we, transformers,
             compressed-tensors and others write it.
         html: also write a page with pictures and a table that sorts to this file.
-        fail_under: exit with status 1 if a total is lower, such as projection=0.95,cosine=0.3.
+        fail_under: exit with status 1 if a total is lower, such as projection=0.95,cosine=0.3; of mse,
+            lost and flipped, if it is higher.
         json: print one JSON object and nothing else.
         csv: print comma-separated values and nothing else, a line a weight.
     """
