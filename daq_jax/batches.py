@@ -30,7 +30,7 @@ def plan_batches(pairs: Sequence[Pair]) -> list[list[int]]:
     alike = collections.defaultdict[tuple[Any, ...], list[int]](list)
     for i, pair in enumerate(pairs):
         if pair.decision.quantize:
-            most = most_together(pair)
+            most = better_together(pair)
             alike[(1, i) if most == 1 else (most, *_kind(pair))].append(i)
     batches = []
     for (most, *_), some in alike.items():
@@ -41,7 +41,7 @@ def plan_batches(pairs: Sequence[Pair]) -> list[list[int]]:
     return sorted(batches)
 
 
-def most_together(pair: Pair) -> int:
+def better_together(pair: Pair) -> int:
     """How many leaves like this one are best quantized by one program."""
     rounding = as_rounding(pair.decision.recipe.rounding)
     if rounding.draws:  # each leaf has a stream of its own, and a batch has none

@@ -81,7 +81,7 @@ def quantize(
         base_dtype: that an FP8 input is dequantized to; None for the tuned model's own.
         shard: I/N writes every N-th file, from the I-th on, while other processes write the others; the last
             process to end completes the folder.
-        overwrite: replace the checkpoint that is in OUT.
+        overwrite: replace what an earlier call wrote to OUT; files of others stay, or are refused.
         custom_code: copy Python files of the tuned model too.
         json: print one JSON object, the report, and nothing else.
     """
@@ -160,7 +160,8 @@ def compare(
         out: folder of the quantized model: FP8, int8 or packed int4 with scales, as we, transformers,
             compressed-tensors and others write it.
         html: also write a page with pictures and a table that sorts to this file.
-        fail_under: exit with status 1 if a total is lower, such as projection=0.95,cosine=0.3.
+        fail_under: exit with status 1 if a total is lower, such as projection=0.95,cosine=0.3; of mse,
+            lost and flipped, if it is higher.
         json: print one JSON object and nothing else.
         csv: print comma-separated values and nothing else, a line a weight.
     """

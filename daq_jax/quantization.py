@@ -80,7 +80,7 @@ def quantize(
     for batch in plan_batches(pairs):
         found, flag = quantize_batch([pairs[i] for i in batch])
         finite.append(flag)
-        for i, q in zip(batch, found, strict=True):
+        for i, q in dict(zip(batch, found, strict=True)).items():  # a batch may repeat its last pair
             results[i] = q
             if donate:
                 _delete(pairs[i], uses)

@@ -21,7 +21,7 @@ from jax.core import Tracer
 from daq_jax.errors import DaqError
 from daq_jax.formats import FORMATS
 from daq_jax.qtensor import QTensor
-from daq_jax.tilings import Block, Channel, Group, PerTensor
+from daq_jax.tilings import Block, Channel, Group, PerTensor, matrix_problem
 
 Record = dict[str, Any]
 
@@ -79,20 +79,52 @@ def leaf_of(record: Record, arrays: Mapping[str, Any]) -> Any:
     """The inverse of `record_of`; `arrays` may also hold what stands for an array, such as shapes.
 
     Raises:
-        DaqError: if the record speaks of what this version of daq_jax does not have.
+        DaqError: if the record speaks of what this version of daq_jax does not have, says what makes no
+            sense, or does not fit the arrays.
     """
+    try:
+        return _leaf_of(record, arrays)
+    except DaqError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        why = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+        raise DaqError(f"what is written of it makes no sense ({why}); save it again") from error
+
+
+def _leaf_of(record: Record, arrays: Mapping[str, Any]) -> Any:
     kind = record["kind"]
     if kind == "qtensor":
-        return qtensor_of(record, arrays)
+        q = qtensor_of(record, arrays)
+        _refuse_misfit(q)
+        return q
     if kind == "array":
         return arrays[WHOLE]
     if kind == "key":
         return jax.random.wrap_key_data(arrays[WHOLE], impl=record["impl"])
     if kind == "empty":
+        if 0 not in record["shape"]:
+            raise DaqError(f"it is said to be empty and of shape {record['shape']}; save it again")
         return jnp.zeros(record["shape"], record["dtype"])
     if kind == "value":
+        if not isinstance(record["value"], (bool, int, float, str, type(None))):
+            raise DaqError(f"it is said to be {record['value']!r}, which is no number and no string")
         return record["value"]
     raise DaqError(f"it is a {kind!r}, of which this version of daq_jax knows nothing; upgrade daq_jax")
+
+
+def _refuse_misfit(q: QTensor) -> None:
+    """Raises DaqError if the arrays of a QTensor are not what its static fields say."""
+    problem = matrix_problem(q.codes.shape, q.matrix)
+    if problem:
+        raise DaqError(f"its matrix axes are {q.matrix}: {problem}; save it again")
+    needed = [("codes", q.codes, q.codes.shape, q.format.dtype), ("scale", q.scale, q.view.grid, jnp.float32)]
+    needed += [] if q.zero is None else [("zero", q.zero, q.view.grid, jnp.float32)]
+    for name, found, shape, dtype in needed:
+        if tuple(found.shape) != tuple(shape) or found.dtype != dtype:
+            raise DaqError(
+                f"its {name} is {found.dtype} {tuple(found.shape)}; {q.format.name} codes under {q.tiling} "
+                f"need {np.dtype(dtype)} {tuple(shape)}; save it again"
+            )
 
 
 def qtensor_of(record: Record, arrays: Mapping[str, Any]) -> QTensor:
@@ -103,12 +135,15 @@ def qtensor_of(record: Record, arrays: Mapping[str, Any]) -> QTensor:
         raise DaqError(
             f"format {record['format']!r} or tiling {name!r} is unknown to this version; upgrade daq_jax"
         )
+    dtype = np.dtype(jnp.dtype(record["dtype"]))
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise DaqError(f"its dtype is {dtype}; needed one of floats")
     rows, columns = (tuple(axes) for axes in record["matrix"])
     return QTensor(
         **arrays,
         format=FORMATS[record["format"]],
         tiling=TILINGS[name](**tiling),
-        dtype=np.dtype(jnp.dtype(record["dtype"])),
+        dtype=dtype,
         matrix=(rows, columns),
     )
 

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 _PASSED_ON = ("out", "journal", "units", "readable", "instead", "nbytes", "missing_bytes", "is_free")
-_PASSED_ON += ("clear", "has", "write", "verify", "join", "complete")
+_PASSED_ON += ("clear", "has", "write", "verify", "join", "complete", "lock", "files", "make_room", "discard")
+_PASSED_ON += ("damaged",)
 
 
 class Wrapped:

@@ -37,6 +37,7 @@ ORDER = (
     "analysis",
     "models",
     "display",
+    "io.disk",
     "io.hf",
     "io.orbax",
     "io.jobs",

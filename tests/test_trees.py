@@ -400,7 +400,7 @@ def test_leaves_of_one_shape_quantized_as_a_batch_are_those_quantized_alone(dona
     expected = daq.quantize(base, tuned)
     sizes = []
     alike = batches.quantize_alike
-    monkeypatch.setattr(batches, "most_together", lambda pair: 2)
+    monkeypatch.setattr(batches, "better_together", lambda pair: 2)
     monkeypatch.setattr(
         batches, "quantize_alike", lambda b, t, **how: sizes.append(len(b)) or alike(b, t, **how)
     )
@@ -413,6 +413,18 @@ def test_leaves_of_one_shape_quantized_as_a_batch_are_those_quantized_alone(dona
         assert np.mean(kept != wanted) < 1e-3  # products of a batch may differ in their last bit
     assert q["norm"] is copies[1]["norm"]
     assert copies[0]["a"].is_deleted() == copies[1]["d"].is_deleted() == donate
+
+
+def test_a_leaf_that_a_batch_repeats_is_not_donated_while_the_result_holds_it(monkeypatch):
+    monkeypatch.setattr(batches, "better_together", lambda pair: 2)
+    base, tuned = (
+        {name: jax.random.normal(jax.random.key(i + n), (96, 64)) for n, name in enumerate("abc")}
+        for i in (0, 10)
+    )
+    base["norm"], tuned["norm"] = base["c"], tuned["c"]
+    q = daq.quantize(base, tuned, donate=True)
+    assert not q["norm"].is_deleted()
+    assert tuned["a"].is_deleted()
 
 
 @pytest.mark.parametrize("closed_over", ["base", "tuned", "both"])

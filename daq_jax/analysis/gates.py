@@ -1,4 +1,8 @@
-"""Gates: least values of figures that a quantized model must reach for a pipeline to go on."""
+"""Gates: bounds on figures that a quantized model must keep for a pipeline to go on.
+
+Of most figures a bound is the least value; of an error, and of the shares of the change that are lost or
+turned around, it is the greatest.
+"""
 
 import math
 from collections.abc import Mapping
@@ -6,9 +10,11 @@ from collections.abc import Mapping
 from daq_jax.analysis.figures import FIGURES, Figures
 from daq_jax.errors import DaqError
 
+_LESS_IS_BETTER = ("mse", "lost", "flipped")
+
 
 def floors_of(words: str) -> dict[str, float]:
-    """Least values by figure, from text such as `projection=0.95,cosine=0.3`; none from empty text.
+    """Bounds by figure, from text such as `projection=0.95,cosine=0.3`; none from empty text.
 
     Raises:
         DaqError: if a part is not a figure and a number.
@@ -30,8 +36,15 @@ def floors_of(words: str) -> dict[str, float]:
 
 
 def refuse_low(total: Figures, floors: Mapping[str, float]) -> None:
-    """Raises a DaqError that names every figure below its least value. A figure that is NaN is below it."""
+    """Raises a DaqError that names every figure that misses its bound, as one that is NaN does.
+
+    Of figures of which less is better the bound is the greatest value.
+    """
     found = {name: float(getattr(total, name)) for name in floors}
-    low = [f"{n} is {x:.4g}, needed {floors[n]:g}" for n, x in found.items() if not x >= floors[n]]
-    if low:
-        raise DaqError(f"the gate is not met: {'; '.join(low)}.")
+    missed = [
+        f"{name} is {x:.4g}, needed {'at most ' if name in _LESS_IS_BETTER else ''}{floors[name]:g}"
+        for name, x in found.items()
+        if not (x <= floors[name] if name in _LESS_IS_BETTER else x >= floors[name])
+    ]
+    if missed:
+        raise DaqError(f"the gate is not met: {'; '.join(missed)}.")

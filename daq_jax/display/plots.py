@@ -14,6 +14,7 @@ import numpy as np
 
 from daq_jax.analysis.comparison import Comparison
 from daq_jax.analysis.histograms import CHANGE_EDGES, RATIO_EDGES, SIZE_EDGES, Details
+from daq_jax.analysis.names import on_one_line
 from daq_jax.errors import DaqError
 
 try:
@@ -33,6 +34,11 @@ _HIGHEST = 2.0  # projection at the end of the colours
 def _picture(width: float = 6.0, height: float = 4.0) -> tuple[Picture, Axes]:
     picture = Picture(figsize=(width, height), layout="constrained")
     return picture, picture.add_subplot()
+
+
+def _plain(name: str) -> str:
+    """A name in a picture, where matplotlib would set what is between two dollar signs as a formula."""
+    return on_one_line(name).replace("$", r"\$")
 
 
 def _details(comparison: Comparison, path: str | None) -> Details:
@@ -157,7 +163,7 @@ def projection_by_layer(comparison: Comparison) -> Picture:
     image = axes.imshow(np.ma.masked_invalid(grid), cmap=_MAP, vmin=0, vmax=_HIGHEST, aspect="auto")
     every = math.ceil(len(layers) / 24)
     axes.set_xticks(range(0, len(layers), every), [str(n) if n >= 0 else "-" for n in layers[::every]])
-    axes.set_yticks(range(len(kinds)), kinds, fontsize="small")
+    axes.set_yticks(range(len(kinds)), [_plain(kind) for kind in kinds], fontsize="small")
     axes.set(xlabel="layer", title="projection: 1 keeps the change at its size")
     if len(layers) <= _WRITTEN:
         for (i, j), value in np.ndenumerate(grid):
@@ -191,7 +197,7 @@ def recipes_side_by_side(comparisons: Mapping[str, Comparison]) -> Picture:
             axes.scatter(total, row, s=45, marker="D", color=_DARK, zorder=3)
         if line is not None:
             axes.axvline(line, color=_MIDDLE, linewidth=1, linestyle=":")
-        names: Any = list(comparisons) if number == 1 else []
+        names: Any = [_plain(name) for name in comparisons] if number == 1 else []
         axes.set_yticks(range(len(comparisons)) if names else [], names)
         axes.set_ylim(len(comparisons) - 0.5, -0.5)
         axes.set_xlabel(title)

@@ -11,6 +11,7 @@ from rich.text import Text
 from daq_jax.analysis import sheets
 from daq_jax.analysis.comparison import Comparison
 from daq_jax.analysis.figures import FIGURES
+from daq_jax.analysis.names import on_one_line, without_formula
 
 _WIDE = 200  # characters, where no terminal says how many there are
 _NAME = 24  # characters of a leaf's path on a line, at least, before columns are left out
@@ -32,7 +33,7 @@ def show(sheet: sheets.Sheet, on: Console) -> None:
         table.add_column(sheet.header[i].title, justify="right", width=width)
     totals = sum(name in sheets.TOTALS for name, _ in sheet.rows)
     for number, (name, row) in enumerate(sheet.rows, 1):
-        table.add_row(Text(name), *(row[i] for i in fitting), end_section=number == totals)
+        table.add_row(Text(on_one_line(name)), *(row[i] for i in fitting), end_section=number == totals)
     for line in sheet.before:
         on.print(Text(line, style="bold"))
     on.print(table)
@@ -62,11 +63,19 @@ def _fitting(sheet: sheets.Sheet, width: int) -> dict[int, int]:
 
 
 def comma_separated(table: Comparison) -> str:
-    """A comparison as CSV: a row for the total, then one for each leaf. A figure that is NaN is empty."""
+    """A comparison as CSV: a row for the total, then one for each leaf. A figure that is NaN is empty.
+
+    A path that a spreadsheet would take for a formula has an apostrophe before it.
+    """
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["leaf", *FIGURES])
     for path, figures in [("total", table.total), *table.leaves.items()]:
         plain = figures.to_dict()
-        writer.writerow([path, *("" if plain[name] is None else plain[name] for name in FIGURES)])
+        writer.writerow(
+            [
+                without_formula(on_one_line(path)),
+                *("" if plain[name] is None else plain[name] for name in FIGURES),
+            ]
+        )
     return file.getvalue()

@@ -122,3 +122,15 @@ def test_the_colours_get_lighter_all_the_way_so_that_grey_says_the_same():
     assert np.diff(lightness).min() > -2e-3  # a unit of eight bits is 4e-3
     series = [mpl.colors.to_rgb(c) for c in (plots._DARK, plots._MIDDLE, plots._LIGHT)]
     assert np.diff([0.2126 * r + 0.7152 * g + 0.0722 * b for r, g, b in series]).min() > 0.2
+
+
+@pytest.mark.parametrize("name", ["a.$\\frac{$x.w", "$x$", "$", r"a\\$b$", "a\nb", "\x1b[2J", "_^{}"])
+def test_any_name_can_be_drawn_as_it_is(name, compared):
+    pair = {name: np.ones((16, 16), np.float32)}
+    tuned = {name: np.full((16, 16), 2, np.float32)}
+    table = daq.compare(pair, tuned, daq.quantize(pair, tuned, RECIPE))
+    for picture in (plots.projection_by_layer(table), plots.recipes_side_by_side({name: table})):
+        picture.canvas.draw()
+    if name.isprintable() and "\\" not in name:
+        (label,) = picture.axes[0].get_yticklabels()
+        assert label.get_text().replace(r"\$", "$") == name

@@ -1,11 +1,15 @@
 """Tables in a terminal: numbers are whole or left out, however narrow it is."""
 
+import csv
 import io
 
+import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
+import daq_jax as daq
 from daq_jax.analysis import sheets
+from daq_jax.analysis.comparison import Comparison
 from daq_jax.display import terminal
 
 LEAF = "model.layers.0.self_attn.o_proj.weight"
@@ -42,3 +46,26 @@ def test_in_a_wide_terminal_every_row_is_a_line(name):
     said = shown(SHEETS[name], 260)
     assert all(any(column.title in line for line in said.splitlines()) for column in SHEETS[name].header)
     assert sum(LEAF in line for line in said.splitlines()) == 1
+
+
+def named(*names: str) -> Comparison:
+    base = {name: jnp.zeros((4, 4)) for name in names}
+    tuned = {name: jnp.ones((4, 4)) for name in names}
+    return daq.compare(base, tuned, daq.quantize(base, tuned, daq.recipes.absmax))
+
+
+HOSTILE = ("=cmd|' /C calc'!A1", "@SUM(1)", "+1", "-1", "\t=1", "a\x1b[2Jb", "right\u202eleft", "$\\frac{$")
+
+
+def test_no_cell_of_csv_is_a_formula_and_plain_names_stay():
+    written = terminal.comma_separated(named(*HOSTILE, "model.up_proj"))
+    names = [row[0] for row in csv.reader(io.StringIO(written))]
+    assert "model.up_proj" in names
+    assert not [name for name in names if name.startswith(("=", "+", "-", "@", "\t", "\r"))]
+    assert len(names) == 2 + len(HOSTILE) + 1
+
+
+def test_no_name_steers_the_terminal():
+    said = shown(named(*HOSTILE).sheet(99), 260)
+    assert not {c for c in said if c in "\x1b\u202e\t\x07"}
+    assert r"a\x1b[2Jb" in said

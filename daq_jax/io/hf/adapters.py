@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from daq_jax.errors import DaqError, refuse
+from daq_jax.io.disk.links import refuse_links
 from daq_jax.io.hf.architectures import turns_linear_layers
 from daq_jax.io.hf.codings import HF_MATRIX
 from daq_jax.io.hf.folders import (
@@ -80,6 +81,7 @@ class AdaptedFolder(Folder):
         self.path, self.overlay = base.path, path
         self.config, self.dtype = base.config, base.dtype
         self._base = base
+        refuse_links(path, (CONFIG, ADAPTER))
         lora = read_lora_config(path)
         self._reader = TensorReader(_file_of(path))
         self.files = [path / CONFIG, path / ADAPTER]

@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from daq_jax.errors import DaqError
+from daq_jax.io.disk.links import refuse_links
 from daq_jax.io.hf.architectures import part_of, turns_experts
 from daq_jax.io.hf.bands import rows_per_tile
 from daq_jax.io.hf.codings import HF_MATRIX, Coding, find_codings, find_packed, stored_scale
@@ -171,13 +172,16 @@ class HuggingFaceFolder(Folder):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        refuse_links(path, (CONFIG, INDEX, SINGLE))
         config = path / CONFIG
         self.config = read_json(config, "the config") if config.is_file() else {}
         self.dtype = _dtype_of(self.config)
         self._readers: dict[str, TensorReader] = {}
         files = _weight_files(path)
+        names = sorted(set(files.values())) if files else [SINGLE]
+        refuse_links(path, names)
         try:
-            for name in sorted(set(files.values())) if files else [SINGLE]:
+            for name in names:
                 self._readers[name] = TensorReader(path / name)
             self._file_of = files or dict.fromkeys(self._readers[SINGLE].entries, SINGLE)
             self.tensors = self._tensors()

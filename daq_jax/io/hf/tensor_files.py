@@ -23,6 +23,7 @@ import ml_dtypes
 import numpy as np
 
 from daq_jax.errors import DaqError
+from daq_jax.io.disk.atomic import open_temporary, publish
 
 # The format's own names, as the reference writer ranks them: dtypes further down come first in a file.
 _RANKED = {
@@ -270,9 +271,8 @@ class TensorWriter:
 
     def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
         self.path = path
-        self._temporary = path.with_name(f".{path.name}.partial")
         header, self.entries = plan_file(specs)
-        self._file = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        self._file = open_temporary(path)
         self._put(memoryview(header), 0)
 
     def __enter__(self) -> "TensorWriter":
@@ -301,10 +301,8 @@ class TensorWriter:
 
     def finish(self) -> None:
         """Waits until the disk has everything, then names the file."""
-        os.fsync(self._file)
+        publish(self._file, self.path)
         drop_pages(self._file)
-        os.replace(self._temporary, self.path)
-        sync_folder(self.path.parent)
 
 
 def plan_file(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, Entry]]:
@@ -319,23 +317,3 @@ def plan_file(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, Entry]]
     text += b" " * (-len(text) % 8)
     first = 8 + len(text)
     return struct.pack("<Q", len(text)) + text, {n: Entry(s, first + starts[n]) for n, s in ordered}
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a small file all or nothing: to a temporary name, to the disk, then to its own name."""
-    temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Waits until the disk knows the names in a folder."""
-    file = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)

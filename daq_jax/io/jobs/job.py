@@ -10,106 +10,22 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from rich.console import Console
 
 from daq_jax.analysis.figures import Figures, pool
-from daq_jax.errors import DaqError
-from daq_jax.io.jobs.journal import Journal, Record, fingerprint
+from daq_jax.analysis.names import printable
+from daq_jax.errors import DaqError, refuse
+from daq_jax.io.disk.locks import one_writer
+from daq_jax.io.jobs.identity import Inputs
+from daq_jax.io.jobs.journal import Journal, Record, Work
 from daq_jax.io.jobs.progress import Tell, progress_on, result_of
+from daq_jax.io.jobs.store import Store
 
 _SPARE_DISK = 10**8  # bytes left free for report and side files
-
-
-@runtime_checkable
-class Store(Protocol):
-    """Where the result of a job is kept.
-
-    A record is plain JSON. Of its keys a job reads two: `crc32`, a checksum of each tensor by name, and
-    `figures`, the sums of each tensor that was compared with its base.
-    """
-
-    @property
-    def out(self) -> Path:
-        """Folder of the result."""
-        ...
-
-    @property
-    def journal(self) -> Path:
-        """Folder of the records while the job goes on."""
-        ...
-
-    @property
-    def units(self) -> Mapping[str, int]:
-        """Every unit of the result by name, with the bytes of the tuned weights that it is made from."""
-        ...
-
-    @property
-    def readable(self) -> bool:
-        """Whether a unit can be read back as soon as it is written; otherwise only after `join`."""
-        ...
-
-    @property
-    def instead(self) -> str:
-        """What to pass in place of an `out` that holds something else."""
-        ...
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the result."""
-        ...
-
-    def missing_bytes(self) -> int:
-        """Bytes that are still to be written at least, as far as they are known before any work."""
-        ...
-
-    def is_free(self) -> bool:
-        """Whether `out` holds nothing but the journal."""
-        ...
-
-    def clear(self, *, result: bool) -> None:
-        """Removes what jobs left that no journal speaks of; with `result`, a complete result too.
-
-        Without `result` it touches nothing that another process of the same job may just have begun.
-        """
-        ...
-
-    def has(self, unit: str) -> bool:
-        """Whether what `write` makes of a unit can be on the disk."""
-        ...
-
-    def write(self, unit: str, *, earlier: Sequence[Record], following: str | None, tell: Tell) -> Record:
-        """Writes a unit; none of it is lost once its record is.
-
-        Args:
-            unit: name of the unit.
-            earlier: records of the units before it, in order.
-            following: name of the unit that is written next, which may be read ahead; None for none.
-            tell: takes note of progress.
-
-        Returns:
-            The record of the unit.
-        """
-        ...
-
-    def verify(self, unit: str, record: Record) -> None:
-        """Reads a unit back and compares it with its record.
-
-        Raises:
-            OSError: naming the tensor that is not what was written.
-        """
-        ...
-
-    def join(self) -> None:
-        """Makes one result of the written units; does nothing where that is done already."""
-        ...
-
-    def complete(self, report: Mapping[str, Any]) -> None:
-        """Writes the report and whatever else a loader needs; its last act makes the result look complete."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,21 +34,29 @@ class Job:
 
     Attributes:
         store: where the result goes.
-        inputs: files that the result is made from.
+        inputs: files that the result is made from, by the name that messages give each.
         settings: all that decides the bytes of the result, beside the inputs.
         summary: what is known of the result before any weight is read.
-        units: names of the units that this process does, in order.
+        share: (I, N): this process does every N-th unit, from the I-th on.
+        memory: bytes that the plan says the work takes at most.
         overwrite: whether to replace what `store.out` holds.
         console: where progress is shown.
     """
 
     store: Store
-    inputs: Sequence[Path]
+    inputs: Mapping[str, Path]
     settings: Mapping[str, Any]
     summary: Mapping[str, Any]
-    units: Sequence[str]
     overwrite: bool
     console: Console
+    share: tuple[int, int] = (1, 1)
+    memory: int = 0
+
+    @property
+    def units(self) -> list[str]:
+        """Names of the units that this process does, in order."""
+        first, step = self.share
+        return list(self.store.units)[first - 1 :: step]
 
     def run(self) -> dict[str, Any]:
         """Does the job, or what is left of it.
@@ -141,87 +65,192 @@ class Job:
             The report, or the summary if units of other processes are missing.
 
         Raises:
-            DaqError: if the disk is too full, if `store.out` is taken, if another process is at work on a
-                unit, or if a weight cannot be quantized.
+            DaqError: if the disk is too full, if `store.out` is taken, if another process is at work on it,
+                if an input changes meanwhile, or if a weight cannot be quantized.
             OSError: if what is on the disk is not what was written.
         """
         started = time.monotonic()
         _refuse_full_disk(self.store)
-        journal = Journal(self.store.journal, self.store.out, fingerprint(self.inputs, self.settings))
-        if self._begin(journal):
-            self.console.print(f"{self.store.out} is complete already", highlight=False, markup=False)
-            return journal.report()
-        with progress_on(self.console, sum(self.store.units[unit] for unit in self.units)) as running:
-            self._carry_out(journal, running.tell)
-        report = self._complete(journal)
-        said = result_of(running.pooled, self.store.nbytes, time.monotonic() - started, _peak())
-        self.console.print(said, highlight=False)
-        return report
+        inputs = Inputs(self.inputs)
+        work = Work(inputs.identities, self.settings, self.store.files)
+        journal = Journal(self.store.journal, self.store.out, work)
+        with one_writer(self.store.lock, self.store.out, self.share, take_over=self.overwrite):
+            if self._begin(journal):
+                self._say(f"{self.store.out} is complete already, and each file is what was written")
+                return journal.report()
+            progress = Finished(self.store, journal, self._say)
+            with progress_on(self.console, sum(self.store.units[unit] for unit in self.units)) as running:
+                self._carry_out(progress, running.tell)
+            report = self._complete(progress, inputs)
+        seconds = time.monotonic() - started
+        self._say(result_of(running.pooled, self.store.nbytes, seconds, _peak(), self.memory))
+        if report is None:
+            self._say(self._still_missing(progress))
+        return dict(self.summary) if report is None else report
+
+    def _say(self, words: str) -> None:
+        self.console.print(printable(words), highlight=False, markup=False)
 
     def _begin(self, journal: Journal) -> bool:
         """Opens the journal, or finds it as the same job left it; returns whether the job is complete."""
-        begun, completed = journal.begun, journal.completed
+        begun, completed, key = journal.begun, journal.completed, journal.work.key
         if self.overwrite:
+            self.store.make_room([name for work in (begun, completed) for name in _files(work)])
             journal.close()
-            self.store.clear(result=True)
-        elif begun is not None and begun != journal.key:
-            raise self._taken("begun with other inputs, settings or versions", "it")
-        elif begun is None and completed == journal.key:
+        elif begun is not None and begun["fingerprint"] != key:
+            raise self._taken("begun with other inputs, settings or versions", journal.work.unlike(begun))
+        elif begun is not None and self._is_whole(completed, key):  # stopped when all was done
+            journal.close()
+            return True
+        elif begun is None and completed is not None and completed["fingerprint"] == key:
             journal.close()  # of which a kill may have left some
+            self._refuse_damaged(completed)
             return True
         elif begun is None and completed is not None:
-            raise self._taken("holds a result of other inputs, settings or versions", "it")
+            why = "holds a result of other inputs, settings or versions"
+            raise self._taken(why, journal.work.unlike(completed))
         elif begun is None and not self.store.is_free():
-            raise self._taken("holds other files", "them")
-        elif begun is None:
-            self.store.clear(result=False)
+            raise self._taken("holds other files", "", "them")
+        elif begun is None and self.share[1] == 1:
+            self.store.clear()
         journal.open()
         return False
 
-    def _taken(self, why: str, what: str) -> DaqError:
+    def _taken(self, why: str, which: str, what: str = "it") -> DaqError:
+        why += f" ({which})" if which else ""
         return DaqError(
             f"{self.store.out}: {why}; pass {self.store.instead}, or --overwrite to replace {what}."
         )
 
-    def _carry_out(self, journal: Journal, tell: Tell) -> None:
+    def _is_whole(self, report: Mapping[str, Any] | None, key: str) -> bool:
+        return report is not None and report["fingerprint"] == key and not self.store.damaged(report)
+
+    def _refuse_damaged(self, report: Mapping[str, Any]) -> None:
+        damaged = self.store.damaged(report)
+        if damaged:
+            way_out = "Pass --overwrite to write it anew."
+            refuse(f"{self.store.out}: was complete and is so no more", damaged, way_out, one_line=True)
+
+    def _carry_out(self, done: "Finished", tell: Tell) -> None:
         """Writes the units of this process that are not finished, in order."""
         records: list[Record] = []
         for i, unit in enumerate(self.units):
-            with journal.alone(unit, wait=False) as needed:
+            with done.journal.alone(unit, wait=False) as needed:
                 if not needed:  # another process has completed the result
                     return
-                record = self._record(journal, unit)
+                record = done.record(unit)
                 if record is None:
-                    following = next((u for u in self.units[i + 1 :] if not self._record(journal, u)), None)
+                    following = next((u for u in self.units[i + 1 :] if not done.claims(u)), None)
                     record = self.store.write(unit, earlier=records, following=following, tell=tell)
-                    if self.store.readable:
-                        self.store.verify(unit, record)
-                    journal.finish(unit, record)
+                    done.add(unit, record)
                 else:
                     tell(unit, self.store.units[unit], _pooled(_figures([record])))
                 records.append(record)
 
-    def _record(self, journal: Journal, unit: str) -> Record | None:
-        """The record of a unit that is finished; None if it is not."""
-        return journal.record(unit) if self.store.has(unit) else None
-
-    def _complete(self, journal: Journal) -> dict[str, Any]:
+    def _complete(self, done: "Finished", inputs: Inputs) -> dict[str, Any] | None:
         """Completes the result if all units are finished; of several processes, the last to end does so."""
-        with journal.alone("completion", wait=True) as needed:
+        with done.journal.alone("completion", wait=True) as needed:
             if not needed:
-                return journal.report()
-            found = {unit: self._record(journal, unit) for unit in self.store.units}
+                return done.journal.report()
+            found = {unit: done.record(unit) for unit in self.store.units}
             records = {unit: record for unit, record in found.items() if record is not None}
             if len(records) < len(found):
-                return dict(self.summary)
+                return None
             self.store.join()
             if not self.store.readable:
-                for unit, record in records.items():
-                    self.store.verify(unit, record)
-            report = _report(journal.key, self.summary, list(records.values()))
-            self.store.complete(report)
-            journal.close()
+                self._verify_joined(done.journal, records)
+            self._refuse_changed(inputs, done.journal)
+            report = _report(done.journal.work, self.summary, list(records.values()))
+            report = self.store.complete(report)
+            done.journal.close()
             return report
+
+    def _verify_joined(self, journal: Journal, records: Mapping[str, Record]) -> None:
+        """Reads all units back; of a result that is not what was written nothing is left that loads."""
+        try:
+            for unit, record in records.items():
+                self.store.verify(unit, record)
+        except (OSError, DaqError):
+            for unit in records:
+                journal.forget(unit)
+            self.store.discard()
+            raise
+
+    def _refuse_changed(self, inputs: Inputs, journal: Journal) -> None:
+        """Looks at all inputs again: a result of inputs from before and after a change is of neither."""
+        changed, unclear = inputs.changed()
+        if changed:
+            journal.spoil()
+            raise DaqError(
+                f"{self.store.out}: inputs changed while they were read ({_some(changed)}), so the result "
+                "would be of neither state; pass --overwrite to begin anew."
+            )
+        if unclear:
+            raise DaqError(
+                f"{self.store.out}: inputs were written to while they were read ({_some(unclear)}), and are "
+                "too large to tell whether they changed; if they did not, call again to complete the "
+                "result, otherwise pass --overwrite to begin anew."
+            )
+
+    def _still_missing(self, done: "Finished") -> str:
+        there = sum(done.claims(unit) for unit in self.store.units)
+        return (
+            f"{self.store.out} is not complete yet: {there} of {len(self.store.units)} files are written, "
+            "and other shares of the work are still to be done; the last of them completes it"
+        )
+
+
+@dataclasses.dataclass
+class Finished:
+    """The units of a job that are finished, each of which was read back by this process.
+
+    Attributes:
+        store: where the units are.
+        journal: the records of the units.
+        say: shows a line to whoever looks.
+    """
+
+    store: Store
+    journal: Journal
+    say: Callable[[str], None]
+    _verified: dict[str, Record] = dataclasses.field(default_factory=dict)
+
+    def claims(self, unit: str) -> bool:
+        """Whether there is a record of a unit, and something that it may be a record of."""
+        return self.store.has(unit) and self.journal.record(unit) is not None
+
+    def record(self, unit: str) -> Record | None:
+        """The record of a unit that is what was written; None if the unit is still to be written."""
+        if unit in self._verified:
+            return self._verified[unit]
+        record = self.journal.record(unit) if self.store.has(unit) else None
+        if record is None:
+            return None
+        if self.store.readable:
+            try:
+                self.store.verify(unit, record)
+            except (OSError, DaqError):
+                self.journal.forget(unit)
+                self.say(f"{unit} was finished before and is not what was written: it is written anew")
+                return None
+        self._verified[unit] = record
+        return record
+
+    def add(self, unit: str, record: Record) -> None:
+        """Reads a unit back that was just written, and notes that it is finished."""
+        if self.store.readable:
+            self.store.verify(unit, record)
+        self.journal.finish(unit, record)
+        self._verified[unit] = record
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _files(work: Mapping[str, Any] | None) -> list[str]:
+    files = (work or {}).get("files")
+    return [name for name in files if isinstance(name, str)] if isinstance(files, (list, dict)) else []
 
 
 def _figures(records: Sequence[Record]) -> dict[str, Figures]:
@@ -232,11 +261,11 @@ def _pooled(figures: Mapping[str, Figures]) -> Figures | None:
     return pool(figures.values()) if figures else None
 
 
-def _report(key: str, summary: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]:
+def _report(work: Work, summary: Mapping[str, Any], records: Sequence[Record]) -> dict[str, Any]:
     leaves = _figures(records)
     total = _pooled(leaves)
     return {
-        "fingerprint": key,
+        **work.to_dict(),
         **summary,
         "total": None if total is None else total.to_dict(),
         "leaves": {name: figures.to_dict() for name, figures in leaves.items()},

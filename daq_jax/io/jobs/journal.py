@@ -1,8 +1,8 @@
 """What is known of a job so far: enough to go on after a kill, and not to mix two jobs.
 
-While a job goes on, its journal is a folder. It holds `work.json`, the fingerprint of inputs, settings and
-version, and a record of each finished unit, written once the unit is on the disk. When the result is complete
-its report, `daq_report.json`, holds the fingerprint and the records, and the journal goes away.
+While a job goes on, its journal is a folder. It holds `work.json`, which says what the job is, and a record
+of each finished unit, written once the unit is on the disk. When the result is complete its report,
+`daq_report.json`, holds what the job was and the records, and the journal goes away.
 """
 
 import contextlib
@@ -16,48 +16,49 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from daq_jax.errors import DaqError
-from daq_jax.io.hf.tensor_files import read_json, write_text
+from daq_jax.io.disk.atomic import make_folder, sync_folder, write_text
+from daq_jax.io.hf.tensor_files import read_json
+from daq_jax.io.jobs.values import differences
 
 REPORT = "daq_report.json"
 _WORK = "work.json"
+_IN_RECORD = ("crc32", "figures")
+_NAMED = 4  # differences that a message names
 
 Record = dict[str, Any]
 
 
-def describe(value: Any) -> Any:
-    """A value as plain JSON that is the same in every process: dataclasses by field, functions by name."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {"kind": type(value).__qualname__, **fields}
-    if isinstance(value, Mapping):
-        return {str(key): describe(x) for key, x in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [describe(x) for x in value]
-    if callable(value):
-        return (
-            f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', type(value).__qualname__)}"
-        )
-    return value if value is None or isinstance(value, (str, int, float, bool)) else str(value)
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a job is to do, as plain JSON.
 
-
-def fingerprint(files: Sequence[Path], settings: Mapping[str, Any]) -> str:
-    """A digest that changes when an input file or a setting does.
-
-    Args:
-        files: input files, each of which counts with its name, size, time of change and first 64 KiB.
-        settings: anything that `describe` knows.
+    Attributes:
+        inputs: identity of each input file, by the name that messages give it.
+        settings: all that decides the bytes of the result, beside the inputs.
+        files: names of the files that the job may write, relative to the folder of its result.
     """
-    digest = hashlib.sha256(json.dumps(describe(settings), sort_keys=True).encode())
-    digest.update(f"{jax.__version__} {jax.default_backend()}".encode())
-    for path in files:
-        found = path.stat()
-        with path.open("rb") as file:
-            start = file.read(2**16)
-        digest.update(f"{path.name} {found.st_size} {found.st_mtime_ns}".encode() + start)
-    return digest.hexdigest()
+
+    inputs: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    files: Sequence[str]
+
+    @property
+    def key(self) -> str:
+        """A digest that changes when an input file or a setting does."""
+        words = json.dumps([self.inputs, self.settings], sort_keys=True)
+        return hashlib.sha256(words.encode()).hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The work as it stands in files."""
+        return {"fingerprint": self.key, **dataclasses.asdict(self)}
+
+    def unlike(self, other: Mapping[str, Any]) -> str:
+        """Where another work, as it stands in a file, differs, in words."""
+        parts = ("input", "inputs", self.inputs), ("setting", "settings", self.settings)
+        found = [f"{word} {d}" for word, name, now in parts for d in differences(other.get(name) or {}, now)]
+        more = [f"and {len(found) - _NAMED} more"] if len(found) > _NAMED else []
+        return "; ".join([*found[:_NAMED], *more])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,40 +68,56 @@ class Journal:
     Attributes:
         folder: folder that holds the records while the job goes on.
         out: folder of the result, which holds the report once the result is complete.
-        key: fingerprint of the job.
+        work: what the job is to do.
     """
 
     folder: Path
     out: Path
-    key: str
+    work: Work
 
     @property
-    def begun(self) -> str | None:
-        """Fingerprint of the job that was begun here and is not complete; None if there is none."""
-        return _fingerprint_in(self.folder / _WORK)
+    def begun(self) -> dict[str, Any] | None:
+        """The work of the job that was begun here and is not complete; None if there is none."""
+        return _work_in(self.folder / _WORK)
 
     @property
-    def completed(self) -> str | None:
-        """Fingerprint of the job whose result `out` holds; None if there is none."""
-        return _fingerprint_in(self.out / REPORT)
+    def completed(self) -> dict[str, Any] | None:
+        """The report of the job whose result `out` holds; None if there is none."""
+        return _work_in(self.out / REPORT)
 
     def open(self) -> None:
         """Makes the folder of the records, and notes whose records they are."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_text(self.folder / _WORK, json.dumps({"fingerprint": self.key}))
+        if self.folder.is_symlink():
+            raise DaqError(f"{self.folder}: is a link; the records of a job stand in a folder: remove it.")
+        make_folder(self.folder)
+        with self.alone("work", wait=True):  # processes that share the job begin at one time
+            if (self.begun or {}).get("fingerprint") != self.work.key:
+                write_text(self.folder / _WORK, json.dumps(self.work.to_dict()))
+
+    def spoil(self) -> None:
+        """Notes that the finished units are of no use, so that no later call goes on with them."""
+        write_text(self.folder / _WORK, json.dumps({**self.work.to_dict(), "fingerprint": ""}))
 
     def report(self) -> dict[str, Any]:
         """The report of the complete result."""
         return read_json(self.out / REPORT, "the report")
 
     def record(self, unit: str) -> Record | None:
-        """What was noted of a finished unit; None if nothing was."""
+        """What was noted of a finished unit; None if nothing was, or nothing that can be read."""
         path = self.folder / f"{unit}.json"
-        return read_json(path, "the record of a finished unit") if path.is_file() else None
+        try:
+            record = read_json(path, "the record of a finished unit") if path.is_file() else {}
+        except DaqError:
+            return None
+        return record if all(isinstance(record.get(key), dict) for key in _IN_RECORD) else None
 
     def finish(self, unit: str, record: Record) -> None:
         """Notes that a unit is finished."""
         write_text(self.folder / f"{unit}.json", json.dumps(record))
+
+    def forget(self, unit: str) -> None:
+        """Notes that a unit is not finished after all."""
+        (self.folder / f"{unit}.json").unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def alone(self, what: str, *, wait: bool) -> Iterator[bool]:
@@ -128,7 +145,12 @@ class Journal:
             os.close(lock)
 
     def close(self) -> None:
-        """Forgets the records."""
+        """Forgets the records, first whose they are: half of them must not look like a job that was begun."""
+        if self.folder.is_symlink():
+            self.folder.unlink()
+        if (self.folder / _WORK).exists():
+            (self.folder / _WORK).unlink()
+            sync_folder(self.folder)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -139,8 +161,11 @@ def _lock(file: int, wait: bool, otherwise: str) -> None:
         raise DaqError(otherwise) from None
 
 
-def _fingerprint_in(path: Path) -> str | None:
-    if not path.is_file():
+def _work_in(path: Path) -> dict[str, Any] | None:
+    if path.is_symlink() or not path.is_file():
         return None
-    key = read_json(path, "the record of earlier work").get("fingerprint")
-    return key if isinstance(key, str) else ""
+    try:
+        found = read_json(path, "the record of earlier work")
+    except DaqError:  # damaged: some job's, but no longer known which
+        found = {}
+    return found if isinstance(found.get("fingerprint"), str) else {"fingerprint": ""}

@@ -2,15 +2,14 @@
 
 Such a checkpoint holds a tree of Flax's kind, so leaves are paired by path and the rules are those of
 `daq_jax.quantize`. A leaf is read, quantized and written as a whole. Orbax collects what is written under
-another name and gives the checkpoint its own name once all leaves are there; until then the journal stands
-beside it.
+another name. Once all leaves are there and were read back, the checkpoint gets its own name; until then the
+journal stands beside it.
 """
 
 import contextlib
 import dataclasses
 import json
 import math
-import shutil
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,13 +25,16 @@ from rich.console import Console
 from daq_jax.analysis.comparison import compare
 from daq_jax.analysis.figures import pool
 from daq_jax.errors import DaqError
-from daq_jax.io.hf.tensor_files import write_text
+from daq_jax.io.disk.atomic import checksum, temporary_of, write_text
+from daq_jax.io.disk.swap import new_beside, put_in_place, remove_tree
 from daq_jax.io.jobs.job import Job
-from daq_jax.io.jobs.journal import REPORT, Record, describe
+from daq_jax.io.jobs.journal import REPORT, Record
 from daq_jax.io.jobs.options import MissingBase, Output, Run
 from daq_jax.io.jobs.planning import RUNTIME, work_of
 from daq_jax.io.jobs.progress import Tell
+from daq_jax.io.jobs.values import describe, flags
 from daq_jax.io.orbax.reader import METADATA_KEY, VERSION, Checkpoint, array_names, nested
+from daq_jax.io.orbax.replacing import lock_of, refuse_strangers
 from daq_jax.quantization import quantize
 from daq_jax.recipe import Recipe
 from daq_jax.records import record_of
@@ -165,8 +167,9 @@ class OrbaxStore:
         reader: ThreadPoolExecutor,
     ) -> None:
         self.out, self.base, self.tuned, self.recipe, self.plan = out, base, tuned, recipe, plan
-        self.journal = out.with_name(f".{out.name}.daq")
+        self.journal = self.lock = lock_of(out)
         self.units = {unit: plan.nbytes(paths) for unit, paths in plan.units.items()}
+        self._new = new_beside(out)  # where the checkpoint is made and verified
         self._reader = reader
         self._ahead: dict[str, Future[tuple[Leaves, Leaves]]] = {}
         self._place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -175,6 +178,11 @@ class OrbaxStore:
     def nbytes(self) -> int:
         """Bytes of the result on the disk."""
         return sum(path.stat().st_size for path in self.out.rglob("*") if path.is_file())
+
+    @property
+    def files(self) -> Sequence[str]:
+        """See `Store.files`; Orbax picks the names of the others."""
+        return [REPORT]
 
     def missing_bytes(self) -> int:
         """0: Orbax compresses what it writes, so nothing is known before."""
@@ -185,16 +193,22 @@ class OrbaxStore:
         return not self.out.exists()
 
     def _partial(self) -> list[Path]:
-        return list(self.out.parent.glob(f"{self.out.name}.partial_save*"))
+        beside = self.out.parent.iterdir() if self.out.parent.is_dir() else []
+        return [path for path in beside if path.name.startswith(f"{self._new.name}.partial_save")]
 
-    def clear(self, *, result: bool) -> None:
+    def clear(self) -> None:
         """See `Store.clear`."""
-        for path in [*([self.out] if result else []), self.journal, *self._partial()]:
-            shutil.rmtree(path, ignore_errors=True)
+        for path in (self.journal, self._new, *self._partial()):
+            remove_tree(path)
+
+    def make_room(self, ours: Sequence[str]) -> None:
+        """See `Store.make_room`; the checkpoint that is there stays until the new one takes its place."""
+        refuse_strangers(self.out, ours)
+        self.clear()
 
     def has(self, unit: str) -> bool:
         """See `Store.has`."""
-        return self.out.exists() or bool(self._partial()) or not self.units[unit]
+        return self._new.exists() or bool(self._partial()) or not self.units[unit]
 
     def write(self, unit: str, *, earlier: Sequence[Record], following: str | None, tell: Tell) -> Record:
         """See `Store.write`."""
@@ -230,7 +244,7 @@ class OrbaxStore:
         metadata: Any = {METADATA_KEY: {"version": VERSION, "leaves": records}}
         if arrays:
             try:
-                ocp.partial.save(str(self.out), nested(arrays), custom_metadata=metadata)
+                ocp.partial.save(str(self._new), nested(arrays), custom_metadata=metadata)
             except Exception as error:
                 # Killed after this was written and before it was recorded: the same bytes are there already.
                 if type(error).__name__ != "PartialSaveReplacementError":  # which Orbax does not export
@@ -239,19 +253,58 @@ class OrbaxStore:
 
     def verify(self, unit: str, record: Record) -> None:
         """See `Store.verify`."""
-        found = Checkpoint.open(self.out).read(dict.fromkeys(record["crc32"], self._place))
+        found = Checkpoint.open(self._new).read(dict.fromkeys(record["crc32"], self._place))
         for path, expected in record["crc32"].items():
             if _checksum(found[path]) != expected:
                 raise OSError(f"{self.out}: leaf {path!r} is not what was written; check the disk.")
 
     def join(self) -> None:
         """See `Store.join`."""
-        if not self.out.exists():
-            ocp.partial.finalize(str(self.out))
+        if self._new.exists():
+            return
+        try:
+            ocp.partial.finalize(str(self._new))
+        except Exception as error:  # Orbax and TensorStore raise errors of many kinds
+            self.discard()
+            why = f"{type(error).__name__}: {error}"
+            raise OSError(
+                f"{self.out}: what was written of it cannot be put together ({why}), "
+                "and was removed; check the disk and call again."
+            ) from error
 
-    def complete(self, report: Mapping[str, Any]) -> None:
-        """Writes the report, by which the checkpoint is known as the result of a job."""
-        write_text(self.out / REPORT, json.dumps(report, indent=1, allow_nan=False) + "\n")
+    def discard(self) -> None:
+        """See `Store.discard`."""
+        for path in (self._new, *self._partial()):
+            remove_tree(path)
+
+    def complete(self, report: Mapping[str, Any]) -> dict[str, Any]:
+        """Writes the report, by which the checkpoint is known as a job's, and gives it its name."""
+        temporary_of(self._new / REPORT).unlink(missing_ok=True)  # which a stop may have left
+        paths = sorted(path for path in self._new.rglob("*") if path.is_file())
+        files = {str(path.relative_to(self._new)): checksum(path)._asdict() for path in paths}
+        written = {**report, "files": {**files, REPORT: {}}}
+        write_text(self._new / REPORT, json.dumps(written, indent=1, allow_nan=False) + "\n")
+        refuse_strangers(self.out, _files_of(self.out))
+        put_in_place(self._new, self.out)
+        return written
+
+    def damaged(self, report: Mapping[str, Any]) -> list[str]:
+        """See `Store.damaged`."""
+        files, found = report.get("files"), []
+        if not isinstance(files, dict) or not files:
+            return [f"{REPORT!r} does not list its files"]
+        for name, said in files.items():
+            path = self.out / name
+            if not path.is_file():
+                found.append(f"{name!r} is missing")
+            elif name != REPORT and checksum(path)._asdict() != said:
+                found.append(f"{name!r} is not what was written")
+        return found
+
+
+def _files_of(out: Path) -> list[str]:
+    """Names of the files that an earlier job wrote into a checkpoint."""
+    return [REPORT] if (out / REPORT).is_file() else []
 
 
 def _checksum(leaf: Any) -> int:
@@ -290,6 +343,7 @@ def open_orbax_job(
         "target": output.target,
         "recipe": describe(recipe),
         "missing_base": run.missing_base,
+        "jax": flags(),
     }
     chosen = plan.quantized
     console.print(
@@ -301,10 +355,20 @@ def open_orbax_job(
         store = OrbaxStore(out.absolute(), before, after, recipe, plan, reader)
         yield Job(
             store=store,
-            inputs=[p for folder in (base, tuned) for p in sorted(folder.rglob("*")) if p.is_file()],
+            inputs=_inputs(base=base, tuned=tuned),
             settings=settings,
             summary={**settings, "quantized": chosen, "memory_bytes": plan.memory},
-            units=list(store.units),
             overwrite=run.overwrite,
             console=console,
+            memory=plan.memory,
         )
+
+
+def _inputs(**folders: Path) -> dict[str, Path]:
+    """All files of each checkpoint, by the name of the checkpoint and the file."""
+    return {
+        f"{word}/{path.relative_to(folder)}": path
+        for word, folder in folders.items()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }

@@ -114,12 +114,13 @@ def progress_on(console: Console, total: int) -> Iterator[Running]:
         yield Running(total, lambda r: bar.update(task, completed=r.done, description=r.words))
 
 
-def result_of(total: Figures | None, nbytes: int, seconds: float, peak: int) -> str:
-    """What was done, in one line."""
+def result_of(total: Figures | None, nbytes: int, seconds: float, peak: int, promised: int) -> str:
+    """What was done, in one line, with the memory that it took beside what the plan said."""
     kept = ""
     if total is not None:
         kept = (
             f"; of the change, sign rate {float(total.sign_rate):.1%}, cosine {float(total.cosine):.3f}, "
             f"projection {float(total.projection):.3f}"
         )
-    return f"wrote {_size(nbytes)} in {seconds:.1f} s, at most {_size(peak)} of memory{kept}"
+    memory = f"at most {_size(peak)} of memory (of {_size(promised)} planned)"
+    return f"wrote {_size(nbytes)} in {seconds:.1f} s, {memory}{kept}"

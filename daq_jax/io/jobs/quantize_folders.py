@@ -8,13 +8,13 @@ from typing import Any
 from rich.console import Console
 
 from daq_jax import recipes
+from daq_jax.analysis.names import printable
 from daq_jax.density.recipe import DensityRecipe
 from daq_jax.errors import DaqError
 from daq_jax.io.hf.adapters import open_tuned
 from daq_jax.io.hf.folders import is_orbax, open_folder
 from daq_jax.io.jobs.folder_store import CONFIG, FolderStore
 from daq_jax.io.jobs.job import Job
-from daq_jax.io.jobs.journal import describe
 from daq_jax.io.jobs.options import (
     MissingBase,
     Output,
@@ -26,8 +26,11 @@ from daq_jax.io.jobs.options import (
 )
 from daq_jax.io.jobs.planning import Plan, make_plan
 from daq_jax.io.jobs.progress import table_of, warning_of
+from daq_jax.io.jobs.values import describe, flags
 from daq_jax.recipe import Recipe
 from daq_jax.version import __version__
+
+_LINK = "is a link that leads out of its folder"
 
 
 def quantize_folder(
@@ -70,7 +73,7 @@ def quantize_folder(
             that the tuned model's weights are stored in, or that its config names.
         shard: (I, N), to write every N-th file of the result, from the I-th on, while other processes write
             the others; the last process to end completes the folder.
-        overwrite: replace the checkpoint in `out`.
+        overwrite: replace what an earlier call wrote to `out`; files of others stay, or are refused.
         custom_code: copy Python files of the tuned model too.
         plan_only: make and show the plan, and stop.
         console: where to show plan and progress; None for nowhere.
@@ -141,15 +144,22 @@ def _open_folder_job(
         _show(plan, output, console)
         settings = _settings(plan, output, run)
         store = FolderStore(out, plan, before, after, output.custom_code)
-        first, step = run.shard
+        linked = store.side_files.linked
+        for path in linked:
+            console.print(printable(f"{path}: {_LINK}, and is not copied"), highlight=False, markup=False)
+        summary = _summary(plan, output)
+        summary["left_out"] |= {str(path): _LINK for path in linked}
         yield Job(
             store=store,
-            inputs=[*before.files, *after.files],
+            inputs={f"base/{p.name}": p for p in before.files}
+            | {f"tuned/{p.name}": p for p in after.files}
+            | {f"copied/{p}": folder / p for p, folder in store.side_files.copied.items()},
             settings=settings,
-            summary=settings | _summary(plan, output),
-            units=list(store.units)[first - 1 :: step],
+            summary=settings | summary,
             overwrite=run.overwrite,
             console=console,
+            share=run.shard,
+            memory=plan.memory,
         )
 
 
@@ -165,6 +175,7 @@ def _settings(plan: Plan, output: Output, run: Run) -> dict[str, Any]:
             "tp": output.tp,
             "custom_code": output.custom_code,
             "dtype": str(plan.dtype),
+            "jax": flags(),
             "rows": {task.name: task.rows for task in plan.tasks if task.quantize and len(task.bands) > 1},
         }
     )
@@ -177,7 +188,7 @@ def _summary(plan: Plan, output: Output) -> dict[str, Any]:
         "server": output.note,
         "quantized": {task.name: "" if task.base else "no base: AbsMax" for task in chosen},
         "kept": {task.name: task.why for task in plan.tasks if not task.quantize},
-        "left_out": plan.dropped,
+        "left_out": dict(plan.dropped),
         "share": plan.share,
         "bytes": plan.nbytes,
         "memory_bytes": plan.memory,

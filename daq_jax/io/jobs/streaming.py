@@ -158,7 +158,7 @@ def verify(path: Path, outputs: Mapping[str, TensorSpec], sums: Mapping[str, int
             found = 0
             for chunk in reader.chunks(name) if reader.entries.get(name) == entry else ():
                 found = zlib.crc32(chunk.data, found)
-            if found != sums.get(name, 0):
+            if reader.entries.get(name) != entry or found != sums.get(name, 0):
                 raise OSError(f"{path}: tensor {name!r} is not what was written; check the disk.")
     finally:
         reader.close()

@@ -8,6 +8,7 @@ import collections
 import os
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ from daq_jax.io.orbax.reader import (
     key_record,
     nested,
 )
+from daq_jax.io.orbax.replacing import refuse_strangers, replace_later
 from daq_jax.qtensor import QTensor
 from daq_jax.records import Record, record_of
 from daq_jax.trees import PyTree, keyed_leaves, named_leaves, with_leaves
@@ -41,7 +43,9 @@ def save(path: str | os.PathLike, tree: PyTree, *, overwrite: bool = False, wait
     Args:
         path: a folder that does not exist yet, or a `gs://` address.
         tree: any pytree of arrays, QTensors, `jax.random` keys, numbers, strings and None.
-        overwrite: remove what is at `path` first.
+        overwrite: replace the checkpoint at `path`. The new one is written beside it and then takes its
+            place; the old one is removed last, and stays if anything fails before. Only where several
+            processes save, or at an address such as `gs://`, is the old one removed first.
         wait: return once all is written. Otherwise return as soon as the arrays may be deleted or donated,
             while writing goes on.
 
@@ -51,7 +55,8 @@ def save(path: str | os.PathLike, tree: PyTree, *, overwrite: bool = False, wait
 
     Raises:
         FileExistsError: if there is something at `path` and `overwrite` is False.
-        DaqError: before anything is written, naming every leaf that cannot be.
+        DaqError: before anything is written, naming every leaf that cannot be; or if `overwrite` would
+            remove files that are of no Orbax checkpoint.
 
     >>> import tempfile
     >>> from daq_jax import quantize
@@ -68,7 +73,14 @@ def save(path: str | os.PathLike, tree: PyTree, *, overwrite: bool = False, wait
     records, arrays = _take_apart(tree)
     metadata: Any = {METADATA_KEY: {"version": VERSION, "leaves": records}}
     state = nested(arrays) or {"_": 0}  # Orbax refuses a tree without arrays
-    response = ocp.save_async(where, state, overwrite=overwrite, custom_metadata=metadata)
+    local = "://" not in where
+    if overwrite and local:
+        refuse_strangers(Path(where))
+    if overwrite and local and jax.process_count() == 1 and Path(where).exists():
+        real = Path(where).resolve()  # the place that a link leads to, which stays a link
+        response = replace_later(real, lambda new: ocp.save_async(new, state, custom_metadata=metadata))
+    else:
+        response = ocp.save_async(where, state, overwrite=overwrite, custom_metadata=metadata)
     return response if not wait else response.result()
 
 

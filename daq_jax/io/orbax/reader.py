@@ -64,12 +64,7 @@ class Checkpoint:
         ours = (found.custom_metadata or {}).get(METADATA_KEY)
         if ours is None:
             return cls(where, False, _records_of_arrays(found.metadata), found.metadata)
-        if ours["version"] > VERSION:
-            raise DaqError(
-                f"{where}: written in version {ours['version']} of daq_jax's checkpoints, and this daq_jax "
-                f"reads up to version {VERSION}; upgrade daq_jax."
-            )
-        checkpoint = cls(where, True, ours["leaves"], found.metadata)
+        checkpoint = cls(where, True, _checked_records(where, ours), found.metadata)
         missing = [
             p for p, r in checkpoint.records.items() if not set(array_names(r)) <= set(checkpoint.arrays)
         ]
@@ -158,6 +153,54 @@ def nested(arrays: Mapping[Components, Any]) -> dict[str, Any]:
             node = node.setdefault(component, {})
         node[name[-1]] = array
     return tree
+
+
+def _checked_records(where: str, ours: Any) -> dict[str, Record]:
+    """The records in our part of the metadata, whose form is sound; what each says is for `leaf_of` to judge.
+
+    Raises:
+        DaqError: if the version is a later one, or naming the first leaf whose record has another form.
+    """
+    version = ours.get("version") if isinstance(ours, dict) else None
+    if type(version) is not int or version < 1:
+        raise _damaged(where, ValueError(f"its metadata names {version!r} as its version"))
+    if version > VERSION:
+        raise DaqError(
+            f"{where}: written in version {version} of daq_jax's checkpoints, and this daq_jax "
+            f"reads up to version {VERSION}; upgrade daq_jax."
+        )
+    records = ours.get("leaves")
+    if not isinstance(records, dict):
+        raise _damaged(where, ValueError("its metadata lists no leaves"))
+    bad = [path for path, record in records.items() if not _is_record(record)]
+    keys = [] if bad else [tuple(map(tuple, record["keys"])) for record in records.values()]
+    above = {found[:n] for found in keys for n in range(len(found))}
+    bad += [path for path, found in zip(records, keys, strict=False) if found in above]
+    if bad or len(set(keys)) < len(keys):
+        raise _damaged(
+            where, ValueError(f"what its metadata says of {bad[:5] or 'its leaves'} makes no sense")
+        )
+    return records
+
+
+def _is_record(record: Any) -> bool:
+    """Whether a record has a kind, keys and names of arrays."""
+    return (
+        isinstance(record, dict)
+        and isinstance(record.get("kind"), str)
+        and isinstance(record.get("keys"), list)
+        and all(_is_key(key) for key in record["keys"])
+        and isinstance(record.get("arrays"), list)
+        and all(isinstance(name, str) for name in record["arrays"])
+    )
+
+
+def _is_key(key: Any) -> bool:
+    return (
+        isinstance(key, list)
+        and len(key) == 2
+        and (type(key[1]) is int if key[0] == "index" else key[0] == "key" and type(key[1]) in (int, str))
+    )
 
 
 def _records_of_arrays(tree: PyTree) -> dict[str, Record]:

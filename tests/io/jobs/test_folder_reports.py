@@ -321,6 +321,17 @@ def test_a_gate_passes_or_fails_by_the_totals(folders, out, capsys):
     assert "cosine" not in err.splitlines()[-1]
 
 
+@pytest.mark.parametrize("figure", ["mse", "lost", "flipped"])
+def test_a_gate_on_a_figure_of_which_less_is_better_is_a_ceiling(figure, folders, out, capsys):
+    found = getattr(daq.compare_folders(*folders, out).total, figure)
+    assert found > 0
+    assert run(capsys, "compare", *folders, out, "--fail-under", f"{figure}={1.01 * found}")[0] == 0
+    status, _, err = run(capsys, "compare", *folders, out, "--fail-under", f"{figure}={0.99 * found}")
+    assert status == 1
+    assert f"{figure} is " in err
+    assert "needed at most" in err
+
+
 @pytest.mark.slow
 def test_a_figure_without_meaning_meets_no_gate(folders, trees, tmp_path, capsys):
     still = block_folder(tmp_path / "still", trees[0])

@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,6 +47,12 @@ def contents(path: pathlib.Path) -> dict[str, bytes]:
     return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
 
 
+def flip_last_bit(path: pathlib.Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
 class Stopped(BaseException):
     """Stands for whatever ends a process."""
 
@@ -71,12 +79,132 @@ def test_other_work_than_that_begun_is_refused(pair, tmp_path):
     run_until_third_file(pair, tmp_path / "out")
     with pytest.raises(ValueError, match="other inputs, settings or versions"):
         run(pair, tmp_path / "out", daq.Recipe(search=daq.Grid(0.9, 1.1, 2)))
-    os.utime(pair[0] / "model.safetensors")
-    with pytest.raises(ValueError, match="other inputs, settings or versions"):
+    flip_last_bit(pair[0] / "model.safetensors")
+    with pytest.raises(ValueError, match=r"other inputs, settings or versions \(input base/model\.safetens"):
         run(pair, tmp_path / "out")
     run(pair, tmp_path / "out", overwrite=True)
     run(pair, tmp_path / "whole")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_an_input_that_was_touched_or_copied_is_the_same_input(pair, tmp_path):
+    run_until_third_file(pair, tmp_path / "out")
+    for folder in pair:
+        moved = shutil.move(folder, f"{folder}_moved")
+        shutil.copytree(moved, folder)
+        for file in folder.iterdir():
+            file.chmod(0o600)
+            os.utime(file)
+    run(pair, tmp_path / "out")
+    run(pair, tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_change_while_the_job_reads_stops_it_and_what_it_did_is_of_no_use(pair, tmp_path):
+    changed = pair[1] / "model-00002-of-00004.safetensors"
+
+    def flip(unit: str) -> None:
+        if unit.startswith("model-00003"):
+            flip_last_bit(changed)
+            os.utime(changed, ns=(0, 0))
+
+    with opened(pair, tmp_path / "out") as job, pytest.raises(ValueError, match="tuned/model-00002-of-00004"):
+        dataclasses.replace(job, store=stores.Damaged(job.store, flip)).run()
+    assert not (tmp_path / "out" / "config.json").exists()
+    flip_last_bit(changed)  # back to what it was; what is there may be of the other
+    with pytest.raises(ValueError, match="begun with other inputs"):
+        run(pair, tmp_path / "out")
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut", "empty", "removed"])
+def test_a_finished_file_that_was_damaged_is_written_anew(how, pair, tmp_path):
+    run_until_third_file(pair, tmp_path / "out")
+    file = tmp_path / "out" / "model-00001-of-00004.safetensors"
+    if how == "flipped":
+        flip_last_bit(file)
+    elif how == "removed":
+        file.unlink()
+    else:
+        os.truncate(file, 0 if how == "empty" else 1000)
+    run(pair, tmp_path / "out")
+    run(pair, tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["model-00002-of-00004.safetensors", "config.json", "tokenizer.json"])
+def test_a_complete_folder_that_was_damaged_is_not_called_complete(name, pair, tmp_path):
+    (pair[1] / "tokenizer.json").write_text("{}")
+    run(pair, tmp_path / "out")
+    flip_last_bit(tmp_path / "out" / name)
+    with pytest.raises(ValueError, match=rf"was complete and is so no more.*{name}.*--overwrite"):
+        run(pair, tmp_path / "out")
+    run(pair, tmp_path / "out", overwrite=True)
+    run(pair, tmp_path / "out")
+
+
+@pytest.mark.parametrize("report", ["{}", '{"fingerprint": 1}', '{"files": {}}', "[", '{"files": "x"}'])
+def test_a_report_that_makes_no_sense_is_refused(report, pair, tmp_path):
+    made = run(pair, tmp_path / "out")
+    if report.startswith('{"files'):
+        report = json.dumps({"fingerprint": made["fingerprint"], **json.loads(report)})
+    (tmp_path / "out" / "daq_report.json").write_text(report)
+    with pytest.raises(ValueError, match=r"other inputs, settings or versions|does not list its files"):
+        run(pair, tmp_path / "out")
+
+
+def test_one_process_at_a_time_writes_a_folder(pair, tmp_path):
+    with opened(pair, tmp_path / "out") as job:
+
+        def another(unit: str) -> None:
+            with pytest.raises(ValueError, match="another process is at work on it"):
+                run(pair, tmp_path / "out", daq.Recipe(search=daq.Grid(0.9, 1.1, 2)), overwrite=True)
+
+        dataclasses.replace(job, store=stores.Damaged(job.store, another)).run()
+    run(pair, tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_share_says_what_is_missing(pair, tmp_path):
+    console = Console(record=True, width=200)
+    run(pair, tmp_path / "out", shard=(2, 3), console=console)
+    assert "is not complete yet: 1 of 4 files are written" in console.export_text()
+
+
+def test_overwrite_removes_what_a_job_wrote_and_refuses_what_it_did_not(pair, tmp_path):
+    out = tmp_path / "out"
+    (pair[1] / "tokenizer.json").write_text("{}")
+    run(pair, out)
+    (pair[1] / "tokenizer.json").unlink()
+    (out / "mine.txt").write_text("mine")
+    run(pair, out, overwrite=True)
+    run(pair, tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole") | {"mine.txt": b"mine"}
+    (out / "mine.safetensors").write_text("mine")
+    before = contents(out)
+    with pytest.raises(ValueError, match=r"no call of daq-jax wrote: 'mine\.safetensors'"):
+        run(pair, out, overwrite=True)
+    assert contents(out) == before
+
+
+def test_a_folder_of_another_tool_is_not_overwritten(pair, tmp_path):
+    write_folder(tmp_path / "out", [llama()])
+    before = contents(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"no call of daq-jax wrote: 'config\.json'; 'model\.safetensors'"):
+        run(pair, tmp_path / "out", overwrite=True)
+    assert contents(tmp_path / "out") == before
+
+
+def test_overwrite_follows_no_link_out_of_the_folder(pair, tmp_path):
+    out, home = tmp_path / "out", tmp_path / "home"
+    home.mkdir()
+    (home / "thesis.txt").write_text("mine")
+    run(pair, out)
+    report = json.loads((out / "daq_report.json").read_text())
+    (out / "link").symlink_to(home)
+    report["files"] |= {"link/thesis.txt": {}, "../home/thesis.txt": {}, str(home / "thesis.txt"): {}}
+    (out / "daq_report.json").write_text(json.dumps(report))
+    run(pair, out, overwrite=True)
+    assert (home / "thesis.txt").read_text() == "mine"
 
 
 def test_complete_work_is_not_done_again(pair, tmp_path):
@@ -137,10 +265,7 @@ def test_a_full_disk_is_noticed_before_any_work(pair, tmp_path, monkeypatch):
 
 def test_what_is_on_the_disk_is_held_to_what_was_written(pair, tmp_path):
     def damage(unit: str) -> None:
-        path = tmp_path / "out" / unit
-        data = bytearray(path.read_bytes())
-        data[-1] ^= 1
-        path.write_bytes(data)
+        flip_last_bit(tmp_path / "out" / unit)
 
     with (
         opened(pair, tmp_path / "out") as job,

@@ -239,6 +239,66 @@ def unknown_format(path):
     change_metadata(path, lambda facts: facts["daq_jax"]["leaves"]["w"].update(format="fp3"))
 
 
+def tampered(change):
+    """A fault that changes the record of the quantized leaf, or all that is ours with `ours`."""
+    return lambda path: change_metadata(
+        path, lambda facts: change(facts["daq_jax"], facts["daq_jax"]["leaves"]["w"])
+    )
+
+
+TAMPERED = {
+    "version is a word": lambda ours, w: ours.update(version="one"),
+    "version is true": lambda ours, w: ours.update(version=True),
+    "version is 0": lambda ours, w: ours.update(version=0),
+    "no version": lambda ours, w: ours.pop("version"),
+    "no leaves": lambda ours, w: ours.pop("leaves"),
+    "leaves are a list": lambda ours, w: ours.update(leaves=[w]),
+    "a leaf is a word": lambda ours, w: ours["leaves"].update(w="x"),
+    "a leaf below a leaf": lambda ours, w: ours["leaves"].update(
+        v={"kind": "value", "value": 1, "keys": [*w["keys"], ["key", "x"]], "arrays": []}
+    ),
+    "one place twice": lambda ours, w: ours["leaves"].update(v=w),
+    "no kind": lambda ours, w: w.pop("kind"),
+    "kind is a number": lambda ours, w: w.update(kind=3),
+    "unknown kind": lambda ours, w: w.update(kind="sparse"),
+    "kind is key": lambda ours, w: w.update(kind="key"),
+    "kind is array": lambda ours, w: w.update(kind="array"),
+    "value is a list": lambda ours, w: w.update(kind="value", value=[1]),
+    "empty and not empty": lambda ours, w: w.update(kind="empty", shape=[2**40], dtype="float32"),
+    "no keys": lambda ours, w: w.pop("keys"),
+    "keys are words": lambda ours, w: w.update(keys=["w"]),
+    "no arrays": lambda ours, w: w.pop("arrays"),
+    "other arrays": lambda ours, w: w.update(arrays=["codes", "codes2"]),
+    "no scale": lambda ours, w: w.update(arrays=["codes"]),
+    "format is a list": lambda ours, w: w.update(format=["x"]),
+    "another format": lambda ours, w: w.update(format="int8"),
+    "no tiling": lambda ours, w: w.pop("tiling"),
+    "tiling is a word": lambda ours, w: w.update(tiling="Block"),
+    "tiling with a word": lambda ours, w: w["tiling"].update(r="x"),
+    "tiling of nothing": lambda ours, w: w["tiling"].update(r=0),
+    "tiling with more": lambda ours, w: w["tiling"].update(q=1),
+    "another tiling": lambda ours, w: w["tiling"].update(r=64),
+    "no such dtype": lambda ours, w: w.update(dtype="float99"),
+    "dtype of whole numbers": lambda ours, w: w.update(dtype="int32"),
+    "matrix of words": lambda ours, w: w.update(matrix=[["x"], ["y"]]),
+    "matrix without axes": lambda ours, w: w.update(matrix=[[], [0]]),
+    "matrix of other axes": lambda ours, w: w.update(matrix=[[5], [6]]),
+    "matrix of three": lambda ours, w: w.update(matrix=[[0], [1], [2]]),
+}
+
+
+@pytest.mark.parametrize("how", TAMPERED)
+def test_metadata_is_checked_before_it_is_believed(tmp_path, how):
+    path = tmp_path / "q"
+    daq.save(path, {"w": WEIGHT, "b": jnp.ones((300, 300))})
+    assert set(daq.load(path)) == {"w", "b"}
+    tampered(TAMPERED[how])(path)
+    with pytest.raises(daq.DaqError) as caught:
+        daq.load(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def foreign(path):
     shutil.rmtree(path)
     ocp.save(path, {"w": BASE})
