@@ -75,6 +75,7 @@ if typing.TYPE_CHECKING:  # the names of `_EDGES`, for editors and type checkers
     from daq_jax.io.jobs.inspect_folders import inspect_folder
     from daq_jax.io.jobs.quantize_folders import quantize_folder
     from daq_jax.io.orbax.checkpoints import load, load_weights, save
+    from daq_jax.models.adapters import merge
     from daq_jax.models.flax import linen_apply, linen_variables, nnx_with
     from daq_jax.models.matmul import dot
     from daq_jax.models.qwix import from_qwix, to_qwix
@@ -98,6 +99,7 @@ _EDGES: dict[str, str] = {
     "linen_variables": "daq_jax.models.flax",
     "load": "daq_jax.io.orbax.checkpoints",
     "load_weights": "daq_jax.io.orbax.checkpoints",
+    "merge": "daq_jax.models.adapters",
     "nnx_with": "daq_jax.models.flax",
     "quantize_density": "daq_jax.density.quantizer",
     "quantize_folder": "daq_jax.io.jobs.quantize_folders",
@@ -190,6 +192,7 @@ __all__ = [
     "linen_variables",
     "load",
     "load_weights",
+    "merge",
     "neg_mse",
     "nf4",
     "nnx_with",
