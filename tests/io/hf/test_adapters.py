@@ -289,20 +289,6 @@ def test_the_base_of_an_embedding_may_lie_beside_its_factors(tmp_path):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_the_base_of_an_embedding_may_lie_beside_its_factors(tmp_path):
-    """As peft saves it where embeddings are targets."""
-    base, table = llama(), "model.embed_tokens"
-    a, b = normal(5, 4, 300), normal(6, 128, 4)
-    adapter = {
-        f"{PREFIX}{table}.lora_embedding_A": a,
-        f"{PREFIX}{table}.lora_embedding_B": b,
-        f"{PREFIX}{table}.base_layer.weight": base[f"{table}.weight"],
-    }
-    with opened(tmp_path, base, adapter) as tuned:
-        expected = merged(base[f"{table}.weight"], (b.astype(np.float64) @ a.astype(np.float64)).T, 1.5)
-        np.testing.assert_array_equal(tuned.read(f"{table}.weight"), expected)
-
-
 def test_numbers_that_are_none_are_named_when_they_are_met(value, tmp_path):
     adapter = lora({Q: (128, 128)})
     adapter[f"{PREFIX}{Q}.lora_A.weight"][0, 0] = value
