@@ -12,6 +12,7 @@ Rounding is done in float32 arithmetic, not by a cast: on a GPU, XLA drops a cas
 | `fp8_e5m2` | 8 | sign, 5 exponent bits (bias 15), 2 mantissa bits | 57344 | to even |
 | `int8` | 8 | -127 .. 127 | 127 | to even |
 | `int4` | 4 | -7 .. 7 | 7 | to even |
+| `int8_full`, `int4_full` | 8, 4 | -128 .. 127, -8 .. 7 | 127, 7 | to even |
 | `fp4_e2m1` | 4 | 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives | 6 | to even |
 | `nf4` | 4 | the 16 levels of QLoRA | 1 | to the lower code |
 | `fp4_bnb` | 4 | 0, 0.0625, 2, 3, 4, 6, 8, 12 and their negatives | 12 | to the lower code |
@@ -95,7 +96,9 @@ def code_values(number: Format) -> np.ndarray:
         raise DaqError(f"{number.name}: a format of {bits} bits needs `floor` and `ceil` of its own.")
     with jax.ensure_compile_time_eval():
         values = np.asarray(number.decode(jnp.asarray(codes)))
-    return np.unique(values[np.abs(values) <= number.largest] + 0.0)  # NaN is not, and -0 becomes 0
+    with jax.ensure_compile_time_eval():
+        reached = np.asarray(number.round(jnp.asarray(values))) == values  # not NaN, nor what is never taken
+    return np.unique(values[reached] + 0.0)  # -0 becomes 0
 
 
 @functools.cache
@@ -211,19 +214,26 @@ class Integer(_Cast):
         name: for messages and files.
         dtype: storage dtype, such as "int8".
         largest: largest whole number.
+        uses_lowest: whether `-largest - 1` is a code too, as compressed-tensors writes it. An AbsMax scale
+            does not count on it.
     """
 
+    uses_lowest: bool = False
+
+    def _clip(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        return jnp.clip(x, -self.largest - self.uses_lowest, self.largest)
+
     def round(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Nearest whole number, ties to even, after clipping to the largest; NaN stays NaN."""
-        return jnp.round(jnp.clip(x, -self.largest, self.largest))
+        """Nearest whole number, ties to even, after clipping to the range; NaN stays NaN."""
+        return jnp.round(self._clip(x))
 
     def floor(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Largest whole number not above each number, after clipping."""
-        return jnp.floor(jnp.clip(x, -self.largest, self.largest))
+        return jnp.floor(self._clip(x))
 
     def ceil(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Smallest whole number not below each number, after clipping."""
-        return jnp.ceil(jnp.clip(x, -self.largest, self.largest))
+        return jnp.ceil(self._clip(x))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,6 +300,8 @@ fp8_e4m3fn = SmallFloat("fp8_e4m3fn", "float8_e4m3fn", 448.0, mantissa_bits=3, m
 fp8_e5m2 = SmallFloat("fp8_e5m2", "float8_e5m2", 57344.0, mantissa_bits=2, min_exponent=-14)
 int8 = Integer("int8", "int8", 127.0)
 int4 = Integer("int4", "int4", 7.0)
+int8_full = Integer("int8_full", "int8", 127.0, uses_lowest=True)
+int4_full = Integer("int4_full", "int4", 7.0, uses_lowest=True)
 fp4_e2m1 = SmallFloat("fp4_e2m1", "float4_e2m1fn", 6.0, mantissa_bits=1, min_exponent=0)
 nf4 = Codebook(
     "nf4",
@@ -317,7 +329,9 @@ fp4_bnb = Codebook(
     (-12.0, -8.0, -6.0, -4.0, -3.0, -2.0, -0.0625, 0.0, 0.0625, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0),
 )
 
-FORMATS: dict[str, Format] = {f.name: f for f in (fp8_e4m3fn, fp8_e5m2, int8, int4, fp4_e2m1, nf4, fp4_bnb)}
+FORMATS: dict[str, Format] = {
+    f.name: f for f in (fp8_e4m3fn, fp8_e5m2, int8, int4, int8_full, int4_full, fp4_e2m1, nf4, fp4_bnb)
+}
 
 _FLOAT16 = SmallFloat("float16", "float16", 65504.0, mantissa_bits=10, min_exponent=-14)
 

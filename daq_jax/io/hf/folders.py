@@ -22,10 +22,11 @@ from daq_jax.errors import DaqError
 from daq_jax.io.disk.links import refuse_links
 from daq_jax.io.hf.architectures import part_of, turns_experts
 from daq_jax.io.hf.bands import rows_per_tile
-from daq_jax.io.hf.codings import HF_MATRIX, Coding, find_codings, find_packed, stored_scale
+from daq_jax.io.hf.codings import HF_MATRIX, Coding
 from daq_jax.io.hf.layouts import is_matrix
 from daq_jax.io.hf.lora_config import CONFIG as ADAPTER_CONFIG
-from daq_jax.io.hf.packed_int4 import unpack
+from daq_jax.io.hf.methods import QUANTIZATION_FILE, refuse_unknown
+from daq_jax.io.hf.recognition import find_codings
 from daq_jax.io.hf.tensor_files import TensorReader, TensorSpec, read_json
 from daq_jax.qtensor import QTensor
 from daq_jax.tilings import Matrix
@@ -175,6 +176,8 @@ class HuggingFaceFolder(Folder):
         refuse_links(path, (CONFIG, INDEX, SINGLE))
         config = path / CONFIG
         self.config = read_json(config, "the config") if config.is_file() else {}
+        beside = path / QUANTIZATION_FILE
+        refuse_unknown(self.config, read_json(beside, "it") if beside.is_file() else {}, path)
         self.dtype = _dtype_of(self.config)
         self._readers: dict[str, TensorReader] = {}
         files = _weight_files(path)
@@ -185,7 +188,7 @@ class HuggingFaceFolder(Folder):
                 self._readers[name] = TensorReader(path / name)
             self._file_of = files or dict.fromkeys(self._readers[SINGLE].entries, SINGLE)
             self.tensors = self._tensors()
-            known = (*self._readers, CONFIG, INDEX)
+            known = (*self._readers, CONFIG, INDEX, QUANTIZATION_FILE)
             self.files = [path / name for name in known if (path / name).is_file()]
         except BaseException:
             self.close()
@@ -200,17 +203,15 @@ class HuggingFaceFolder(Folder):
             )
         placed = sorted(self._file_of, key=lambda n: (self._file_of[n], self._entry(n).start))
         specs = {name: self._entry(name).spec for name in placed}
-        codings = find_codings(specs, self.config, self.path)
-        packed = find_packed(specs, self._stored, self.path)
-        beside = {coding.scale for coding in codings.values()}
-        beside |= {name for coding, _ in packed.values() for name in (coding.scale, coding.shape)}
-        weight_of = {coding.words: name for name, (coding, _) in packed.items()}
+        codings = find_codings(specs, self._stored, self.config, self.path)
+        weight_of = {coding.codes: name for name, coding in codings.items()}
+        beside = {part for coding in codings.values() for part in coding.specs} - weight_of.keys()
         found: dict[str, Tensor] = {}
         for stored in (name for name in specs if name not in beside):
-            name, spec, coding = weight_of.get(stored, stored), specs[stored], codings.get(stored)
-            if stored in weight_of:
-                coding, shape = packed[name]
-                spec = TensorSpec("I8", shape)  # as it is read
+            name, spec = weight_of.get(stored, stored), specs[stored]
+            coding = codings.get(name)
+            if coding is not None and coding.shape != spec.shape:
+                spec = TensorSpec("I8", coding.shape)  # as it is read
             found[name] = self._turned(Tensor(name, spec, self._file_of[stored], coding, HF_MATRIX))
         return found
 
@@ -242,17 +243,11 @@ class HuggingFaceFolder(Folder):
         if coding is None:
             stored = self._stored(name, band)
             return np.ascontiguousarray(np.swapaxes(stored, -1, -2)) if tensor.turned else stored
-        values = self._stored(coding.words or name, band)
-        values = unpack(values, tensor.shape[1]).astype(coding.format.dtype) if coding.words else values
         try:
-            stored = self._stored(coding.scale, coding.scale_band(tensor.shape, band))
-            scale = stored_scale(stored, values.shape, coding.tiling)
+            q = coding.decode(coding.stored(self._stored, band), dtype or self.dtype)
         except DaqError as error:
             raise DaqError(f"{self.path / tensor.file}: tensor {name!r}: {error}.") from error
-        codes = jnp.asarray(values)
-        return QTensor(
-            codes, jnp.asarray(scale), coding.format, coding.tiling, dtype or self.dtype, HF_MATRIX
-        )
+        return dataclasses.replace(q, codes=jnp.asarray(q.codes), scale=jnp.asarray(q.scale))
 
     def chunks(self, name: str) -> Iterator[np.ndarray]:
         """See `Folder.chunks`."""

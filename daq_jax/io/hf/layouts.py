@@ -5,7 +5,7 @@
 | `fp8-block`: transformers, DeepSeek | F8_E4M3 `[out, in]` | `weight_scale_inv`, `[out / 128, in / 128]` |
 | `fp8-channel`: compressed-tensors | F8_E4M3 `[out, in]` | `weight_scale`, `[out, 1]` |
 | `int8-channel`: compressed-tensors | I8 `[out, in]` | `weight_scale`, `[out, 1]` |
-| `int4-group`: compressed-tensors | see `packed_int4` | `weight_scale`, `[out, in / 128]` |
+| `int4-group`: compressed-tensors | see `packing` | `weight_scale`, `[out, in / 128]` |
 
 A weight is `code * scale` in all of them; vLLM and SGLang read all four. Experts may be one matrix each, or
 fused, `[experts, out, in]` under `experts.gate_up_proj` and `experts.down_proj`; their scale bears that name,
@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 
 from daq_jax.formats import Format, fp8_e4m3fn, int4, int8
-from daq_jax.io.hf.codings import HF_MATRIX
+from daq_jax.io.hf.codings import Coding, Floats, scale_grid
 from daq_jax.io.hf.compressed_tensors import compressed_config, how_quantized
-from daq_jax.io.hf.packed_int4 import packed_config, packed_specs, packed_tensors
+from daq_jax.io.hf.packed_int4 import packed_config
+from daq_jax.io.hf.packing import Plain, Words
 from daq_jax.io.hf.tensor_files import TensorSpec
-from daq_jax.qtensor import QTensor
-from daq_jax.tilings import Block, Channel, Group, TileView, Tiling
+from daq_jax.tilings import Block, Channel, Group, Tiling
 
 BLOCK = 128
 GROUP = 128
@@ -52,19 +52,10 @@ class Layout:
     config: Callable[[Sequence[str]], dict[str, Any]]
     narrow_scales: bool = False
 
-    def specs(self, name: str, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
-        """The tensors that hold one quantized weight `[..., out, in]`: the codes, then the scale."""
-        *batch, inputs, outputs = TileView(shape, HF_MATRIX, self.tiling).grid
-        codes = TensorSpec.of(np.dtype(self.format.dtype), shape)
-        return {name: codes, name + self.suffix: TensorSpec("F32", (*batch, outputs, inputs))}
-
-    def arrays(self, name: str, q: QTensor) -> dict[str, np.ndarray]:
-        """What is stored of a weight `[..., out, in]`, or of its next band."""
-        return {name: np.asarray(q.codes), name + self.suffix: np.swapaxes(np.asarray(q.scale), -1, -2)}
-
-    def constants(self, name: str, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
-        """What is stored of a weight beside codes and scales, whatever its values."""
-        return {}
+    def coding(self, name: str, shape: tuple[int, ...]) -> Coding:
+        """How a weight `[..., out, in]` is stored."""
+        codes, grid = Plain(TensorSpec.of(np.dtype(self.format.dtype), ()).dtype), scale_grid(shape, self.tiling)
+        return Coding(shape, self.format, self.tiling, name, codes, name + self.suffix, grid, Floats())
 
     def why_not(self, name: str, shape: Sequence[int], tp: int, kv_heads: int | None) -> str:
         """Why a weight cannot be stored in this way for a server.
@@ -90,21 +81,18 @@ class BlockLayout(Layout):
 
 
 class PackedLayout(Layout):
-    """int4 in groups, several codes to a word; see `packed_int4`."""
+    """int4 in groups, several codes to a word; see `packing`.
 
-    def specs(self, name: str, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
-        """See `Layout.specs`."""
-        found = packed_specs(shape, GROUP)
-        return {module_of(name) + f".{suffix}": spec for suffix, spec in found.items()}
+    vLLM and tpu-inference hold the scales in the model's own dtype whatever the file has: scales that are no
+    numbers of it would be rounded when they are loaded.
+    """
 
-    def arrays(self, name: str, q: QTensor) -> dict[str, np.ndarray]:
-        """See `Layout.arrays`."""
-        found = packed_tensors(q)
-        return {module_of(name) + f".{suffix}": found[suffix] for suffix in ("weight_packed", "weight_scale")}
-
-    def constants(self, name: str, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
-        """See `Layout.constants`."""
-        return {f"{module_of(name)}.weight_shape": np.asarray(shape, np.int64)}
+    def coding(self, name: str, shape: tuple[int, ...]) -> Coding:
+        """See `Layout.coding`."""
+        weight = f"{module_of(name)}.weight"
+        words, listed = f"{weight}_packed", {f"{weight}_shape": np.asarray(shape, np.int64)}
+        grid, scale = scale_grid(shape, self.tiling), weight + self.suffix
+        return Coding(shape, self.format, self.tiling, words, Words(4), scale, grid, Floats(), constants=listed)
 
     def why_not(self, name: str, shape: Sequence[int], tp: int, kv_heads: int | None) -> str:
         """See `Layout.why_not`."""
@@ -138,9 +126,7 @@ LAYOUTS: dict[str, Layout] = {
         BlockLayout("fp8-block", fp8_e4m3fn, Block(BLOCK, BLOCK), "_scale_inv", _fine_grained),
         Layout("fp8-channel", fp8_e4m3fn, Channel(), "_scale", _of_channels("float", "float-quantized")),
         Layout("int8-channel", int8, Channel(), "_scale", _of_channels("int", "int-quantized")),
-        PackedLayout(
-            "int4-group", int4, Group(GROUP), "_scale", functools.partial(packed_config, GROUP), True
-        ),
+        PackedLayout("int4-group", int4, Group(GROUP), "_scale", functools.partial(packed_config, GROUP), narrow_scales=True),
     )
 }
 

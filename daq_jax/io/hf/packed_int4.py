@@ -6,59 +6,21 @@
 | `weight_scale` | F32 | `[out, in / group]` |
 | `weight_shape` | I64 | `[2]`: out, in |
 
-A code from -8 to 7 is stored as code + 8. Eight neighbours along the inputs make a word, the first in its
-lowest bits; a last word that is not full ends with zero bits. A weight is `code * scale`.
-
-vLLM and tpu-inference hold the scales in the model's own dtype whatever the file has: scales that are no
-numbers of it would be rounded when they are loaded.
+The words are those of `packing`. A weight is `code * scale`.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int32, Shaped
-from numpy.typing import NDArray
 
 from daq_jax.errors import DaqError
 from daq_jax.io.hf.compressed_tensors import compressed_config, how_quantized
-from daq_jax.io.hf.tensor_files import TensorSpec
+from daq_jax.io.hf.packing import Words
 from daq_jax.qtensor import QTensor
 from daq_jax.tilings import Tiling
 
-WORD = 8  # codes in an int32
-_OFFSET = 8  # added to a code, so that none is negative
 _LARGE = 2**40  # rows or columns: more than any matrix has
-
-
-def pack(codes: Shaped[np.ndarray, "out inputs"]) -> Int32[np.ndarray, "out words"]:
-    """Codes from -8 to 7, int8 or int4, eight to a word.
-
-    >>> hex(pack(np.array([[-8, -7, 0, 0, 0, 0, 0, 7]], np.int8)).view(np.uint32).item())
-    '0xf8888810'
-    """
-    nibbles = (codes.view(np.uint8) & 15) ^ _OFFSET  # adds it to 4 bits in two's complement
-    missing = -codes.shape[1] % WORD
-    nibbles = np.pad(nibbles, [(0, 0), (0, missing)]) if missing else nibbles
-    return (nibbles[:, ::2] | nibbles[:, 1::2] << np.uint8(4)).view("<i4")
-
-
-def unpack(words: Int32[np.ndarray, "out words"], inputs: int) -> NDArray[np.int8]:
-    """The inverse of `pack`: `[out, inputs]` int8."""
-    pairs = words.astype("<i4", copy=False).view(np.uint8)
-    codes = np.empty((len(pairs), 2 * pairs.shape[1]), np.int8)
-    codes[:, ::2], codes[:, 1::2] = pairs & 15, pairs >> 4
-    return codes[:, :inputs] - np.int8(_OFFSET)
-
-
-def packed_specs(shape: tuple[int, ...], group: int) -> dict[str, TensorSpec]:
-    """Dtypes and shapes of the tensors of one weight `[out, in]`, by the suffix to its module's name."""
-    outputs, inputs = shape
-    return {
-        "weight_packed": TensorSpec("I32", (outputs, -(-inputs // WORD))),
-        "weight_scale": TensorSpec("F32", (outputs, inputs // group)),
-        "weight_shape": TensorSpec("I64", (2,)),
-    }
 
 
 def packing_problem(q: QTensor) -> str | None:
@@ -103,7 +65,7 @@ def packed_tensors(q: QTensor) -> dict[str, np.ndarray]:
     codes = codes if q.view.axes[2] == (0,) else np.ascontiguousarray(codes.T)
     scale = np.ascontiguousarray(np.asarray(q.scale).T)
     shape = np.asarray(codes.shape, np.int64)
-    return {"weight_packed": pack(codes), "weight_scale": scale, "weight_shape": shape}
+    return {"weight_packed": Words(4).pack(codes), "weight_scale": scale, "weight_shape": shape}
 
 
 def packed_config(group: int, skipped: Sequence[str]) -> dict[str, Any]:

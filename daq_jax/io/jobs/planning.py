@@ -15,6 +15,7 @@ import numpy as np
 from daq_jax.errors import DaqError, refuse
 from daq_jax.io.hf.architectures import turns_linear_layers
 from daq_jax.io.hf.bands import can_be_cut, rows_per_tile
+from daq_jax.io.hf.codings import Coding
 from daq_jax.io.hf.folders import Folder, Tensor
 from daq_jax.io.hf.layouts import (
     Layout,
@@ -47,6 +48,7 @@ class Task:
         quantize: whether the tensor is quantized.
         why: why the tensor is kept, or "no base"; "" for a tensor that is quantized with its base.
         outputs: dtype and shape of each tensor that is written, by name.
+        coding: how the tensor is stored if it is quantized; None if it is not.
         rows: length of a band of the first axis, the part that is worked on at a time.
     """
 
@@ -56,6 +58,7 @@ class Task:
     why: str
     outputs: Mapping[str, TensorSpec]
     rows: int
+    coding: Coding | None = None
 
     @property
     def name(self) -> str:
@@ -218,7 +221,8 @@ def make_plan(
 def _quantized(tensor: Tensor, base: Tensor | None, recipe: Recipe, layout: Layout, memory: int) -> Task:
     rows = _rows_at_a_time(tensor, base, recipe, layout, memory)
     why = "" if base else "no base"
-    return Task(tensor, base, True, why, layout.specs(tensor.name, tensor.shape), rows)
+    coding = layout.coding(tensor.name, tensor.shape)
+    return Task(tensor, base, True, why, coding.specs, rows, coding)
 
 
 def _rows_at_a_time(tensor: Tensor, base: Tensor | None, recipe: Recipe, layout: Layout, memory: int) -> int:

@@ -105,9 +105,10 @@ class ShardJob:
             for data in self._kept(task):
                 self._put(file, task.name, data)
         else:
-            found = self.plan.layout.arrays(task.name, q)
+            assert task.coding is not None
+            found = task.coding.encode(q)
             if rows.start == 0:
-                found |= self.plan.layout.constants(task.name, task.tuned.shape)
+                found |= task.coding.constants
             for name, data in found.items():
                 self._put(file, name, data)
         length = task.tuned.shape[0] if task.tuned.shape else 1

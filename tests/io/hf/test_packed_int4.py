@@ -4,8 +4,15 @@ import numpy as np
 import pytest
 
 import daq_jax as daq
-from daq_jax.io.hf.packed_int4 import pack, packed_config, packed_tensors, unpack
+from daq_jax.io.hf.packed_int4 import packed_config, packed_tensors
+from daq_jax.io.hf.packing import Words
 from tests.cases import pair, rng_for
+
+
+
+def unpack(words: np.ndarray, inputs: int) -> np.ndarray:
+    return Words(4).unpack(words, inputs, np.dtype(np.int8))
+
 
 INT4 = daq.Recipe(format=daq.int4, tiling=daq.Group(32))
 
@@ -13,7 +20,7 @@ INT4 = daq.Recipe(format=daq.int4, tiling=daq.Group(32))
 @pytest.mark.parametrize("inputs", [1, 7, 8, 9, 64])
 def test_each_code_lies_in_four_bits_of_its_word(inputs):
     codes = rng_for("packed").integers(-8, 8, (3, inputs)).astype(np.int8)
-    words = pack(codes)
+    words = Words(4).pack(codes)
     assert words.dtype == np.int32
     for row in range(3):
         for i in range(inputs):
