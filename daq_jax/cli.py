@@ -49,7 +49,7 @@ def quantize(
     /,
     *,
     recipe: Literal[*RECIPES, *DENSITY_RECIPES] = "default",
-    format: Literal["fp8-block", "fp8-channel", "int8-channel", "int4-group"] | None = None,
+    format: Literal["as-base", "fp8-block", "fp8-channel", "int8-channel", "int4-group"] | None = None,
     target: Literal["hopper", "blackwell", "tpu"] = "hopper",
     memory: float | None = None,
     plan: bool = False,
@@ -72,7 +72,8 @@ def quantize(
         out: folder to write.
         recipe: what is searched and how codes are rounded. Files have no place for the zeros of the density
             recipes, which are refused.
-        format: how weights are stored; None for what suits the target.
+        format: how weights are stored. None is as-base where BASE is quantized: each tensor in the coding
+            that it has there; else what suits the target.
         target: who serves the result.
         memory: GB that the process may take; None for a quarter of the machine's.
         plan: say what would be done, and stop.
@@ -116,7 +117,7 @@ def inspect(
     /,
     *,
     recipe: Literal[*RECIPES] = "default",
-    format: Literal["fp8-block", "fp8-channel", "int8-channel", "int4-group"] = "fp8-block",
+    format: Literal["as-base", "fp8-block", "fp8-channel", "int8-channel", "int4-group"] | None = None,
     json: bool = False,
 ) -> None:
     """Say from a sample what a fine-tune would lose, before anything is quantized. Takes seconds.
@@ -128,7 +129,7 @@ def inspect(
         base: folder of the model before tuning.
         tuned: folder of the model after tuning.
         recipe: what to hold against AbsMax.
-        format: how weights would be stored.
+        format: how weights would be stored; None for as BASE is, or fp8-block where BASE is not quantized.
         json: print one JSON object and nothing else.
     """
     from daq_jax.display import terminal

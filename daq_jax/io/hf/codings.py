@@ -1,8 +1,8 @@
 """Quantized weights as checkpoints store them: which tensors hold codes and scales, and how.
 
-A weight in a Hugging Face folder is `[..., out, in]`, and its scale `[..., out tiles, in tiles]`; a `Coding`
-turns the scale to the library's order, inputs first, and back. `daq_jax.io.hf.recognition` finds the coding of
-each weight of a folder, `daq_jax.io.hf.layouts` makes that of a weight to be written.
+A weight in a Hugging Face folder is `[..., out, in]`, and its scale `[..., out tiles, in tiles]`. A `Coding`
+turns the scale to the library's order, inputs first, and back. `daq_jax.io.hf.recognition` finds the codings
+of the weights of a folder; `daq_jax.io.hf.layouts` makes those of weights to be written.
 """
 
 import abc
@@ -23,7 +23,14 @@ from daq_jax.scales import AnyScale, InDtype, PowerOfTwo, Scales, TwoLevel
 from daq_jax.tilings import Matrix, Tiling
 
 HF_MATRIX: Matrix = ((-1,), (-2,))  # [..., out, in]
-_FULL = {int4: int4_full, int8: int8_full}
+_FULL: dict[Format, Format] = {int4: int4_full, int8: int8_full}
+
+
+def _named(dtype: str) -> np.dtype:
+    """The dtype in memory of one that a file names."""
+    found = TensorSpec(dtype, ()).numpy_dtype
+    assert found is not None, dtype
+    return found
 
 
 class ScaleStorage(abc.ABC):
@@ -66,7 +73,7 @@ class Floats(ScaleStorage):
         """See `ScaleStorage.rule`."""
         if self.powers:
             return PowerOfTwo()
-        return AnyScale() if self.dtype == "F32" else InDtype(str(TensorSpec(self.dtype, ()).numpy_dtype))
+        return AnyScale() if self.dtype == "F32" else InDtype(str(_named(self.dtype)))
 
     def read(self, stored: np.ndarray) -> np.ndarray:
         """See `ScaleStorage.read`."""
@@ -74,7 +81,7 @@ class Floats(ScaleStorage):
 
     def write(self, scale: np.ndarray) -> np.ndarray:
         """See `ScaleStorage.write`."""
-        return scale.astype(TensorSpec(self.dtype, ()).numpy_dtype)
+        return scale.astype(_named(self.dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +105,7 @@ class Exponents(ScaleStorage):
 
     def write(self, scale: np.ndarray) -> np.ndarray:
         """See `ScaleStorage.write`."""
-        return exponents_of(scale).view(TensorSpec(self.dtype, ()).numpy_dtype)
+        return exponents_of(scale).view(_named(self.dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +135,7 @@ class TwoLevels(ScaleStorage):
         """See `ScaleStorage.write`."""
         factor = np.float32(self.factor)
         local = scale * factor if self.divides else scale / factor
-        return local.astype(TensorSpec(self.dtype, ()).numpy_dtype)  # the nearest: all but one rounding apart
+        return local.astype(_named(self.dtype))  # the nearest: all but one rounding apart
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ path that leads out of the folder is followed.
 
 import abc
 import dataclasses
+import types
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,7 @@ class Folder(abc.ABC):
         dtype: dtype that quantized weights dequantize to unless told otherwise: the dtype of the config.
         files: all files that tensors, index and config are read from.
         working_dtype: dtype that quantized weights must dequantize to beside the others; None for any.
+        beside: the folder's `hf_quant_config.json`; empty if it has none.
         overlay: folder whose files of the tokenizer stand in place of those in `path`; None for none.
     """
 
@@ -108,7 +110,13 @@ class Folder(abc.ABC):
     dtype: np.dtype
     files: list[Path]
     working_dtype: np.dtype | None = None
+    beside: Mapping[str, Any] = types.MappingProxyType({})
     overlay: Path | None = None
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether it holds quantized weights."""
+        return any(tensor.coding for tensor in self.tensors.values())
 
     @abc.abstractmethod
     def read(
@@ -127,6 +135,15 @@ class Folder(abc.ABC):
         Raises:
             DaqError: naming the file and the tensor, if its bytes or its scales make no sense.
         """
+
+    def stored(self, name: str, band: slice = slice(None)) -> dict[str, np.ndarray]:
+        """What is stored of a quantized weight, or of a band of its first axis: codes and scales, by name.
+
+        Args:
+            name: one of `tensors` that has a coding.
+            band: as of `read`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} stores no codes")
 
     @abc.abstractmethod
     def chunks(self, name: str) -> Iterator[np.ndarray]:
@@ -177,7 +194,8 @@ class HuggingFaceFolder(Folder):
         config = path / CONFIG
         self.config = read_json(config, "the config") if config.is_file() else {}
         beside = path / QUANTIZATION_FILE
-        refuse_unknown(self.config, read_json(beside, "it") if beside.is_file() else {}, path)
+        self.beside = read_json(beside, "it") if beside.is_file() else {}
+        refuse_unknown(self.config, self.beside, path)
         self.dtype = _dtype_of(self.config)
         self._readers: dict[str, TensorReader] = {}
         files = _weight_files(path)
@@ -248,6 +266,12 @@ class HuggingFaceFolder(Folder):
         except DaqError as error:
             raise DaqError(f"{self.path / tensor.file}: tensor {name!r}: {error}.") from error
         return dataclasses.replace(q, codes=jnp.asarray(q.codes), scale=jnp.asarray(q.scale))
+
+    def stored(self, name: str, band: slice = slice(None)) -> dict[str, np.ndarray]:
+        """See `Folder.stored`."""
+        coding = self.tensors[name].coding
+        assert coding is not None
+        return coding.stored(self._stored, band)
 
     def chunks(self, name: str) -> Iterator[np.ndarray]:
         """See `Folder.chunks`."""

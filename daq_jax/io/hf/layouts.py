@@ -28,6 +28,7 @@ from daq_jax.io.hf.packing import Plain, Words
 from daq_jax.io.hf.tensor_files import TensorSpec
 from daq_jax.tilings import Block, Channel, Group, Tiling
 
+AS_BASE = "as-base"  # in place of the name of a layout: each weight as its base is stored
 BLOCK = 128
 GROUP = 128
 
@@ -54,7 +55,10 @@ class Layout:
 
     def coding(self, name: str, shape: tuple[int, ...]) -> Coding:
         """How a weight `[..., out, in]` is stored."""
-        codes, grid = Plain(TensorSpec.of(np.dtype(self.format.dtype), ()).dtype), scale_grid(shape, self.tiling)
+        codes, grid = (
+            Plain(TensorSpec.of(np.dtype(self.format.dtype), ()).dtype),
+            scale_grid(shape, self.tiling),
+        )
         return Coding(shape, self.format, self.tiling, name, codes, name + self.suffix, grid, Floats())
 
     def why_not(self, name: str, shape: Sequence[int], tp: int, kv_heads: int | None) -> str:
@@ -92,7 +96,9 @@ class PackedLayout(Layout):
         weight = f"{module_of(name)}.weight"
         words, listed = f"{weight}_packed", {f"{weight}_shape": np.asarray(shape, np.int64)}
         grid, scale = scale_grid(shape, self.tiling), weight + self.suffix
-        return Coding(shape, self.format, self.tiling, words, Words(4), scale, grid, Floats(), constants=listed)
+        return Coding(
+            shape, self.format, self.tiling, words, Words(4), scale, grid, Floats(), constants=listed
+        )
 
     def why_not(self, name: str, shape: Sequence[int], tp: int, kv_heads: int | None) -> str:
         """See `Layout.why_not`."""
@@ -126,7 +132,14 @@ LAYOUTS: dict[str, Layout] = {
         BlockLayout("fp8-block", fp8_e4m3fn, Block(BLOCK, BLOCK), "_scale_inv", _fine_grained),
         Layout("fp8-channel", fp8_e4m3fn, Channel(), "_scale", _of_channels("float", "float-quantized")),
         Layout("int8-channel", int8, Channel(), "_scale", _of_channels("int", "int-quantized")),
-        PackedLayout("int4-group", int4, Group(GROUP), "_scale", functools.partial(packed_config, GROUP), narrow_scales=True),
+        PackedLayout(
+            "int4-group",
+            int4,
+            Group(GROUP),
+            "_scale",
+            functools.partial(packed_config, GROUP),
+            narrow_scales=True,
+        ),
     )
 }
 

@@ -1,8 +1,8 @@
 """Which quantization a folder says it has, and which of those are read.
 
-A config names it under `quantization_config`, a config of several models under its `text_config`, and ModelOpt in
-`hf_quant_config.json`. Weights of another quantizer would be copied as they are, under a config that does not
-know them: so every method without a name here is refused before any work.
+A config names it under `quantization_config`, a config of several models under its `text_config`, and
+ModelOpt in `hf_quant_config.json`. Weights of another quantizer would be copied as they are, under a config
+that does not know them: so every method without a name here is refused before any work.
 """
 
 from collections.abc import Mapping
@@ -14,8 +14,25 @@ from daq_jax.io.hf.architectures import part_of
 
 QUANTIZATION_FILE = "hf_quant_config.json"
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
-_METHODS = ("fp8", "mxfp4", "mxfp8", "nvfp4", "compressed-tensors", "modelopt", "modelopt_fp4", "modelopt_mxfp8")
-_ALGORITHMS = ("FP8", "FP8_PB_WO", "FP8_PB_REAL", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4", "W4A16_NVFP4", "MXFP4")
+_METHODS = (
+    "fp8",
+    "mxfp4",
+    "mxfp8",
+    "nvfp4",
+    "compressed-tensors",
+    "modelopt",
+    "modelopt_fp4",
+    "modelopt_mxfp8",
+)
+_ALGORITHMS = (
+    "FP8",
+    "FP8_PB_WO",
+    "FP8_PB_REAL",
+    "FP8_PER_CHANNEL_PER_TOKEN",
+    "NVFP4",
+    "W4A16_NVFP4",
+    "MXFP4",
+)
 _ALGORITHMS += ("MXFP8", "MIXED_PRECISION")
 _FORMS = ("dense", "naive-quantized", "float-quantized", "int-quantized", "pack-quantized", "mixed-precision")
 _FORMS += ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized")
@@ -49,8 +66,8 @@ def refuse_unknown(config: Mapping[str, Any], beside: Mapping[str, Any], where: 
     word = next((word for word in words if word), "")
     if word:
         raise DaqError(
-            f"{where}: it is quantized by {word!r}, which is not read; needed plain weights, or one of "
-            f"{', '.join(_METHODS)}: pass the folder in bfloat16, or dequantize it with the tool that made it."
+            f"{where}: quantized by {word!r}, which is not read; needed plain weights, or one of "
+            f"{', '.join(_METHODS)}: dequantize the folder with the tool that made it."
         )
 
 

@@ -1,11 +1,11 @@
-"""How codes and scales become the numbers of a file: packed, several codes to a byte or a word, or as they are.
+"""How codes and scales become the numbers of a file: as they are, or several codes to a byte or a word.
 
 | packing | stored | code |
 |---|---|---|
 | `Plain` | the dtype of the format, `[..., out, in]` | as it is |
-| `Words(4)` | I32 `[out, ceil(in / 8)]` | code + 8, the first of a word in its lowest bits |
-| `Words(8)` | I32 `[out, ceil(in / 4)]` | code + 128, the first of a word in its lowest byte |
-| `Nibbles` | U8 or I8 `[..., out, in / 2]` | the bits of a 4-bit float, the first of a byte in its low nibble |
+| `Words(4)` | I32 `[out, ceil(in / 8)]` | code + 8, the first in the lowest bits |
+| `Words(8)` | I32 `[out, ceil(in / 4)]` | code + 128, the first in the lowest byte |
+| `Nibbles` | U8 or I8 `[..., out, in / 2]` | a 4-bit float, the first in the low nibble |
 | `Nibbles(blocks=16)` | U8 `[..., out, in / 32, 16]` | as `Nibbles` |
 
 Sources: compressed-tensors 0.20 for words and for nibbles, gpt-oss for blocks of nibbles.
@@ -25,7 +25,7 @@ _SMALLEST_EXPONENT = 1  # of a normal float32: a scale of 2^-127 would be zero o
 
 
 def _pairs(of_nibble: np.ndarray) -> np.ndarray:
-    """For each byte, its low nibble and its high nibble, each turned into a byte by a table of 16, as uint16."""
+    """Of each byte the low and the high nibble, each turned into a byte by a table of 16, as uint16."""
     both = np.empty((256, 2), np.uint8)
     nibbles = np.arange(256)
     both[:, 0], both[:, 1] = of_nibble[nibbles & 15], of_nibble[nibbles >> 4]

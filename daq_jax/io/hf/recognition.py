@@ -2,14 +2,17 @@
 
 | stored, for a weight `W` `[..., out, in]` of module `M` | written by |
 |---|---|
-| `W` F8 or I8, `W_scale_inv` or `W_scale`, float: one, one a row, a block or a group | transformers, DeepSeek, compressed-tensors |
+| `W` F8 or I8, `W_scale_inv` or `W_scale`: one, or one a row, block or group | many |
 | `W` F8, `W_scale` U8 or F8_E8M0 `[out, in / 32]` | compressed-tensors `mxfp8` |
-| `W` F8, `M.scale` F8_E8M0, blocks; `W` I8 `[out, in / 2]`, `M.scale` F8_E8M0 `[out, in / 32]` | DeepSeek V4 |
+| `W` F8, `M.scale` F8_E8M0, one a block | DeepSeek V4 |
+| `W` I8 `[out, in / 2]`, `M.scale` F8_E8M0 `[out, in / 32]` | DeepSeek V4, experts |
 | `W_packed` I32, `W_scale`, `W_shape` I32 or I64 | compressed-tensors `pack-quantized`, Kimi K2 |
-| `W_packed` U8 `[out, in / 2]`, `W_scale` U8 `[out, in / 32]` | compressed-tensors `mxfp4-pack-quantized`, Kimi K3 |
-| `W_packed` U8, `W_scale` F8_E4M3 `[out, in / 16]`, `W_global_scale` F32, a divisor | `nvfp4-pack-quantized` |
-| `W` U8 `[out, in / 2]`, `W_scale` F8_E4M3 `[out, in / 16]`, `W_scale_2` F32, a factor | ModelOpt NVFP4 |
+| `W_packed` U8 `[out, in / 2]`, `W_scale` U8 `[out, in / 32]` | `mxfp4-pack-quantized`, Kimi K3 |
+| `W_packed` U8, `W_scale` F8_E4M3 `[out, in / 16]`, `W_global_scale` F32 | `nvfp4-pack-quantized` |
+| `W` U8, `W_scale` F8_E4M3 `[out, in / 16]`, `W_scale_2` F32 | ModelOpt NVFP4 |
 | `W_blocks` U8 `[E, out, in / 32, 16]`, `W_scales` U8 `[E, out, in / 32]` | gpt-oss |
+
+Scales are divided by `W_global_scale`, and multiplied with `W_scale_2`.
 
 Sources: compressed-tensors 0.20, ModelOpt 0.47, transformers 5.24, and the published loaders of each model.
 """
@@ -112,7 +115,8 @@ class _Search:
 
     def _plain(self, weight: str, scale: str) -> Coding | None:
         spec, beside = self.specs[weight], self.specs[scale]
-        tiling, storage = _tiling(spec.shape, beside.shape, self.block), storage_of(beside.dtype, self.powers)
+        tiling = _tiling(spec.shape, beside.shape, self.block)
+        storage = storage_of(beside.dtype, self.powers)
         if tiling is None or storage is None:
             self.problems.append(
                 f"{weight!r} is {spec.dtype} {spec.shape} but {scale!r} is {beside.dtype} {beside.shape}; "
@@ -136,13 +140,14 @@ class _Search:
             packing.spec(shape) == spec
             and len(shape) >= 2
             and 0 not in shape
+            and shape[-1] % tiling.n == 0
             and scale_grid(shape, tiling) == beside.shape
         )
         storage = TwoLevels(*factor[1:]) if factor else storage_of(beside.dtype, False)
         if not fits or storage is None or beside.dtype not in ("F8_E4M3", "F8_E8M0", "U8"):
             self.problems.append(
-                f"{codes!r} is {spec.dtype} {spec.shape} and {scale!r} {beside.dtype} {beside.shape}; needed "
-                f"4-bit floats, two to a byte, in groups of 32 with exponents, or in groups of 16 with F8_E4M3 "
+                f"{codes!r} is {spec.dtype} {spec.shape} and {scale!r} {beside.dtype} {beside.shape}; "
+                "needed 4-bit floats, two to a byte, in groups of 32 with exponents, or of 16 with F8_E4M3 "
                 f"and {weight + '_global_scale'!r} or {weight + '_scale_2'!r}, one F32 above 0"
             )
             return None
@@ -153,7 +158,7 @@ class _Search:
         return self._made(shape, fp4_e2m1, tiling, codes, packing, scale, storage, constants)
 
     def _factor(self, weight: str) -> tuple[str, float, bool] | None:
-        """The tensor that holds the factor of all scales, its number, and whether scales are divided by it."""
+        """The tensor with the factor of all scales, its number, and whether scales are divided by it."""
         for suffix, divides in (("_global_scale", True), ("_scale_2", False)):
             spec = self.specs.get(weight + suffix)
             if spec is not None and spec.dtype == "F32" and spec.size == 1:
@@ -178,8 +183,8 @@ class _Search:
         storage = storage_of(beside.dtype, False)
         if more or tiling is None or kind is None or storage is None or weight in self.specs:
             self.problems.append(
-                f"{words!r} is {spec.dtype} {spec.shape}, {scale!r} {beside.dtype} {beside.shape} and {shape!r} "
-                f"says {outputs} x {inputs}"
+                f"{words!r} is {spec.dtype} {spec.shape}, {scale!r} {beside.dtype} {beside.shape} and "
+                f"{shape!r} says {outputs} x {inputs}"
                 + (f", with {more[0]!r}" if more else "")
                 + "; needed 4 bits, symmetric, in whole groups along the inputs; or 8"
             )
@@ -236,6 +241,11 @@ def _tiling(weight: tuple[int, ...], scale: tuple[int, ...], block: tuple[int, i
         return Channel()
     if math.prod(scale) == math.prod(batch):
         return PerTensor()
-    if scale[:-1] == (*batch, outputs) and scale[-1] and inputs // scale[-1] in _GROUPS and not inputs % scale[-1]:
+    if (
+        scale[:-1] == (*batch, outputs)
+        and scale[-1]
+        and inputs // scale[-1] in _GROUPS
+        and not inputs % scale[-1]
+    ):
         return Group(inputs // scale[-1])
     return None

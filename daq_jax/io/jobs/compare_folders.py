@@ -27,8 +27,7 @@ def compare_folders(
     """Compares a quantized checkpoint folder with the change that tuning made.
 
     All figures come from the stored codes. Reads what `quantize_folder` writes, and what others do in the
-    formats of transformers (`fp8`) and of compressed-tensors: 8 bits by channel, block or tensor, and packed
-    int4.
+    layouts of `daq_jax.io.hf.recognition`: 8 bits, packed integers, and 4-bit floats.
 
     Args:
         base: folder before tuning.
@@ -76,7 +75,7 @@ def _names(base: Folder, tuned: Folder, quantized: Folder) -> list[str]:
         packed = any(name.endswith("weight_packed") for name in quantized.tensors)
         why = "its weights are packed in another way" if packed else "no weight has a scale beside it"
         raise DaqError(
-            f"{quantized.path}: holds no quantized weight: {why}; needed FP8, int8 or packed int4."
+            f"{quantized.path}: holds no quantized weight: {why}; needed 8 bits, packed integers or 4-bit floats."
         )
     problems = [
         f"{name!r} {why}"
@@ -105,10 +104,11 @@ def _leaf(
 ) -> tuple[Figures, Details | None]:
     """Figures of one weight, band by band."""
     base, tuned, quantized = folders
-    dtype = tuned.working_dtype or tuned.dtype  # what an FP8 base stands for
     figures: Figures | None = None
     found: Details | None = None
     tensors = [folder.tensors[name] for folder in folders]
+    own = None if tensors[1].coding else tensors[1].dtype
+    dtype = own or tuned.working_dtype or tuned.dtype  # what a quantized base stands for
     shape, step = tensors[2].shape, math.lcm(*(tensor.band_step for tensor in tensors))
     for band in bands(shape, step, most=most):
         old, new, q = (folder.read(name, band, dtype) for folder in (base, tuned, quantized))

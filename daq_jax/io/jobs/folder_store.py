@@ -18,6 +18,7 @@ from daq_jax.errors import DaqError, refuse
 from daq_jax.io.disk.atomic import Checksum, checksum, copy_file, make_folder, temporary_of, write_text
 from daq_jax.io.disk.links import listed_below, stays_inside
 from daq_jax.io.hf.folders import INDEX, SINGLE, Folder
+from daq_jax.io.hf.methods import QUANTIZATION_FILE
 from daq_jax.io.jobs.journal import REPORT, Record
 from daq_jax.io.jobs.planning import Plan, Shard
 from daq_jax.io.jobs.progress import Tell
@@ -85,7 +86,8 @@ class FolderStore:
     @property
     def files(self) -> Sequence[str]:
         """See `Store.files`."""
-        return [*self._shards, *map(str, self.side_files.copied), REPORT, INDEX, CONFIG]
+        beside = [QUANTIZATION_FILE] if self.plan.beside else []
+        return [*self._shards, *map(str, self.side_files.copied), REPORT, INDEX, *beside, CONFIG]
 
     @property
     def nbytes(self) -> int:
@@ -153,7 +155,9 @@ class FolderStore:
         for path, folder in self.side_files.copied.items():
             files[str(path)] = _said(self._copied(path, folder))
         texts = {INDEX: _text(_index(self.plan), 2)} if list(self._shards) != [SINGLE] else {}
-        texts[CONFIG] = _text(_config(self.plan, self.tuned), 2)
+        if self.plan.beside:
+            texts[QUANTIZATION_FILE] = _text(self.plan.beside, 2)
+        texts[CONFIG] = _text(self.plan.config, 2)
         for name, text in texts.items():
             files[name] = _said(Checksum(len(text.encode()), zlib.crc32(text.encode())))
         written = {**report, "files": {**files, REPORT: {}}}
@@ -249,8 +253,3 @@ def _index(plan: Plan) -> dict[str, Any]:
     sizes = [spec.nbytes for shard in plan.shards for spec in shard.outputs.values()]
     files = {name: shard.file for shard in plan.shards for name in shard.outputs}
     return {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(files.items()))}
-
-
-def _config(plan: Plan, tuned: Folder) -> dict[str, Any]:
-    config = {k: v for k, v in tuned.config.items() if k not in ("quantization_config", "compression_config")}
-    return config | {"quantization_config": plan.layout.config(plan.skipped)}

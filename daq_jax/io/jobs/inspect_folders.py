@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 from daq_jax import recipes
 from daq_jax.analysis.inspection import MOST_ELEMENTS, Inspection, Source, inspect_sources
 from daq_jax.analysis.sampling import Index, Patches, scales, take
-from daq_jax.errors import DaqError
 from daq_jax.io.hf.adapters import open_tuned
 from daq_jax.io.hf.bands import band_around
 from daq_jax.io.hf.folders import Folder, Tensor, open_safetensors
-from daq_jax.io.hf.layouts import LAYOUTS, Layout
-from daq_jax.io.jobs.planning import Plan, Task, make_plan
+from daq_jax.io.hf.layouts import Layout
+from daq_jax.io.jobs.as_base import plan_as_base
+from daq_jax.io.jobs.options import Output, Run, wants_base_format
+from daq_jax.io.jobs.planning import Task, make_plan
 from daq_jax.qtensor import QTensor
 from daq_jax.recipe import Recipe
 from daq_jax.tilings import TileView
@@ -33,7 +34,7 @@ def inspect_folder(
     tuned: str | Path,
     recipe: Recipe = recipes.default,
     *,
-    format: str = "fp8-block",
+    format: str | None = None,
     most_elements: int = MOST_ELEMENTS,
 ) -> Inspection:
     """Says before any quantizing whether there is a change to lose between two checkpoint folders.
@@ -45,42 +46,49 @@ def inspect_folder(
         base: folder before tuning.
         tuned: folder after tuning, or a LoRA adapter of `base`.
         recipe: what to hold against AbsMax; its format and tiling are those of `format`.
-        format: as of `quantize_folder`.
+        format: as of `quantize_folder`; None for "as-base" if `base` holds quantized weights, else for
+            "fp8-block".
         most_elements: how many elements to look at, at most.
 
     Raises:
         DaqError: in one sentence: what a folder has wrong, weights without a base, NaN or infinity in the
             sample.
     """
-    if format not in LAYOUTS:
-        raise DaqError(f"`format` must be one of {', '.join(LAYOUTS)}; got {format!r}.")
+    output = Output(format)
     with (
         contextlib.closing(open_safetensors(base)) as before,
         contextlib.closing(open_tuned(tuned, before)) as after,
     ):
-        return inspect_opened(before, after, recipe, LAYOUTS[format], most_elements)
+        layout = None if wants_base_format(output, Run(), before) else output.layout
+        return inspect_opened(before, after, recipe, layout, most_elements)
 
 
 def inspect_opened(
-    base: Folder, tuned: Folder, recipe: Recipe, layout: Layout, most_elements: int
+    base: Folder, tuned: Folder, recipe: Recipe, layout: Layout | None, most_elements: int
 ) -> Inspection:
-    """As `inspect_folder`, of folders that are open."""
-    stored_so = dataclasses.replace(recipe, format=layout.format, tiling=layout.tiling)
-    plan = make_plan(base, tuned, stored_so, layout, memory=_NO_LIMIT)
+    """As `inspect_folder`, of folders that are open; without a layout in the format of the base."""
+    if layout is None:
+        plan = plan_as_base(base, tuned, recipe, memory=_NO_LIMIT)
+    else:
+        stored_so = dataclasses.replace(recipe, format=layout.format, tiling=layout.tiling)
+        plan = make_plan(base, tuned, stored_so, layout, memory=_NO_LIMIT)
+    tasks = {task.name: task for task in plan.tasks if task.quantize}
 
     @functools.lru_cache(maxsize=1)  # patches of one band come one after another
     def band(name: str, first: int, last: int) -> _Pair:
-        old, new = (folder.read(name, slice(first, last), plan.dtype) for folder in (base, tuned))
+        rows, dtype = slice(first, last), tasks[name].dtype
+        old, new = (folder.read(name, rows, dtype) for folder in (base, tuned))
         return old, new
 
-    sources = {task.name: _source(task, plan, band) for task in plan.tasks if task.quantize}
+    sources = {name: _source(task, band) for name, task in tasks.items()}
     return inspect_sources(sources, recipe, most_elements=most_elements)
 
 
-def _source(task: Task, plan: Plan, band: Callable[[str, int, int], _Pair]) -> Source:
+def _source(task: Task, band: Callable[[str, int, int], _Pair]) -> Source:
     partner = task.base
     assert partner is not None  # the plan refuses weights without
-    stored = partner.coding is not None and partner.coding.format == plan.recipe.format
+    coding, recipe = partner.coding, task.recipe
+    stored = coding is not None and recipe.format in (coding.format, coding.full_format)
     step, length = math.lcm(partner.band_step, task.tuned.band_step), task.tuned.shape[0]
 
     def read(index: Index) -> tuple[NDArray, NDArray, NDArray | None]:
@@ -92,7 +100,7 @@ def _source(task: Task, plan: Plan, band: Callable[[str, int, int], _Pair]) -> S
         return take(old, inside), take(new, inside), spread
 
     def dtype(tensor: Tensor) -> np.dtype:
-        return plan.dtype if tensor.coding or tensor.dtype is None else tensor.dtype
+        return task.dtype if tensor.coding or tensor.dtype is None else tensor.dtype
 
-    view = TileView(task.tuned.shape, task.tuned.matrix, plan.recipe.tiling)
-    return Source(Patches(view), (dtype(partner), dtype(task.tuned)), plan.recipe, read)
+    view = TileView(task.tuned.shape, task.tuned.matrix, recipe.tiling)
+    return Source(Patches(view), (dtype(partner), dtype(task.tuned)), recipe, read)

@@ -20,6 +20,7 @@ from daq_jax.analysis.figures import Figures, pool
 from daq_jax.analysis.names import printable
 from daq_jax.errors import DaqError, refuse
 from daq_jax.io.disk.locks import one_writer
+from daq_jax.io.jobs.audit import identity_line, identity_of
 from daq_jax.io.jobs.identity import Inputs
 from daq_jax.io.jobs.journal import Journal, Record, Work
 from daq_jax.io.jobs.progress import Tell, progress_on, result_of
@@ -86,6 +87,8 @@ class Job:
         self._say(result_of(running.pooled, self.store.nbytes, seconds, _peak(), self.memory))
         if report is None:
             self._say(self._still_missing(progress))
+        elif identity_line(report):
+            self._say(identity_line(report))
         return dict(self.summary) if report is None else report
 
     def _say(self, words: str) -> None:
@@ -269,6 +272,7 @@ def _report(work: Work, summary: Mapping[str, Any], records: Sequence[Record]) -
         **summary,
         "total": None if total is None else total.to_dict(),
         "leaves": {name: figures.to_dict() for name, figures in leaves.items()},
+        **identity_of(records),
         "crc32": {name: checksum for record in records for name, checksum in record["crc32"].items()},
     }
 

@@ -9,7 +9,7 @@ import numpy as np
 from daq_jax.density.recipe import DensityRecipe
 from daq_jax.errors import DaqError
 from daq_jax.io.hf.folders import Folder
-from daq_jax.io.hf.layouts import LAYOUTS, TARGETS, Layout
+from daq_jax.io.hf.layouts import AS_BASE, LAYOUTS, TARGETS, Layout
 from daq_jax.recipe import Recipe
 from daq_jax.scales import AnyScale, InDtype, PowerOfTwo
 from daq_jax.searches.candidates import CoarseToFine, Grid, WithBaseScale
@@ -47,8 +47,8 @@ class Output:
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
             raise DaqError(f"`target` must be one of {', '.join(TARGETS)}; got {self.target!r}.")
-        if self._layout not in LAYOUTS:
-            raise DaqError(f"`format` must be one of {', '.join(LAYOUTS)}; got {self._layout!r}.")
+        if self.format not in (None, AS_BASE, *LAYOUTS):
+            raise DaqError(f"`format` must be one of {AS_BASE}, {', '.join(LAYOUTS)}; got {self.format!r}.")
         if self.tp < 1:
             raise DaqError(f"`tp` must be a number of devices; got {self.tp}.")
         if self.base_dtype not in (None, *_DTYPES):
@@ -68,10 +68,9 @@ class Output:
         """Whether the scales must be powers of two."""
         return self._layout in TARGETS[self.target].power_of_two
 
-    @property
-    def note(self) -> str:
-        """What servers of the target do to the scales."""
-        return TARGETS[self.target].notes[self._layout]
+    def note_of(self, format: str) -> str:
+        """What servers of the target do to the scales of a format."""
+        return TARGETS[self.target].notes.get(format, "servers treat the result as they treat the base")
 
     @property
     def dtype(self) -> np.dtype | None:
@@ -115,6 +114,25 @@ class Run:
         return int(self.memory_gb * 10**9)
 
 
+def wants_base_format(output: Output, run: Run, base: Folder) -> bool:
+    """Whether the result is stored as the base is.
+
+    Raises:
+        DaqError: if this is asked for and cannot be.
+    """
+    if output.format == AS_BASE:
+        if not base.is_coded:
+            raise DaqError(
+                f"{base.path}: holds no quantized weight, so --format {AS_BASE} has no format to take; "
+                f"needed one of {', '.join(LAYOUTS)}."
+            )
+        if run.missing_base != "error":
+            raise DaqError(f"--format {AS_BASE} needs every weight in base: leave out --missing-base.")
+        return True
+    by_default = output.format is None and output.target == "hopper" and run.missing_base == "error"
+    return by_default and base.is_coded
+
+
 def without_zeros(recipe: Recipe | DensityRecipe) -> Recipe:
     """The recipe, if files can hold what it gives.
 
@@ -142,6 +160,8 @@ def refuse_for_orbax(output: Output, run: Run) -> None:
         "base_dtype": output.base_dtype,
         "custom_code": output.custom_code,
     }
+    if output.format == AS_BASE:
+        raise DaqError(f"--format {AS_BASE} is for Hugging Face folders; pass one of {', '.join(LAYOUTS)}.")
     words = [f"--{n.replace('_', '-')} ({_NOT_FOR_ORBAX[n]})" for n, value in given.items() if value]
     if words:
         raise DaqError(

@@ -8,12 +8,12 @@ import collections
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from daq_jax.errors import DaqError, refuse
-from daq_jax.io.hf.architectures import turns_linear_layers
+from daq_jax.io.hf.architectures import part_of, turns_linear_layers
 from daq_jax.io.hf.bands import can_be_cut, rows_per_tile
 from daq_jax.io.hf.codings import Coding
 from daq_jax.io.hf.folders import Folder, Tensor
@@ -23,6 +23,7 @@ from daq_jax.io.hf.layouts import (
     is_matrix,
     skipped_modules,
 )
+from daq_jax.io.hf.methods import QUANTIZATION_KEYS
 from daq_jax.io.hf.tensor_files import TensorSpec, plan_file
 from daq_jax.io.jobs.options import MissingBase
 from daq_jax.recipe import Recipe
@@ -30,12 +31,16 @@ from daq_jax.roundings.nearest import Nearest
 from daq_jax.roundings.rounding import as_rounding
 from daq_jax.rules import DEFAULT_RULES, decide, keep
 from daq_jax.searches.search import as_search
+from daq_jax.tilings import Tiling
 
 # The heads of classifiers, by the name that transformers gives them.
 RULES = (keep(r"(^|\.)score\."), *DEFAULT_RULES)
 _WRITING = 2  # bytes for each element of the matrix before it, which is being written
 RUNTIME = 700 * 10**6  # bytes of the interpreter, JAX, its compiled programs, and the figures of a band
 _FLOATS = ("BF16", "F16", "F32")
+# How names end of scales that quantize activations, not weights; and of packed codes of any quantizer.
+ACTIVATIONS = (".input_scale", ".input_global_scale", ".input_zero_point", ".output_scale")
+_CODES = ("_packed", "_blocks", ".qweight", ".codes", "_quantized")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +53,12 @@ class Task:
         quantize: whether the tensor is quantized.
         why: why the tensor is kept, or "no base"; "" for a tensor that is quantized with its base.
         outputs: dtype and shape of each tensor that is written, by name.
-        coding: how the tensor is stored if it is quantized; None if it is not.
         rows: length of a band of the first axis, the part that is worked on at a time.
+        coding: how the tensor is stored if it is quantized; None if it is not.
+        recipe: how the tensor is quantized, the format and the tiling of its coding put in.
+        dtype: dtype that quantized inputs dequantize to.
+        as_base: whether `coding` is that of the base, whose bytes are then kept where nothing changed.
+        from_base: whether a tensor that stays as it is comes from the base.
     """
 
     tuned: Tensor
@@ -58,7 +67,11 @@ class Task:
     why: str
     outputs: Mapping[str, TensorSpec]
     rows: int
-    coding: Coding | None = None
+    coding: Coding | None
+    recipe: Recipe
+    dtype: np.dtype
+    as_base: bool = False
+    from_base: bool = False
 
     @property
     def name(self) -> str:
@@ -107,19 +120,21 @@ class Plan:
 
     Attributes:
         shards: files of the result, in order.
-        recipe: how weights are quantized, the layout's format and tiling put in.
-        layout: how quantized weights are stored.
-        dtype: dtype that quantized inputs dequantize to.
-        skipped: modules named in the config as not quantized.
+        recipe: how weights are quantized.
+        format: name of the layout of quantized weights, or "as-base".
+        dtype: dtype that quantized inputs dequantize to, unless their task has another.
+        config: the `config.json` of the result.
+        beside: the `hf_quant_config.json` of the result; empty for none.
         dropped: tensors of the tuned model that are left out, and why.
         memory: bytes the work will take at most, the process itself included.
     """
 
     shards: tuple[Shard, ...]
     recipe: Recipe
-    layout: Layout
+    format: str
     dtype: np.dtype
-    skipped: tuple[str, ...]
+    config: Mapping[str, Any]
+    beside: Mapping[str, Any]
     dropped: dict[str, str]
     memory: int
 
@@ -177,12 +192,13 @@ def make_plan(
     Raises:
         DaqError: naming every tensor that has no base, or what does not fit into the memory.
     """
-    kept, dropped = _kept(tuned, layout, tp), _dropped(tuned)
-    stored = dtype or _stored_dtype(tuned)  # of quantized inputs that are kept
+    refuse_unread(tuned)
+    kept, dropped = _kept(tuned, layout, tp), dropped_of(tuned)
+    stored = dtype or stored_dtype(tuned)  # of quantized inputs that are kept
     dtype = dtype or tuned.working_dtype or stored
     problems = {}
     for name, tensor in tuned.tensors.items():
-        if name not in kept and name not in dropped and (why := _problem(base.tensors.get(name), tensor)):
+        if name not in kept and name not in dropped and (why := problem_of(base.tensors.get(name), tensor)):
             problems[name] = why
     if problems and missing_base == "error":
         refuse(
@@ -191,41 +207,54 @@ def make_plan(
             "Pass the base that was tuned, or --missing-base absmax to quantize these without it.",
             one_line=True,
         )
-    shards: dict[str, list[Task]] = {}
+    tasks = []
     for name, tensor in tuned.tensors.items():
         if name in dropped:
             continue
         if name in kept:
-            plain = tensor.copied or tensor.spec
-            spec = plain if tensor.coding is None else TensorSpec.of(stored, tensor.shape)
-            task = Task(tensor, None, False, kept[name], {name: spec}, rows=max(1, *tensor.shape[:1], 1))
+            tasks.append(kept_task(tensor, kept[name], recipe, stored, dtype))
         else:
             partner = None if name in problems else base.tensors[name]
-            task = _quantized(tensor, partner, recipe, layout, memory)
-        shards.setdefault(tensor.file, []).append(task)
+            coding = layout.coding(name, tensor.shape)
+            tasks.append(quantized_task(tensor, partner, recipe, coding, dtype, memory))
     skipped = skipped_modules((n for n in kept if is_matrix(n, len(tuned.tensors[n].shape))), _is_tied(tuned))
-    plan = Plan(
-        shards=tuple(Shard(file, tuple(tasks)) for file, tasks in shards.items()),
-        recipe=recipe,
-        layout=layout,
-        dtype=dtype,
-        skipped=tuple(skipped),
-        dropped=dropped,
-        memory=_memory([task for tasks in shards.values() for task in tasks], recipe),
-    )
+    config = unquantized(tuned.config) | {"quantization_config": layout.config(skipped)}
+    plan = Plan(in_shards(tasks), recipe, layout.name, dtype, config, {}, dropped, memory_of(tasks))
     if not any(task.quantize for task in plan.tasks):
         raise DaqError(f"{tuned.path}: no tensor of it can be quantized: {_reasons(plan)}.")
     return plan
 
 
-def _quantized(tensor: Tensor, base: Tensor | None, recipe: Recipe, layout: Layout, memory: int) -> Task:
-    rows = _rows_at_a_time(tensor, base, recipe, layout, memory)
+def in_shards(tasks: Sequence[Task], file_of: Mapping[str, str] | None = None) -> tuple[Shard, ...]:
+    """Tasks by the files that they are written to: those of their tensors unless `file_of` names others."""
+    shards: dict[str, list[Task]] = {}
+    for task in tasks:
+        shards.setdefault(file_of[task.name] if file_of else task.tuned.file, []).append(task)
+    return tuple(Shard(file, tuple(found)) for file, found in shards.items())
+
+
+def kept_task(tensor: Tensor, why: str, recipe: Recipe, stored: np.dtype, dtype: np.dtype) -> Task:
+    """The task of a tensor that stays as it is; one that is quantized is stored dequantized to `stored`."""
+    plain = tensor.copied or tensor.spec
+    spec = plain if tensor.coding is None else TensorSpec.of(stored, tensor.shape)
+    rows = max(1, *tensor.shape[:1], 1)
+    return Task(tensor, None, False, why, {tensor.name: spec}, rows, None, recipe, dtype)
+
+
+def quantized_task(
+    tensor: Tensor, base: Tensor | None, recipe: Recipe, coding: Coding, dtype: np.dtype, memory: int
+) -> Task:
+    """The task of a tensor that is quantized with the format and the tiling of a coding.
+
+    Raises:
+        DaqError: if the memory does not suffice.
+    """
+    rows = _rows_at_a_time(tensor, base, recipe, coding.tiling, memory)
     why = "" if base else "no base"
-    coding = layout.coding(tensor.name, tensor.shape)
-    return Task(tensor, base, True, why, coding.specs, rows, coding)
+    return Task(tensor, base, True, why, coding.specs, rows, coding, recipe, dtype)
 
 
-def _rows_at_a_time(tensor: Tensor, base: Tensor | None, recipe: Recipe, layout: Layout, memory: int) -> int:
+def _rows_at_a_time(tensor: Tensor, base: Tensor | None, recipe: Recipe, tiling: Tiling, memory: int) -> int:
     """Whole matrices one by one; a matrix too large for the memory in bands, if its tiles are independent."""
     *batch, outputs, inputs = tensor.shape
     each = _bytes_each(tensor, recipe)
@@ -233,9 +262,9 @@ def _rows_at_a_time(tensor: Tensor, base: Tensor | None, recipe: Recipe, layout:
     whole = 1 if batch else outputs
     if outputs * inputs <= room:
         return whole
-    step = _step(tensor, base, layout)
+    step = _step(tensor, base, tiling)
     rows = room // inputs // step * step
-    if batch or rows < step or not work_of(recipe).by_tile:
+    if batch or rows < step or not work_of(recipe).by_tile or can_be_cut(tiling, tensor.shape):
         needed = (RUNTIME + outputs * inputs * each) / 10**9
         raise DaqError(
             f"{tensor.file}: {tensor.name!r} is {outputs} x {inputs}, which takes {needed:.1f} GB at once; "
@@ -244,15 +273,16 @@ def _rows_at_a_time(tensor: Tensor, base: Tensor | None, recipe: Recipe, layout:
     return rows
 
 
-def _step(tensor: Tensor, base: Tensor | None, layout: Layout) -> int:
+def _step(tensor: Tensor, base: Tensor | None, tiling: Tiling) -> int:
     """Bands that begin at multiples of this number cut no tile of the result, nor of stored inputs."""
     tilings = [x.coding.tiling for x in (tensor, base) if x is not None and x.coding]
-    cut = [t for t in (layout.tiling, *tilings) if not can_be_cut(t, tensor.shape)]
+    cut = [t for t in (tiling, *tilings) if not can_be_cut(t, tensor.shape)]
     return math.lcm(*(rows_per_tile(tiling, tensor.shape) for tiling in cut))
 
 
-def _memory(tasks: Sequence[Task], recipe: Recipe) -> int:
-    units = [task.most_elements * _bytes_each(task.tuned, recipe) for task in tasks if task.quantize]
+def memory_of(tasks: Sequence[Task]) -> int:
+    """Bytes that the work takes at most, the process itself included."""
+    units = [task.most_elements * _bytes_each(task.tuned, task.recipe) for task in tasks if task.quantize]
     return RUNTIME + max(units, default=0)
 
 
@@ -282,7 +312,7 @@ def _bytes_each(tensor: Tensor, recipe: Recipe) -> int:
     return work_of(recipe).bytes_each + _WRITING + 2 * wide + 2 * (wide - 2)
 
 
-def _stored_dtype(folder: Folder) -> np.dtype:
+def stored_dtype(folder: Folder) -> np.dtype:
     """Dtype of the weights of a folder; if they are all codes, the dtype that its config names."""
     plain = (t for name, t in folder.tensors.items() if is_matrix(name, len(t.shape)) and not t.coding)
     specs = (t.copied or t.spec for t in plain if t.spec.dtype in _FLOATS)
@@ -293,12 +323,46 @@ def _is_tied(folder: Folder) -> bool:
     return folder.config.get("tie_word_embeddings") is True
 
 
-def _dropped(tuned: Folder) -> dict[str, str]:
-    """A tied head stored beside the embedding, which loaders ignore."""
+def dropped_of(tuned: Folder) -> dict[str, str]:
+    """Tensors of the tuned model that are left out, and why.
+
+    A tied head stored beside the embedding, which loaders ignore; scales of activations, since the config of
+    the result has none.
+    """
+    found = {n: "a scale of static activations" for n in tuned.tensors if n.endswith(ACTIVATIONS)}
     head, tables = "lm_head.weight", [n for n in tuned.tensors if n.endswith("embed_tokens.weight")]
     if _is_tied(tuned) and head in tuned.tensors and len(tables) == 1:
-        return {head: f"tied to {tables[0]!r}, which is stored once"}
-    return {}
+        found[head] = f"tied to {tables[0]!r}, which is stored once"
+    return found
+
+
+def refuse_unread(tuned: Folder) -> None:
+    """Refuses a tuned model with codes that would be copied as they are, under a config that knows none.
+
+    Raises:
+        DaqError: naming each such tensor.
+    """
+    unread = [
+        f"{name!r} is {tensor.spec.dtype} {tensor.shape} without a scale"
+        for name, tensor in tuned.tensors.items()
+        if tensor.coding is None and tensor.spec.dtype not in _FLOATS and _holds_codes(name, tensor)
+    ]
+    if unread:
+        way_out = "Pass the tuned model in bfloat16, float16 or float32."
+        refuse(f"{tuned.path}: holds codes that are not read", unread, way_out, one_line=True)
+
+
+def _holds_codes(name: str, tensor: Tensor) -> bool:
+    return is_matrix(name, len(tensor.shape)) or (len(tensor.shape) > 1 and name.endswith(_CODES))
+
+
+def unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without what it says of quantization."""
+    found = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
+    inner = part_of(config, "text_config")
+    if any(key in inner for key in QUANTIZATION_KEYS):
+        found["text_config"] = {k: value for k, value in inner.items() if k not in QUANTIZATION_KEYS}
+    return found
 
 
 def _kept(tuned: Folder, layout: Layout, tp: int) -> dict[str, str]:
@@ -320,8 +384,6 @@ def _why_kept(tuned: Folder, tensor: Tensor, layout: Layout, tp: int) -> str:
     name, shape = tensor.name, tensor.shape
     if not is_matrix(name, len(shape)):
         return "not the weight of a linear layer"
-    if tensor.coding is None and tensor.spec.dtype not in _FLOATS:
-        return f"{tensor.spec.dtype} without a scale"
     if turns_linear_layers(tuned.config):
         return "stored [in, out], which servers do not read quantized"
     if 0 in shape:
@@ -334,7 +396,8 @@ def _why_kept(tuned: Folder, tensor: Tensor, layout: Layout, tp: int) -> str:
     return layout.why_not(name, shape, tp, heads if type(heads) is int and heads > 0 else None)
 
 
-def _problem(base: Tensor | None, tuned: Tensor) -> str:
+def problem_of(base: Tensor | None, tuned: Tensor) -> str:
+    """Why a tensor of the base is no partner of a tensor of the tuned model; "" if it is."""
     if base is None:
         return "is missing"
     if base.shape != tuned.shape:

@@ -28,7 +28,7 @@ def table_of(plan: Plan, note: str) -> Table:
     """A plan as a table: what is quantized, what is kept and why, bytes and memory."""
     tasks = [task for task in plan.tasks if task.quantize]
     table = Table("what", "tensors", "stored now", "example", box=HORIZONTALS)
-    groups = {f"quantize to {plan.layout.name}": [task for task in tasks if task.base]}
+    groups = {f"quantize to {plan.format}": [task for task in tasks if task.base]}
     groups["quantize without base"] = [task for task in tasks if not task.base]
     groups |= {f"keep: {why}": kept for why, kept in plan.kept.items()}
     for what, group in groups.items():

@@ -12,7 +12,8 @@ from daq_jax.analysis.names import printable
 from daq_jax.density.recipe import DensityRecipe
 from daq_jax.errors import DaqError
 from daq_jax.io.hf.adapters import open_tuned
-from daq_jax.io.hf.folders import is_orbax, open_folder
+from daq_jax.io.hf.folders import Folder, is_orbax, open_folder
+from daq_jax.io.jobs.as_base import plan_as_base
 from daq_jax.io.jobs.folder_store import CONFIG, FolderStore
 from daq_jax.io.jobs.job import Job
 from daq_jax.io.jobs.options import (
@@ -22,6 +23,7 @@ from daq_jax.io.jobs.options import (
     for_folders,
     for_server,
     refuse_for_orbax,
+    wants_base_format,
     without_zeros,
 )
 from daq_jax.io.jobs.planning import Plan, make_plan
@@ -57,14 +59,18 @@ def quantize_folder(
     and OUT looks complete only when it is.
 
     Args:
-        base: folder before tuning; Hugging Face safetensors, bfloat16, float16, float32, or FP8 with scales.
+        base: folder before tuning; Hugging Face safetensors, bfloat16, float16, float32, or quantized weights
+            in any layout of `daq_jax.io.hf.recognition`.
             Or an Orbax checkpoint, if `tuned` is one too: then so is `out`, for `daq_jax.load`, and `shard`,
             `tp`, `base_dtype` and `custom_code` are refused.
         tuned: folder after tuning, which may be sharded in another way; or a LoRA adapter of `base`, as PEFT
             saves it: each weight is then the base's plus `scale * B A` in float32, with no merged folder.
         out: folder to write; new, empty, or left by the same call.
         recipe: how to quantize; its format and tiling are those of `format`. A `DensityRecipe` is refused.
-        format: "fp8-block", "fp8-channel", "int8-channel" or "int4-group"; None for what suits the target.
+        format: "fp8-block", "fp8-channel", "int8-channel", "int4-group", or "as-base": each tensor in the
+            coding that it has in `base`, which must hold the same tensors as `tuned`. None for "as-base" if
+            `base` holds quantized weights, `target` is "hopper" and `missing_base` is "error"; else for what
+            suits the target.
         target: "hopper", "blackwell" or "tpu": who serves the result.
         memory_gb: GB that the process may take; None for a quarter of the machine's.
         missing_base: "error", or "absmax" to quantize weights that base lacks without it.
@@ -105,7 +111,6 @@ def open_job(
         DaqError: as `quantize_folder`.
     """
     _refuse_same(out, base, tuned)
-    recipe = for_server(recipe, output)
     if is_orbax(base) or is_orbax(tuned):
         refuse_for_orbax(output, run)
         if not (is_orbax(base) and is_orbax(tuned)):
@@ -114,7 +119,7 @@ def open_job(
             )
         from daq_jax.io.jobs.orbax import open_orbax_job  # which loads Orbax
 
-        opened = open_orbax_job(base, tuned, out, recipe, output, run, console)
+        opened = open_orbax_job(base, tuned, out, for_server(recipe, output), output, run, console)
     else:
         opened = _open_folder_job(base, tuned, out, recipe, output, run, console)
     with opened as job:
@@ -131,16 +136,7 @@ def _open_folder_job(
     ):
         if not after.config:
             raise DaqError(f"{tuned}: has no {CONFIG}, without which no server loads the result.")
-        plan = make_plan(
-            before,
-            after,
-            for_folders(recipe, before, after, output.layout),
-            output.layout,
-            memory=run.memory,
-            missing_base=run.missing_base,
-            tp=output.tp,
-            dtype=output.dtype,
-        )
+        plan = _plan(before, after, recipe, output, run)
         _show(plan, output, console)
         settings = _settings(plan, output, run)
         store = FolderStore(out, plan, before, after, output.custom_code)
@@ -163,12 +159,27 @@ def _open_folder_job(
         )
 
 
+def _plan(before: Folder, after: Folder, recipe: Recipe, output: Output, run: Run) -> Plan:
+    if wants_base_format(output, run, before):
+        return plan_as_base(before, after, recipe, memory=run.memory, dtype=output.dtype)
+    return make_plan(
+        before,
+        after,
+        for_folders(for_server(recipe, output), before, after, output.layout),
+        output.layout,
+        memory=run.memory,
+        missing_base=run.missing_base,
+        tp=output.tp,
+        dtype=output.dtype,
+    )
+
+
 def _settings(plan: Plan, output: Output, run: Run) -> dict[str, Any]:
     """All that decides the bytes of the result, beside the inputs."""
     return describe(
         {
             "version": __version__,
-            "format": plan.layout.name,
+            "format": plan.format,
             "recipe": plan.recipe,
             "target": output.target,
             "missing_base": run.missing_base,
@@ -185,7 +196,7 @@ def _summary(plan: Plan, output: Output) -> dict[str, Any]:
     """What a plan says of the result."""
     chosen = [task for task in plan.tasks if task.quantize]
     return {
-        "server": output.note,
+        "server": output.note_of(plan.format),
         "quantized": {task.name: "" if task.base else "no base: AbsMax" for task in chosen},
         "kept": {task.name: task.why for task in plan.tasks if not task.quantize},
         "left_out": dict(plan.dropped),
@@ -196,7 +207,7 @@ def _summary(plan: Plan, output: Output) -> dict[str, Any]:
 
 
 def _show(plan: Plan, output: Output, console: Console) -> None:
-    console.print(table_of(plan, f"{output.target}: {output.note}"))
+    console.print(table_of(plan, f"{output.target}: {output.note_of(plan.format)}"))
     if warning_of(plan):
         console.print(warning_of(plan), highlight=False)
 

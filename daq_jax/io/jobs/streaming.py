@@ -4,6 +4,7 @@ Two threads read the next pair of matrices while one pair is quantized, and a th
 pair before it. Nothing waits in a queue, so memory does not depend on the size of the checkpoint.
 """
 
+import dataclasses
 import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +18,7 @@ from daq_jax.errors import DaqError
 from daq_jax.io.hf.bands import Leaf, figures_in_bands
 from daq_jax.io.hf.folders import Folder
 from daq_jax.io.hf.tensor_files import TensorReader, TensorSpec, TensorWriter, plan_file
+from daq_jax.io.jobs.audit import Audit, is_untouched
 from daq_jax.io.jobs.journal import Record
 from daq_jax.io.jobs.planning import Plan, Shard, Task
 from daq_jax.io.jobs.progress import Tell
@@ -39,6 +41,7 @@ class ShardJob:
         self.sums: dict[str, int] = {}  # crc32 of each written tensor
         self.written: dict[str, int] = {}  # bytes of each so far
         self.figures: dict[str, Figures] = {}
+        self.audits: dict[str, Audit] = {}  # of tensors in the format of their base
 
     def do(self, shard: Shard, out: Path) -> Record:
         """Writes the file of a shard into `out`; returns its record.
@@ -50,7 +53,9 @@ class ShardJob:
         with TensorWriter(out / shard.file, shard.outputs) as file, pools[0] as readers, pools[1] as writer:
             self._fill(file, shard, readers, writer)
             file.finish()
-        return {"crc32": self.sums, "figures": {name: x.plain_sums() for name, x in self.figures.items()}}
+        figures = {name: x.plain_sums() for name, x in self.figures.items()}
+        audits = {name: dataclasses.asdict(audit) for name, audit in self.audits.items()}
+        return {"crc32": self.sums, "figures": figures} | ({"audits": audits} if audits else {})
 
     def _fill(
         self, file: TensorWriter, shard: Shard, readers: ThreadPoolExecutor, writer: ThreadPoolExecutor
@@ -64,7 +69,7 @@ class ShardJob:
             (task, rows), pair = band, [leaf.result() for leaf in ahead]
             band = next(bands, None)
             ahead = self._read(readers, *band) if band else []
-            result = self._quantize(task, rows, pair[-1], pair[0]) if pair else None
+            result = self._result(task, rows, pair[-1], pair[0]) if pair else None
             del pair
             if writing:
                 writing.result()
@@ -76,7 +81,7 @@ class ShardJob:
         """The tuned matrix, and its base if there is one, on their way; none for a tensor that is copied."""
 
         def one(folder: Folder, name: str) -> Leaf:
-            leaf = folder.read(name, rows, self.plan.dtype)
+            leaf = folder.read(name, rows, task.dtype)
             return leaf if isinstance(leaf, QTensor) else jnp.asarray(leaf)  # sent to the device only once
 
         sources = [(self.tuned, task.name)] if task.quantize else []
@@ -84,29 +89,48 @@ class ShardJob:
             sources.append((self.base, task.base.name))
         return [readers.submit(one, *source) for source in sources]
 
+    def _result(self, task: Task, rows: slice, base: Leaf, tuned: Leaf) -> QTensor | None:
+        """Codes and scales of a pair; None if they are those of the base, whose bytes are kept."""
+        if not task.as_base:
+            return self._quantize(task, rows, base, tuned)
+        assert isinstance(base, QTensor)
+        assert task.coding is not None
+        base = dataclasses.replace(base, format=task.coding.full_format)
+        if is_untouched(base, tuned):
+            self._note(task, base, tuned, base)
+            self.audits[task.name] = self.audits.get(task.name, Audit()) + Audit.of_untouched(base)
+            return None
+        q = self._quantize(task, rows, base, tuned)
+        self.audits[task.name] = self.audits.get(task.name, Audit()) + Audit.of(base, q)
+        return q
+
     def _quantize(self, task: Task, rows: slice, base: Leaf, tuned: Leaf) -> QTensor:
         """Codes and scales of a pair."""
         stream = zlib.crc32(f"{task.name}:{rows.start}".encode())
-        q = quantize_leaf(base, tuned, recipe=self.plan.recipe, matrix=task.tuned.matrix, stream=stream)
+        q = quantize_leaf(base, tuned, recipe=task.recipe, matrix=task.tuned.matrix, stream=stream)
         if not bool(jnp.isfinite(q.scale).all()):  # what a tile that holds NaN or infinity gets
             raise DaqError(
                 f"{task.tuned.file}: tensor {task.name!r} holds NaN or infinity in base or tuned; every "
                 "weight must be finite: mend the checkpoint."
             )
         if task.base is not None:
-            found = figures_in_bands(base, tuned, q)
-            before = self.figures.get(task.name)
-            self.figures[task.name] = found if before is None else pool([before, found])
+            self._note(task, base, tuned, q)
         return q
+
+    def _note(self, task: Task, base: Leaf, tuned: Leaf, q: QTensor) -> None:
+        """Adds the figures of a band to those of its tensor."""
+        found = figures_in_bands(base, tuned, q)
+        before = self.figures.get(task.name)
+        self.figures[task.name] = found if before is None else pool([before, found])
 
     def _write(self, file: TensorWriter, task: Task, rows: slice, q: QTensor | None) -> None:
         """Writes what one band gives."""
-        if q is None:
+        if not task.quantize:
             for data in self._kept(task):
                 self._put(file, task.name, data)
         else:
             assert task.coding is not None
-            found = task.coding.encode(q)
+            found = self.base.stored(task.name, rows) if q is None else task.coding.encode(q)
             if rows.start == 0:
                 found |= task.coding.constants
             for name, data in found.items():
@@ -117,11 +141,12 @@ class ShardJob:
 
     def _kept(self, task: Task) -> Iterator[np.ndarray]:
         """A tensor that is not quantized, some bytes at a time: as it is stored, or dequantized."""
+        folder = self.base if task.from_base else self.tuned
         if task.tuned.coding is None:
-            yield from self.tuned.chunks(task.name)
+            yield from folder.chunks(task.name)
             return
         for rows in task.bands:
-            q = self.tuned.read(task.name, rows, self.plan.dtype)
+            q = folder.read(task.name, rows, task.dtype)
             assert isinstance(q, QTensor)
             yield np.asarray(q.dequantize(task.outputs[task.name].numpy_dtype))
 

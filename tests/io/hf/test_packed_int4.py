@@ -9,7 +9,6 @@ from daq_jax.io.hf.packing import Words
 from tests.cases import pair, rng_for
 
 
-
 def unpack(words: np.ndarray, inputs: int) -> np.ndarray:
     return Words(4).unpack(words, inputs, np.dtype(np.int8))
 

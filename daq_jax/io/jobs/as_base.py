@@ -1,0 +1,152 @@
+"""The plan of a result in the format of its base: each tensor in the coding that it has there.
+
+Names, files, skip lists and the quantization of the config are those of the base; values and the rest of the
+config are those of the tuned model.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Array
+
+from daq_jax import recipes
+from daq_jax.errors import refuse
+from daq_jax.io.hf.architectures import part_of
+from daq_jax.io.hf.codings import Coding
+from daq_jax.io.hf.folders import Folder, Tensor
+from daq_jax.io.hf.layouts import AS_BASE
+from daq_jax.io.hf.methods import QUANTIZATION_KEYS
+from daq_jax.io.jobs.planning import (
+    ACTIVATIONS,
+    Plan,
+    Task,
+    dropped_of,
+    in_shards,
+    kept_task,
+    memory_of,
+    problem_of,
+    quantized_task,
+    refuse_unread,
+    stored_dtype,
+    unquantized,
+)
+from daq_jax.recipe import Recipe
+from daq_jax.roundings.dithered import DitheredFeedback
+from daq_jax.roundings.nearest import Nearest
+from daq_jax.roundings.rounding import Rounding
+from daq_jax.scales import AnyScale
+from daq_jax.searches.search import Search
+from daq_jax.searches.trials import Trials
+
+_KEYS = (*QUANTIZATION_KEYS, "expert_dtype", "scale_fmt")  # what a config says of codes
+
+
+@dataclasses.dataclass(frozen=True)
+class OfBase(Search):
+    """The stored scale of the base whatever the tuned weights are, of which the largest may be clipped."""
+
+    @property
+    def is_tile_local(self) -> bool:
+        """See `Search`."""
+        return True
+
+    @property
+    def reads_metric(self) -> bool:
+        """See `Search`."""
+        return False
+
+    def judged(self, rounding: Rounding) -> Rounding:
+        """See `Search`; nothing is scored."""
+        return Nearest()
+
+    def __call__(self, trials: Trials) -> Array:
+        """One scale per tile."""
+        return trials.base
+
+
+def recipe_as_base(recipe: Recipe, coding: Coding) -> Recipe:
+    """A recipe for a weight in the coding of its base: the default keeps the scales of the base."""
+    recipe = recipe.replace(format=coding.full_format, tiling=coding.tiling, scales=coding.storage.rule)
+    if (recipe.search, recipe.rounding) == (recipes.default.search, recipes.default.rounding):
+        # No scale but that of the base is tried, so one program serves for all factors of scales.
+        return recipe.replace(search=OfBase(), rounding=DitheredFeedback(), scales=AnyScale())
+    return recipe
+
+
+def plan_as_base(
+    base: Folder, tuned: Folder, recipe: Recipe, *, memory: int, dtype: np.dtype | None = None
+) -> Plan:
+    """Plans the quantization of one folder into the format of another.
+
+    Args:
+        base: folder before tuning, which holds quantized weights.
+        tuned: folder after tuning.
+        recipe: how to quantize; formats, tilings and scales are those of the base.
+        memory: bytes that the work may take.
+        dtype: dtype that quantized inputs dequantize to; None for that of each tensor of the tuned model.
+
+    Raises:
+        DaqError: naming every tensor that one of the folders lacks, or what does not fit into the memory.
+    """
+    refuse_unread(tuned)
+    dropped = {n: why for n, why in dropped_of(tuned).items() if n not in base.tensors}
+    _refuse_lacking(base, tuned, dropped)
+    stored = dtype or stored_dtype(tuned)
+    working = dtype or tuned.working_dtype or stored
+    tasks = []
+    for name, before in base.tensors.items():
+        after = tuned.tensors.get(name)
+        if after is None or name.endswith(ACTIVATIONS):
+            task = kept_task(before, "a scale of activations", recipe, stored, working)
+            tasks.append(dataclasses.replace(task, from_base=True))
+        elif before.coding is None:
+            tasks.append(kept_task(after, "not quantized in base", recipe, stored, working))
+        else:
+            tasks.append(_coded_task(before, before.coding, after, recipe, dtype or working, memory))
+    files = {name: tensor.file for name, tensor in base.tensors.items()}
+    config = config_as_base(base.config, tuned.config)
+    return Plan(
+        in_shards(tasks, files), recipe, AS_BASE, working, config, base.beside, dropped, memory_of(tasks)
+    )
+
+
+def _coded_task(
+    before: Tensor, coding: Coding, after: Tensor, recipe: Recipe, dtype: np.dtype, memory: int
+) -> Task:
+    if after.coding is None and after.dtype is not None:
+        dtype = after.dtype
+    task = quantized_task(after, before, recipe_as_base(recipe, coding), coding, dtype, memory)
+    return dataclasses.replace(task, as_base=True)
+
+
+def _refuse_lacking(base: Folder, tuned: Folder, dropped: Mapping[str, str]) -> None:
+    problems = []
+    for name, before in base.tensors.items():
+        after = tuned.tensors.get(name)
+        if after is None and not name.endswith(ACTIVATIONS):
+            problems.append(f"{name!r} is not in the tuned model")
+        elif after is not None and after.shape != before.shape:
+            problems.append(f"{name!r} is {before.shape} but tuned is {after.shape}")
+        elif after is not None and before.coding and (why := problem_of(after, before)):
+            problems.append(f"{name!r} of the tuned model {why}")
+    strange = [name for name in tuned.tensors if name not in base.tensors and name not in dropped]
+    problems += [f"{name!r} is not in the base" for name in strange]
+    if problems:
+        refuse(
+            f"{base.path} and {tuned.path}: not two states of one model, as --format as-base needs them",
+            problems,
+            "Pass the base that was tuned, with names and shapes as in the tuned model, or another --format.",
+            one_line=True,
+        )
+
+
+def config_as_base(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of the tuned model with what that of the base says of quantization."""
+    config = unquantized(tuned) | {key: base[key] for key in _KEYS if key in base}
+    inner = part_of(base, "text_config")
+    if any(key in inner for key in _KEYS):
+        own = dict(part_of(config, "text_config"))
+        config["text_config"] = own | {key: inner[key] for key in _KEYS if key in inner}
+    return config

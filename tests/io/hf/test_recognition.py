@@ -1,0 +1,106 @@
+"""Native layouts are read as decoders of their own say; what cannot be read is refused by name."""
+
+import json
+
+import numpy as np
+import pytest
+
+from daq_jax.io.hf.folders import open_folder
+from daq_jax.qtensor import QTensor
+from tests.cases import rng_for
+from tests.hf_folders import CONFIG, normal, write_folder
+from tests.native_folders import BY_LAYOUT, natives
+
+F32 = np.dtype(np.float32)
+
+
+@pytest.mark.parametrize("layout", BY_LAYOUT)
+def test_each_native_layout_is_read_as_its_decoder_says(layout, tmp_path):
+    native = natives(96 if "g128" not in layout else 64, 256)[layout]
+    tensors = native.make(rng_for(layout))
+    config = CONFIG | {"quantization_config": native.config}
+    folder = open_folder(write_folder(tmp_path / "f", [tensors], config))
+    assert list(folder.tensors) == [native.name]
+    expected = native.decode(tensors)
+    assert folder.tensors[native.name].shape == expected.shape
+    q = folder.read(native.name, dtype=F32)
+    assert isinstance(q, QTensor)
+    np.testing.assert_array_equal(q.dequantize(), expected)
+    coding = folder.tensors[native.name].coding
+    assert coding is not None
+    assert {name: (s.dtype, s.shape) for name, s in coding.specs.items()} == {
+        name: (folder._entry(name).spec.dtype, x.shape) for name, x in tensors.items()
+    }
+    again = {**coding.encode(q), **coding.constants}
+    for name, x in tensors.items():
+        assert np.asarray(again[name]).tobytes() == x.tobytes(), name
+    if expected.ndim == 2 and expected.shape[0] == 64:
+        part = folder.read(native.name, slice(16, 48), F32)
+        np.testing.assert_array_equal(part.dequantize(), expected[16:48])
+    if expected.ndim == 3:
+        np.testing.assert_array_equal(folder.read(native.name, slice(1, 2), F32).dequantize(), expected[1:2])
+
+
+def test_a_scale_of_two_to_the_minus_127_over_zeros_is_read(tmp_path):
+    native = natives(4, 64)["gpt-oss"]
+    tensors = native.make(rng_for("zeros"))
+    tensors[native.codes][0, 0], tensors[native.scale][0, 0] = 0, 0
+    folder = open_folder(write_folder(tmp_path / "f", [tensors], {"model_type": "gpt_oss"}))
+    np.testing.assert_array_equal(folder.read(native.name, dtype=F32).dequantize(), native.decode(tensors))
+
+
+@pytest.mark.parametrize(
+    ("where", "how", "word"),
+    [
+        ("config", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "gptq"),
+        ("config", {"quantization_config": {"quant_method": "awq"}}, "awq"),
+        ("config", {"quantization_config": {"load_in_8bit": True}}, "bitsandbytes"),
+        ("config", {"text_config": {"quantization_config": {"quant_method": "quark"}}}, "quark"),
+        (
+            "config",
+            {"compression_config": {"quant_method": "compressed-tensors", "format": "marlin-24"}},
+            "24",
+        ),
+        ("beside", {"quantization": {"quant_algo": "W4A8_AWQ"}}, "W4A8_AWQ"),
+    ],
+)
+def test_another_quantizer_is_refused_by_its_name(where, how, word, tmp_path):
+    folder = write_folder(tmp_path / "f", [{"a.weight": normal(0, 4, 4)}], how if where == "config" else {})
+    if where == "beside":
+        (folder / "hf_quant_config.json").write_text(json.dumps(how))
+    with pytest.raises(ValueError, match=f"quantized by '.*{word}', which is not read"):
+        open_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("layout", "part", "change", "words"),
+    [
+        ("gpt-oss", "scale", lambda x: x[..., :1], r"'.*_blocks' is U8 .* needed 4-bit floats"),
+        ("gpt-oss", "codes", lambda x: x[..., :8], r"'.*_blocks' is U8 .* needed 4-bit floats"),
+        ("mxfp4-pack", "scale", lambda x: x[:, :1], r"'.*_packed' is U8 .* needed 4-bit floats"),
+        ("mxfp4-pack", "scale", lambda x: x.astype(np.float32), r"needed 4-bit floats"),
+        ("nvfp4-modelopt", "codes", lambda x: x[:, :-1], r"needed 4-bit floats"),
+        ("v4 experts", "scale", lambda x: x[:, :1], r"needed 4-bit floats"),
+        ("mxfp8", "scale", lambda x: x[:, :-1], r"is F8_E4M3 .* for each group of a row"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused_by_name(layout, part, change, words, tmp_path):
+    native = natives(64, 256)[layout]
+    tensors = native.make(rng_for(layout))
+    name = native.codes if part == "codes" else native.scale
+    tensors[name] = np.ascontiguousarray(change(tensors[name]))
+    write_folder(tmp_path / "f", [tensors])
+    with pytest.raises(ValueError, match=words):
+        open_folder(tmp_path / "f")
+
+
+@pytest.mark.parametrize("number", [0.0, -1.0, np.nan, np.inf])
+@pytest.mark.parametrize("layout", ["nvfp4-pack", "nvfp4-modelopt"])
+def test_a_factor_of_scales_must_be_positive_and_finite(layout, number, tmp_path):
+    native = natives(64, 256)[layout]
+    tensors = native.make(rng_for(layout))
+    factor = next(name for name in tensors if name.endswith(("_global_scale", "_scale_2")))
+    tensors[factor] = np.full_like(tensors[factor], number)
+    write_folder(tmp_path / "f", [tensors])
+    with pytest.raises(ValueError, match="one F32 above 0"):
+        open_folder(tmp_path / "f")
