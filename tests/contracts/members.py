@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import daq_jax as daq
-from daq_jax.scales import InDtype
+from daq_jax.formats import int4_full, int8_full
+from daq_jax.scales import InDtype, TwoLevel
 from tests.cases import native, rng_for
 
 SHAPE, TILE = (96, 80), (32, 40)
@@ -28,6 +29,8 @@ FORMATS = {
         daq.fp8_e5m2,
         daq.int8,
         daq.int4,
+        int8_full,
+        int4_full,
         daq.fp4_e2m1,
         daq.nf4,
         daq.fp4_bnb,
@@ -63,6 +66,8 @@ ROUNDINGS = {
 }
 SCALES = {
     "PowerOfTwo": daq.Recipe(tiling=BLOCK, scales=daq.PowerOfTwo()),
+    "PowerOfTwo floor": daq.Recipe(tiling=BLOCK, scales=daq.PowerOfTwo("floor", daq.fp8_e4m3fn)),
+    "TwoLevel": daq.Recipe(tiling=BLOCK, scales=TwoLevel(2.0**-12)),
     "InDtype": daq.Recipe(tiling=BLOCK, scales=InDtype("bfloat16")),
 }
 RECIPES = {

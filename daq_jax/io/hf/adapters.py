@@ -96,7 +96,7 @@ class AdaptedFolder(Folder):
         """A tensor that the adapter changes: as it is read, and as it is stored where it is not quantized."""
         stored = tensor.copied or tensor.spec
         if tensor.coding is not None:
-            stored = TensorSpec.of(self.dtype, tensor.shape)
+            stored = TensorSpec.of(self.dtype, tensor.plain_shape)
         tuned = Tensor(tensor.name, TensorSpec("F32", tensor.shape), tensor.file, None, HF_MATRIX, stored)
         return dataclasses.replace(tuned, turned=tensor.turned)
 

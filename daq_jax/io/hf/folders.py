@@ -55,8 +55,8 @@ class Tensor:
             is not listed as a tensor of its own.
         matrix: input and output axes, if the tensor is a matrix.
         copied: dtype and shape in which a tensor that is not quantized is copied, where they are not `spec`.
-        turned: whether the tensor is a stack of experts that is stored `[experts, in, out]`; it is read
-            `[experts, out, in]`, and copied as it is stored.
+        turned: whether the tensor is a stack of experts that the model holds as `[experts, in, out]`. It is
+            read `[experts, out, in]`, and copied as it is stored; codes are stored `[experts, out, in]`.
     """
 
     name: str
@@ -71,6 +71,11 @@ class Tensor:
     def shape(self) -> tuple[int, ...]:
         """Number of elements along each axis."""
         return self.spec.shape
+
+    @property
+    def plain_shape(self) -> tuple[int, ...]:
+        """Shape in which the tensor is stored where it is not quantized."""
+        return (*self.shape[:-2], *self.shape[:-3:-1]) if self.turned else self.shape
 
     @property
     def dtype(self) -> np.dtype | None:
@@ -235,13 +240,10 @@ class HuggingFaceFolder(Folder):
 
     def _turned(self, tensor: Tensor) -> Tensor:
         """A tensor; a stack of experts that is stored `[experts, in, out]` as it is read."""
-        if (
-            not turns_experts(self.config)
-            or tensor.coding
-            or len(tensor.shape) != 3
-            or not is_matrix(tensor.name, 3)
-        ):
+        if not turns_experts(self.config) or len(tensor.shape) != 3 or not is_matrix(tensor.name, 3):
             return tensor
+        if tensor.coding:
+            return dataclasses.replace(tensor, turned=True)
         experts, inputs, outputs = tensor.shape
         spec = TensorSpec(tensor.spec.dtype, (experts, outputs, inputs))
         return dataclasses.replace(tensor, spec=spec, copied=tensor.spec, turned=True)

@@ -71,6 +71,15 @@ def refuse_unknown(config: Mapping[str, Any], beside: Mapping[str, Any], where: 
         )
 
 
+def uses_static_inputs(config: Mapping[str, Any], beside: Mapping[str, Any]) -> bool:
+    """Whether servers read the scales of activations that a folder with such a config holds."""
+    how = quantization_of(config)
+    groups = part_of(how, "config_groups")
+    inputs = [part_of(part_of(groups, name), "input_activations").get("dynamic") for name in groups]
+    modelopt = str(how.get("quant_method")).startswith("modelopt") or bool(beside)
+    return modelopt or how.get("activation_scheme") == "static" or any(x in (False, "local") for x in inputs)
+
+
 def _method(how: Mapping[str, Any]) -> Any:
     if "quant_method" not in how and (how.get("load_in_8bit") or how.get("load_in_4bit")):
         return "bitsandbytes"

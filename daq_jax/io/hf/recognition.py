@@ -97,8 +97,6 @@ class _Search:
             return self._words(weight, codes)
         scale = self._scale_of(weight)
         if scale is None:
-            if codes != weight:
-                self.problems.append(f"{codes!r} has no scale beside it; needed {weight + '_scale'!r}")
             return None
         halves = codes != weight or self.specs[codes].dtype == "U8" or self._is_fp4(codes, scale)
         return self._nibbles(weight, codes, scale) if halves else self._plain(weight, scale)
@@ -171,7 +169,6 @@ class _Search:
         """Integers, several to a 32-bit word."""
         spec, scale, shape = self.specs[words], f"{weight}_scale", f"{weight}_shape"
         if not {scale, shape} <= self.specs.keys():
-            self.problems.append(f"{words!r} has not both {scale!r} and {shape!r} beside it")
             return None
         beside, listed = self.specs[scale], self.specs[shape]
         is_shape = listed.dtype in ("I64", "I32") and listed.shape == (2,)

@@ -17,20 +17,17 @@ from daq_jax.io.hf.architectures import part_of
 from daq_jax.io.hf.codings import Coding
 from daq_jax.io.hf.folders import Folder, Tensor
 from daq_jax.io.hf.layouts import AS_BASE
-from daq_jax.io.hf.methods import QUANTIZATION_KEYS
+from daq_jax.io.hf.methods import QUANTIZATION_KEYS, uses_static_inputs
+from daq_jax.io.jobs.leftovers import ACTIVATIONS, dropped_of, refuse_unread, unquantized
 from daq_jax.io.jobs.planning import (
-    ACTIVATIONS,
     Plan,
     Task,
-    dropped_of,
     in_shards,
     kept_task,
     memory_of,
     problem_of,
     quantized_task,
-    refuse_unread,
     stored_dtype,
-    unquantized,
 )
 from daq_jax.recipe import Recipe
 from daq_jax.roundings.dithered import DitheredFeedback
@@ -91,13 +88,18 @@ def plan_as_base(
         DaqError: naming every tensor that one of the folders lacks, or what does not fit into the memory.
     """
     refuse_unread(tuned)
-    dropped = {n: why for n, why in dropped_of(tuned).items() if n not in base.tensors}
+    keeps_inputs = uses_static_inputs(base.config, base.beside)
+    unread = {n for n in base.tensors if n.endswith(ACTIVATIONS) and not keeps_inputs}
+    dropped = {n: why for n, why in dropped_of(tuned).items() if n not in base.tensors or n in unread}
+    dropped |= dict.fromkeys(unread, "a scale of static activations")
     _refuse_lacking(base, tuned, dropped)
     stored = dtype or stored_dtype(tuned)
     working = dtype or tuned.working_dtype or stored
     tasks = []
     for name, before in base.tensors.items():
         after = tuned.tensors.get(name)
+        if name in dropped:
+            continue
         if after is None or name.endswith(ACTIVATIONS):
             task = kept_task(before, "a scale of activations", recipe, stored, working)
             tasks.append(dataclasses.replace(task, from_base=True))

@@ -75,7 +75,8 @@ def _names(base: Folder, tuned: Folder, quantized: Folder) -> list[str]:
         packed = any(name.endswith("weight_packed") for name in quantized.tensors)
         why = "its weights are packed in another way" if packed else "no weight has a scale beside it"
         raise DaqError(
-            f"{quantized.path}: holds no quantized weight: {why}; needed 8 bits, packed integers or 4-bit floats."
+            f"{quantized.path}: holds no quantized weight: {why}; needed 8 bits, packed integers or "
+            "4-bit floats."
         )
     problems = [
         f"{name!r} {why}"

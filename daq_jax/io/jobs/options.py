@@ -48,7 +48,7 @@ class Output:
         if self.target not in TARGETS:
             raise DaqError(f"`target` must be one of {', '.join(TARGETS)}; got {self.target!r}.")
         if self.format not in (None, AS_BASE, *LAYOUTS):
-            raise DaqError(f"`format` must be one of {AS_BASE}, {', '.join(LAYOUTS)}; got {self.format!r}.")
+            raise DaqError(f"`format` must be one of {', '.join((*LAYOUTS, AS_BASE))}; got {self.format!r}.")
         if self.tp < 1:
             raise DaqError(f"`tp` must be a number of devices; got {self.tp}.")
         if self.base_dtype not in (None, *_DTYPES):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from daq_jax.errors import DaqError, refuse
-from daq_jax.io.hf.architectures import part_of, turns_linear_layers
+from daq_jax.io.hf.architectures import turns_linear_layers
 from daq_jax.io.hf.bands import can_be_cut, rows_per_tile
 from daq_jax.io.hf.codings import Coding
 from daq_jax.io.hf.folders import Folder, Tensor
@@ -23,8 +23,8 @@ from daq_jax.io.hf.layouts import (
     is_matrix,
     skipped_modules,
 )
-from daq_jax.io.hf.methods import QUANTIZATION_KEYS
 from daq_jax.io.hf.tensor_files import TensorSpec, plan_file
+from daq_jax.io.jobs.leftovers import FLOATS, dropped_of, is_tied, refuse_unread, unquantized
 from daq_jax.io.jobs.options import MissingBase
 from daq_jax.recipe import Recipe
 from daq_jax.roundings.nearest import Nearest
@@ -37,10 +37,6 @@ from daq_jax.tilings import Tiling
 RULES = (keep(r"(^|\.)score\."), *DEFAULT_RULES)
 _WRITING = 2  # bytes for each element of the matrix before it, which is being written
 RUNTIME = 700 * 10**6  # bytes of the interpreter, JAX, its compiled programs, and the figures of a band
-_FLOATS = ("BF16", "F16", "F32")
-# How names end of scales that quantize activations, not weights; and of packed codes of any quantizer.
-ACTIVATIONS = (".input_scale", ".input_global_scale", ".input_zero_point", ".output_scale")
-_CODES = ("_packed", "_blocks", ".qweight", ".codes", "_quantized")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +213,7 @@ def make_plan(
             partner = None if name in problems else base.tensors[name]
             coding = layout.coding(name, tensor.shape)
             tasks.append(quantized_task(tensor, partner, recipe, coding, dtype, memory))
-    skipped = skipped_modules((n for n in kept if is_matrix(n, len(tuned.tensors[n].shape))), _is_tied(tuned))
+    skipped = skipped_modules((n for n in kept if is_matrix(n, len(tuned.tensors[n].shape))), is_tied(tuned))
     config = unquantized(tuned.config) | {"quantization_config": layout.config(skipped)}
     plan = Plan(in_shards(tasks), recipe, layout.name, dtype, config, {}, dropped, memory_of(tasks))
     if not any(task.quantize for task in plan.tasks):
@@ -236,7 +232,7 @@ def in_shards(tasks: Sequence[Task], file_of: Mapping[str, str] | None = None) -
 def kept_task(tensor: Tensor, why: str, recipe: Recipe, stored: np.dtype, dtype: np.dtype) -> Task:
     """The task of a tensor that stays as it is; one that is quantized is stored dequantized to `stored`."""
     plain = tensor.copied or tensor.spec
-    spec = plain if tensor.coding is None else TensorSpec.of(stored, tensor.shape)
+    spec = plain if tensor.coding is None else TensorSpec.of(stored, tensor.plain_shape)
     rows = max(1, *tensor.shape[:1], 1)
     return Task(tensor, None, False, why, {tensor.name: spec}, rows, None, recipe, dtype)
 
@@ -315,54 +311,8 @@ def _bytes_each(tensor: Tensor, recipe: Recipe) -> int:
 def stored_dtype(folder: Folder) -> np.dtype:
     """Dtype of the weights of a folder; if they are all codes, the dtype that its config names."""
     plain = (t for name, t in folder.tensors.items() if is_matrix(name, len(t.shape)) and not t.coding)
-    specs = (t.copied or t.spec for t in plain if t.spec.dtype in _FLOATS)
+    specs = (t.copied or t.spec for t in plain if t.spec.dtype in FLOATS)
     return next((spec.numpy_dtype for spec in specs if spec.numpy_dtype), folder.dtype)
-
-
-def _is_tied(folder: Folder) -> bool:
-    return folder.config.get("tie_word_embeddings") is True
-
-
-def dropped_of(tuned: Folder) -> dict[str, str]:
-    """Tensors of the tuned model that are left out, and why.
-
-    A tied head stored beside the embedding, which loaders ignore; scales of activations, since the config of
-    the result has none.
-    """
-    found = {n: "a scale of static activations" for n in tuned.tensors if n.endswith(ACTIVATIONS)}
-    head, tables = "lm_head.weight", [n for n in tuned.tensors if n.endswith("embed_tokens.weight")]
-    if _is_tied(tuned) and head in tuned.tensors and len(tables) == 1:
-        found[head] = f"tied to {tables[0]!r}, which is stored once"
-    return found
-
-
-def refuse_unread(tuned: Folder) -> None:
-    """Refuses a tuned model with codes that would be copied as they are, under a config that knows none.
-
-    Raises:
-        DaqError: naming each such tensor.
-    """
-    unread = [
-        f"{name!r} is {tensor.spec.dtype} {tensor.shape} without a scale"
-        for name, tensor in tuned.tensors.items()
-        if tensor.coding is None and tensor.spec.dtype not in _FLOATS and _holds_codes(name, tensor)
-    ]
-    if unread:
-        way_out = "Pass the tuned model in bfloat16, float16 or float32."
-        refuse(f"{tuned.path}: holds codes that are not read", unread, way_out, one_line=True)
-
-
-def _holds_codes(name: str, tensor: Tensor) -> bool:
-    return is_matrix(name, len(tensor.shape)) or (len(tensor.shape) > 1 and name.endswith(_CODES))
-
-
-def unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without what it says of quantization."""
-    found = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
-    inner = part_of(config, "text_config")
-    if any(key in inner for key in QUANTIZATION_KEYS):
-        found["text_config"] = {k: value for k, value in inner.items() if k not in QUANTIZATION_KEYS}
-    return found
 
 
 def _kept(tuned: Folder, layout: Layout, tp: int) -> dict[str, str]:
@@ -402,7 +352,7 @@ def problem_of(base: Tensor | None, tuned: Tensor) -> str:
         return "is missing"
     if base.shape != tuned.shape:
         return f"is {base.shape} but tuned is {tuned.shape}"
-    if base.coding is None and base.spec.dtype not in _FLOATS:
+    if base.coding is None and base.spec.dtype not in FLOATS:
         return f"is {base.spec.dtype} without a scale"
     return ""
 

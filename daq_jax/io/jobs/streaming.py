@@ -148,7 +148,8 @@ class ShardJob:
         for rows in task.bands:
             q = folder.read(task.name, rows, task.dtype)
             assert isinstance(q, QTensor)
-            yield np.asarray(q.dequantize(task.outputs[task.name].numpy_dtype))
+            plain = np.asarray(q.dequantize(task.outputs[task.name].numpy_dtype))
+            yield np.swapaxes(plain, -1, -2) if task.tuned.turned else plain
 
     def _put(self, file: TensorWriter, name: str, data: np.ndarray) -> None:
         """Writes the next bytes of a tensor: bands of a matrix, and matrices of a stack, come in order."""

@@ -1,15 +1,17 @@
 """Back into the format of the base: byte for byte where nothing changed, and the change kept where it did."""
 
+import io
 import json
 import pathlib
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 import daq_jax as daq
 from tests.cases import rng_for
-from tests.hf_folders import BF16, CONFIG, Tensors, normal, write_folder
-from tests.native_folders import BY_LAYOUT, Native, natives
+from tests.hf_folders import BF16, CONFIG, E4M3, Tensors, normal, write_folder
+from tests.native_folders import BY_LAYOUT, Native, gpt_oss, mxfp4_pack, natives, nvfp4_modelopt, packed
 
 ABSMAX = daq.recipes.absmax
 
@@ -111,3 +113,125 @@ def test_a_low_rank_change_is_kept(layout, tmp_path):
     assert found[native.scale] == stored(paths[0])[native.scale]
     compared = daq.compare_folders(paths[0], paths[1], paths[2])
     assert float(compared.total.projection) == pytest.approx(projection, rel=1e-3)
+
+
+def two_experts() -> list[Native]:
+    """The experts of one layer of gpt-oss, with a square down_proj."""
+    where = "model.layers.0.mlp.experts"
+    return [gpt_oss(f"{where}.gate_up_proj", 2, 128, 64), gpt_oss(f"{where}.down_proj", 2, 64, 64)]
+
+
+def test_experts_of_gpt_oss_are_turned_even_where_they_are_square(tmp_path):
+    natives = two_experts()
+    base = {k: x for i, native in enumerate(natives) for k, x in native.make(rng_for(f"square {i}")).items()}
+    tuned = {n.name: as_tuned(n, n.decode(base), BF16) for n in natives}
+    config = config_of(natives[0])
+    before = write_folder(tmp_path / "base", [base], config)
+    after = write_folder(tmp_path / "tuned", [tuned], CONFIG | {"model_type": "gpt_oss"})
+    report = daq.quantize_folder(before, after, tmp_path / "out", memory_gb=2)
+    assert report["identity"]["untouched"] == 2
+    assert stored(tmp_path / "out") == stored(before)
+
+
+def test_one_expert_that_changed_leaves_the_bytes_of_the_other(tmp_path):
+    native = gpt_oss("model.layers.0.mlp.experts.down_proj", 2, 64, 64)
+    base = native.make(rng_for("one expert"))
+    weight = native.decode(base)
+    weight[1] += 0.2 * weight[1].std() * normal(0, 64, 64)
+    paths = folders(tmp_path, native, base, weight, BF16)
+    report = daq.quantize_folder(*paths, ABSMAX, memory_gb=2)
+    found = np.frombuffer(stored(paths[2])[native.codes][2], np.uint8).reshape(base[native.codes].shape)
+    np.testing.assert_array_equal(found[0], base[native.codes][0])
+    assert (found[1] != base[native.codes][1]).any()
+    assert report["identity"]["untouched"] == 0
+
+
+def test_one_folder_holds_several_codings_and_the_audit_is_printed(tmp_path):
+    natives = [
+        mxfp4_pack("model.layers.0.mlp.experts.0.up_proj.weight", 64, 64),
+        packed("model.layers.1.mlp.experts.0.up_proj.weight", 64, 64, 4, 32, np.int32),
+        nvfp4_modelopt("model.layers.2.mlp.up_proj.weight", 64, 64),
+    ]
+    made = [native.make(rng_for(f"several {i}")) for i, native in enumerate(natives)]
+    weights = {n.name: n.decode(t) for n, t in zip(natives, made, strict=True)}
+    weights[natives[1].name] = weights[natives[1].name] + 0.002 * normal(0, 64, 64)
+    how = {"quantization": {"quant_algo": "MIXED_PRECISION", "exclude_modules": ["lm_head"]}}
+    config = CONFIG | {"text_config": {"quantization_config": natives[1].config}, "expert_dtype": "fp4"}
+    before = write_folder(tmp_path / "base", [made[0] | rest(), made[1] | made[2]], config)
+    (before / "hf_quant_config.json").write_text(json.dumps(how))
+    tuned = {n: x.astype(np.float32) for n, x in weights.items()}
+    after = write_folder(tmp_path / "tuned", [tuned | rest()], CONFIG | {"text_config": {"x": 1}, "own": 2})
+    console = Console(file=io.StringIO(), width=300)
+    daq.quantize_folder(before, after, tmp_path / "out", memory_gb=2, console=console)
+    found, wanted = stored(tmp_path / "out"), stored(before)
+    assert {n for n in wanted if found[n] != wanted[n]} == {natives[1].codes}
+    files = {path.name for path in before.iterdir()} | {"daq_report.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir() if path.name != ".daq"} == files
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["text_config"] == {"x": 1, "quantization_config": natives[1].config}
+    assert (written["expert_dtype"], written["own"]) == ("fp4", 2)
+    assert json.loads((tmp_path / "out" / "hf_quant_config.json").read_text()) == how
+    assert "of 3 quantized tensors 2 are untouched and keep the bytes of the base" in console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("base", "tuned", "words"),
+    [
+        ({}, {"model.norm.weight": None}, r"'model\.norm\.weight' is not in the tuned model"),
+        ({}, {"extra.weight": np.zeros((4, 4), BF16)}, r"'extra\.weight' is not in the base"),
+        (
+            {},
+            {"model.norm.weight": np.zeros(3, BF16)},
+            r"'model\.norm\.weight' is \(64,\) but tuned is \(3,\)",
+        ),
+    ],
+)
+def test_folders_that_lack_a_weight_are_refused(base, tuned, words, tmp_path):
+    native = mxfp4_pack("model.layers.0.mlp.up_proj.weight", 64, 64)
+    before = native.make(rng_for("lacking"))
+    after = rest() | {native.name: native.decode(before).astype(BF16)} | tuned
+    write_folder(tmp_path / "b", [before | rest() | base], config_of(native))
+    write_folder(tmp_path / "t", [{n: x for n, x in after.items() if x is not None}])
+    with pytest.raises(ValueError, match=f"not two states of one model.*{words}"):
+        daq.quantize_folder(tmp_path / "b", tmp_path / "t", tmp_path / "out", memory_gb=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_as_base_needs_a_base_that_is_quantized(tmp_path):
+    plain = write_folder(tmp_path / "b", [{"a_proj.weight": np.zeros((64, 64), BF16)}])
+    with pytest.raises(ValueError, match="holds no quantized weight"):
+        daq.quantize_folder(plain, plain, tmp_path / "out", format="as-base", memory_gb=2)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, E4M3], ids=str)
+def test_codes_of_the_tuned_model_that_are_not_read_are_refused_by_name(dtype, tmp_path):
+    base = {"a_proj.weight": np.zeros((128, 128), BF16), "b_proj.weight": np.zeros((128, 128), BF16)}
+    tuned = base | {"b_proj.weight": np.zeros((128, 128), dtype)}
+    paths = write_folder(tmp_path / "b", [base]), write_folder(tmp_path / "t", [tuned])
+    with pytest.raises(
+        ValueError, match=r"holds codes that are not read: 'b_proj\.weight' is .* without a scale"
+    ):
+        daq.quantize_folder(*paths, tmp_path / "out", ABSMAX, memory_gb=2)
+
+
+@pytest.mark.parametrize("static", [True, False])
+def test_scales_of_activations_stay_only_where_the_config_of_the_base_reads_them(static, tmp_path):
+    native = nvfp4_modelopt("model.layers.0.mlp.up_proj.weight", 64, 64)
+    base = native.make(rng_for("static"))
+    scale = {"model.layers.0.mlp.up_proj.input_scale": np.array(0.5, np.float32)}
+    how = native.config if static else {"quant_method": "compressed-tensors"}
+    before = write_folder(tmp_path / "b", [base | scale], CONFIG | {"quantization_config": how})
+    after = write_folder(tmp_path / "t", [{native.name: native.decode(base)}])
+    report = daq.quantize_folder(before, after, tmp_path / "out", memory_gb=2)
+    assert (next(iter(scale)) in stored(tmp_path / "out")) == static
+    assert bool(report["left_out"]) != static
+
+
+def test_inspect_tries_the_format_of_the_base(tmp_path):
+    native = packed("model.layers.0.mlp.up_proj.weight", 128, 256, 4, 32, np.int32)
+    base = native.make(rng_for("inspect"))
+    weight = native.decode(base) + 1e-4 * normal(0, 128, 256)
+    paths = folders(tmp_path, native, base, weight, np.dtype(np.float32))
+    found = daq.inspect_folder(*paths[:2], ABSMAX)
+    assert list(found.leaves) == [native.name]
+    assert found.total.on_stored_grid.value > 0.99

@@ -1,0 +1,62 @@
+"""What a tuned model holds that a result has no use for, and what it holds that is not read."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from daq_jax.errors import refuse
+from daq_jax.io.hf.architectures import part_of
+from daq_jax.io.hf.folders import Folder, Tensor
+from daq_jax.io.hf.layouts import is_matrix
+from daq_jax.io.hf.methods import QUANTIZATION_KEYS
+
+FLOATS = ("BF16", "F16", "F32")
+# How names end of scales that quantize activations, not weights; and of packed codes of any quantizer.
+ACTIVATIONS = (".input_scale", ".input_global_scale", ".input_zero_point", ".output_scale")
+_CODES = ("_packed", "_blocks", ".qweight", ".codes", "_quantized")
+
+
+def is_tied(folder: Folder) -> bool:
+    """Whether the output head is the embedding."""
+    return folder.config.get("tie_word_embeddings") is True
+
+
+def dropped_of(tuned: Folder) -> dict[str, str]:
+    """Tensors of the tuned model that are left out, and why.
+
+    A tied head stored beside the embedding, which loaders ignore; scales of activations, since the config of
+    the result has none.
+    """
+    found = {n: "a scale of static activations" for n in tuned.tensors if n.endswith(ACTIVATIONS)}
+    head, tables = "lm_head.weight", [n for n in tuned.tensors if n.endswith("embed_tokens.weight")]
+    if is_tied(tuned) and head in tuned.tensors and len(tables) == 1:
+        found[head] = f"tied to {tables[0]!r}, which is stored once"
+    return found
+
+
+def refuse_unread(tuned: Folder) -> None:
+    """Refuses a tuned model with codes that would be copied as they are, under a config that knows none.
+
+    Raises:
+        DaqError: naming each such tensor.
+    """
+    unread = [
+        f"{name!r} is {tensor.spec.dtype} {tensor.shape} without a scale"
+        for name, tensor in tuned.tensors.items()
+        if tensor.coding is None and tensor.spec.dtype not in FLOATS and _holds_codes(name, tensor)
+    ]
+    if unread:
+        way_out = "Pass the tuned model in bfloat16, float16 or float32."
+        refuse(f"{tuned.path}: holds codes that are not read", unread, way_out, one_line=True)
+
+
+def _holds_codes(name: str, tensor: Tensor) -> bool:
+    return is_matrix(name, len(tensor.shape)) or (len(tensor.shape) > 1 and name.endswith(_CODES))
+
+
+def unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without what it says of quantization."""
+    found = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
+    inner = part_of(config, "text_config")
+    if any(key in inner for key in QUANTIZATION_KEYS):
+        found["text_config"] = {k: value for k, value in inner.items() if k not in QUANTIZATION_KEYS}
+    return found
