@@ -43,6 +43,11 @@ class ScaleStorage(abc.ABC):
     dtype: str
 
     @property
+    def has_factor(self) -> bool:
+        """Whether all scales of a weight share a factor of its own."""
+        return False
+
+    @property
     @abc.abstractmethod
     def rule(self) -> Scales:
         """Which scales can be stored."""
@@ -120,6 +125,11 @@ class TwoLevels(ScaleStorage):
     factor: float
     divides: bool
     dtype: str = dataclasses.field(default="F8_E4M3", init=False)
+
+    @property
+    def has_factor(self) -> bool:
+        """See `ScaleStorage.has_factor`."""
+        return True
 
     @property
     def rule(self) -> Scales:

@@ -30,7 +30,6 @@ from daq_jax.io.jobs.planning import (
     stored_dtype,
 )
 from daq_jax.recipe import Recipe
-from daq_jax.roundings.dithered import DitheredFeedback
 from daq_jax.roundings.nearest import Nearest
 from daq_jax.roundings.rounding import Rounding
 from daq_jax.scales import AnyScale
@@ -64,11 +63,12 @@ class OfBase(Search):
 
 
 def recipe_as_base(recipe: Recipe, coding: Coding) -> Recipe:
-    """A recipe for a weight in the coding of its base: the default keeps the scales of the base."""
+    """A recipe for a weight in the coding of its base."""
     recipe = recipe.replace(format=coding.full_format, tiling=coding.tiling, scales=coding.storage.rule)
-    if (recipe.search, recipe.rounding) == (recipes.default.search, recipes.default.rounding):
-        # No scale but that of the base is tried, so one program serves for all factors of scales.
-        return recipe.replace(search=OfBase(), rounding=DitheredFeedback(), scales=AnyScale())
+    if coding.storage.has_factor and recipe.search == recipes.default.search:
+        # The rule of such scales has the factor in it, and would be compiled anew for each. Without another
+        # scale than that of the base it is not needed.
+        return recipe.replace(search=OfBase(), scales=AnyScale())
     return recipe
 
 

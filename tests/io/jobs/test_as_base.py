@@ -109,8 +109,9 @@ def test_a_low_rank_change_is_kept(layout, tmp_path):
     assert 0.9 < projection < 1.1
     assert error < 0.15
     assert 0 < report["identity"]["moved_codes"] < 1
-    assert report["identity"]["moved_scales"] == 0
-    assert found[native.scale] == stored(paths[0])[native.scale]
+    moved = np.mean(result[native.scale].view(np.uint8) != base[native.scale].view(np.uint8))
+    assert report["identity"]["moved_scales"] < 0.005  # of tiles where clipping would cost more
+    assert (report["identity"]["moved_scales"] == 0) == (moved == 0)
     compared = daq.compare_folders(paths[0], paths[1], paths[2])
     assert float(compared.total.projection) == pytest.approx(projection, rel=1e-3)
 
