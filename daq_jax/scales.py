@@ -5,7 +5,7 @@ A scale is float32, weight units per code unit, and always positive.
 
 import dataclasses
 import math
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -100,7 +100,7 @@ class PowerOfTwo(Scales):
     1.0
     """
 
-    rule: Literal["ceil", "floor", "round up from 1.75"] = "ceil"
+    rule: str = "ceil"
     format: Format | None = None
 
     def __post_init__(self) -> None:

@@ -165,7 +165,8 @@ def test_one_folder_holds_several_codings_and_the_audit_is_printed(tmp_path):
     console = Console(file=io.StringIO(), width=300)
     daq.quantize_folder(before, after, tmp_path / "out", memory_gb=2, console=console)
     found, wanted = stored(tmp_path / "out"), stored(before)
-    assert {n for n in wanted if found[n] != wanted[n]} == {natives[1].codes}
+    differ = {n for n in wanted if found[n] != wanted[n]}
+    assert differ - {natives[1].scale} == {natives[1].codes}  # a scale moves where clipping would cost more
     files = {path.name for path in before.iterdir()} | {"daq_report.json"}
     assert {path.name for path in (tmp_path / "out").iterdir() if path.name != ".daq"} == files
     written = json.loads((tmp_path / "out" / "config.json").read_text())
