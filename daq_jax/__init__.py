@@ -20,6 +20,7 @@ from daq_jax import scales as scales
 from daq_jax import searches as searches
 from daq_jax import tilings as tilings
 from daq_jax.analysis.comparison import Comparison, Figures, compare
+from daq_jax.analysis.plans import Plan, PlannedLeaf, plan
 from daq_jax.errors import DaqError
 from daq_jax.formats import (
     Codebook,
@@ -150,6 +151,8 @@ __all__ = [
     "Nearest",
     "OffGrid",
     "PerTensor",
+    "Plan",
+    "PlannedLeaf",
     "PowerOfTwo",
     "QTensor",
     "Recipe",
@@ -196,6 +199,7 @@ __all__ = [
     "neg_mse",
     "nf4",
     "nnx_with",
+    "plan",
     "quantize",
     "quantize_density",
     "quantize_folder",

@@ -15,9 +15,9 @@ import numpy as np
 
 from daq_jax.leaves import multiplies_on_gpu, quantize_alike, quantize_and_look
 from daq_jax.numerics.sharding import sharding_of
+from daq_jax.pairs import Pair
 from daq_jax.qtensor import QTensor, codes_of
 from daq_jax.roundings.rounding import as_rounding
-from daq_jax.trees import Pair
 
 _MOST_TOGETHER = 300_000_000  # elements of a batch of weights
 

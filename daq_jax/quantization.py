@@ -10,20 +10,10 @@ from jax.core import Tracer
 from daq_jax import recipes
 from daq_jax.batches import plan_batches, quantize_batch
 from daq_jax.numerics.arithmetic import is_staged
-from daq_jax.recipe import Recipe, check_recipe
-from daq_jax.rules import DEFAULT_RULES, Rule, check_rules
-from daq_jax.trees import (
-    Pair,
-    PyTree,
-    is_concrete,
-    is_qtensor,
-    pair_leaves,
-    refuse_unquantizable,
-    warn_narrow,
-    warn_unread_metrics,
-    warn_unused,
-    with_leaves,
-)
+from daq_jax.pairs import Pair, planned_pairs, refuse_unquantizable
+from daq_jax.recipe import Recipe
+from daq_jax.rules import DEFAULT_RULES, Rule
+from daq_jax.trees import PyTree, is_concrete, is_qtensor, with_leaves
 
 
 def quantize(
@@ -66,12 +56,7 @@ def quantize(
     >>> quantize(base, tuned)["kernel"].codes.dtype
     dtype(float8_e4m3fn)
     """
-    check_recipe(recipe)
-    check_rules(rules)
-    pairs = pair_leaves(base, tuned, recipe, rules)
-    warn_unused(pairs, rules)
-    warn_narrow(pairs)
-    warn_unread_metrics(pairs)
+    pairs = planned_pairs(base, tuned, recipe, rules)
     donate = donate and not is_staged()
     later = not donate and is_concrete((base, tuned))
     refuse_unquantizable(pairs, check_finite, later=later)

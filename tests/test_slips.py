@@ -29,6 +29,7 @@ SLIPS = {
     "a format without a name": (lambda: daq.Recipe(daq.int8), r"parts go by name"),
     "no such part": (lambda: daq.Recipe().replace(tile=daq.Channel()), r"its parts are format, tiling"),
     "a recipe of a rule": (lambda: daq.use("k", "absmax"), r"recipe: got 'absmax'"),
+    "a plan of a recipe by name": (lambda: daq.plan(WEIGHTS, recipe="absmax"), r"daq\.recipes\.absmax"),
     "rules in a string": (lambda: daq.quantize(WEIGHTS, WEIGHTS, rules="k"), r"rules=\[daq\.keep\('k'\)"),
     "one rule": (lambda: daq.quantize(WEIGHTS, WEIGHTS, rules=daq.keep("k")), r"rules=\[daq\.keep\('k'\)"),
     "patterns for rules": (lambda: daq.quantize(WEIGHTS, WEIGHTS, rules=["k"]), r"'k' is no rule"),

@@ -31,13 +31,14 @@ from daq_jax.grids.fitting import fitted_scale
 from daq_jax.grids.membership import lies_on_grid
 from daq_jax.leaves import quantize_leaf
 from daq_jax.numerics.arithmetic import divide
+from daq_jax.pairs import Pair, pair_leaves, refuse_unquantizable
 from daq_jax.qtensor import QTensor
 from daq_jax.recipe import Recipe
 from daq_jax.roundings.rounding import as_rounding
 from daq_jax.rules import DEFAULT_RULES, Rule
 from daq_jax.scales import absmax_scale
 from daq_jax.tilings import DEFAULT_MATRIX, TileView
-from daq_jax.trees import Pair, PyTree, is_concrete, pair_leaves, refuse_unquantizable
+from daq_jax.trees import PyTree, is_concrete
 
 MOST_ELEMENTS = 2**24  # of the sample: 1,024 blocks of 128 x 128
 _TOGETHER = 2**20  # elements quantized at once: keeps memory small and fills the machine

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen, nnx
 from jax import lax
 from jax.extend import core
@@ -29,7 +28,7 @@ from daq_jax.density.grams import Grams, KernelInputs
 from daq_jax.errors import DaqError
 from daq_jax.numerics.sharding import run_sharded, sharding_of
 from daq_jax.recipe import Recipe
-from daq_jax.rules import DEFAULT_RULES, Rule, decide
+from daq_jax.rules import DEFAULT_RULES, Rule, decide_all
 from daq_jax.trees import PyTree, named_leaves
 
 
@@ -159,12 +158,8 @@ def _with_bar(batches: Iterable[Any], total: int | None) -> Iterable[Any]:
 
 def _paths(params: PyTree, rules: Sequence[Rule]) -> list[str | None]:
     """For each leaf of params its path, or None if it is not to be quantized."""
-
-    def path_of(path: str, leaf: Any) -> str | None:
-        is_float = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
-        return path if decide(path, np.ndim(leaf), is_float, rules, Recipe()).quantize else None
-
-    return [path_of(*item) for item in named_leaves(params).items()]
+    decisions = decide_all(named_leaves(params), rules, Recipe())
+    return [path if how.quantize else None for path, how in decisions.items()]
 
 
 @dataclasses.dataclass(frozen=True)

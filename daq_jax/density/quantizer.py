@@ -27,11 +27,12 @@ from daq_jax.errors import DaqError, refuse
 from daq_jax.metrics import Metric
 from daq_jax.numerics.machine import Machine
 from daq_jax.numerics.sharding import run_sharded, sharding_of
+from daq_jax.pairs import Pair, pair_leaves, refuse_unquantizable, warn_unused
 from daq_jax.qtensor import QTensor
 from daq_jax.recipe import Recipe
 from daq_jax.rules import DEFAULT_RULES, Rule
 from daq_jax.tilings import Matrix, TileView, scale_sharding
-from daq_jax.trees import Pair, PyTree, pair_leaves, refuse_unquantizable, warn_unused, with_leaves
+from daq_jax.trees import PyTree, with_leaves
 
 _IN_CACHE = 2**18  # weights that a CPU works on at a time
 _NARROWEST = 64  # outputs: fewer leave vector lanes empty

@@ -19,9 +19,18 @@ from jaxtyping import Array
 from daq_jax.errors import DaqError
 from daq_jax.formats import Format, fp4_e2m1, fp8_e4m3fn, fp8_e5m2, int4, int8, nf4
 from daq_jax.qtensor import QTensor
-from daq_jax.recipe import Recipe
-from daq_jax.rules import DEFAULT_RULES, Rule, decide
-from daq_jax.tilings import Block, Channel, Group, Matrix, PerTensor, TileView, Tiling, matrix_problem
+from daq_jax.rules import DEFAULT_RULES, Rule, first_match
+from daq_jax.tilings import (
+    DEFAULT_MATRIX,
+    Block,
+    Channel,
+    Group,
+    Matrix,
+    PerTensor,
+    TileView,
+    Tiling,
+    matrix_problem,
+)
 from daq_jax.trees import PyTree, is_concrete, is_qtensor, keyed_leaves
 
 # Formats by what qwix calls them; of those with a table of levels it has only nf4.
@@ -70,7 +79,8 @@ def from_qwix(
     import qwix
 
     def convert(path: str, array: Any) -> QTensor:
-        matrix = decide(path, array.ndim, True, rules, Recipe()).matrix
+        rule = first_match(path, array.ndim, rules)
+        matrix = (rule and rule.matrix) or DEFAULT_MATRIX
         return _qtensor(array, matrix, np.dtype(dtype or array.scale.dtype))
 
     return _converted(tree, lambda x: isinstance(x, qwix.QArray), convert)

@@ -35,11 +35,11 @@ from daq_jax.io.jobs.progress import Tell
 from daq_jax.io.jobs.values import describe, flags
 from daq_jax.io.orbax.reader import METADATA_KEY, VERSION, Checkpoint, array_names, nested
 from daq_jax.io.orbax.replacing import lock_of, refuse_strangers
+from daq_jax.pairs import Pair, refuse_unquantizable
 from daq_jax.quantization import quantize
 from daq_jax.recipe import Recipe
 from daq_jax.records import record_of
-from daq_jax.rules import DEFAULT_RULES, decide
-from daq_jax.trees import Pair, refuse_unquantizable
+from daq_jax.rules import DEFAULT_RULES, decide_all
 from daq_jax.version import __version__
 
 _UNIT = 2**28  # bytes of tuned leaves that are written together
@@ -96,10 +96,10 @@ def plan_orbax(
         DaqError: naming every leaf that cannot be quantized, or that takes more memory than there is.
     """
     pairs, no_base = {}, set()
-    for path in tuned.records:
-        leaf = tuned.abstract(path)
-        floating = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
-        how = decide(path, len(getattr(leaf, "shape", ())), floating, DEFAULT_RULES, recipe)
+    leaves = {path: tuned.abstract(path) for path in tuned.records}
+    decisions = decide_all(leaves, DEFAULT_RULES, recipe)
+    for path, leaf in leaves.items():
+        how = decisions[path]
         found = base.abstract(path) if path in base.records else None
         if how.quantize and getattr(found, "shape", None) != leaf.shape and missing_base == "absmax":
             no_base.add(path)
@@ -217,7 +217,8 @@ class OrbaxStore:
         base, tuned = self._ahead.pop(unit).result()
         if following is not None:
             self._ahead[following] = self._reader.submit(self._read, following)
-        quantized = quantize(base, tuned, self.recipe)
+        rules = [self.plan.pairs[path].decision.as_rule(path) for path in tuned]
+        quantized = quantize(base, tuned, self.recipe, rules=rules)
         found = {
             p: f for p, f in compare(base, tuned, quantized).leaves.items() if p not in self.plan.no_base
         }

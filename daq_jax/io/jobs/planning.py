@@ -29,7 +29,7 @@ from daq_jax.io.jobs.options import MissingBase
 from daq_jax.recipe import Recipe
 from daq_jax.roundings.nearest import Nearest
 from daq_jax.roundings.rounding import as_rounding
-from daq_jax.rules import DEFAULT_RULES, decide, keep
+from daq_jax.rules import DEFAULT_RULES, first_match, keep
 from daq_jax.searches.search import as_search
 from daq_jax.tilings import Tiling
 
@@ -340,7 +340,8 @@ def _why_kept(tuned: Folder, tensor: Tensor, layout: Layout, tp: int) -> str:
         return "empty"
     if tensor.turned:
         return "experts stored [in, out], which servers do not read quantized"
-    if not decide(name, len(shape), True, RULES, Recipe()).quantize:
+    rule = first_match(name, len(shape), RULES)
+    if rule and not rule.quantize:
         return "embedding, norm, head or router"
     heads = tuned.config.get("num_key_value_heads")
     return layout.why_not(name, shape, tp, heads if type(heads) is int and heads > 0 else None)

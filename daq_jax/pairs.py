@@ -1,0 +1,217 @@
+"""Pairs of leaves of two trees, what the rules decide for each, and all that is checked before any work."""
+
+import dataclasses
+import math
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from daq_jax.errors import refuse
+from daq_jax.metrics import cosine
+from daq_jax.numerics.arithmetic import is_finite, is_staged
+from daq_jax.numerics.sharding import committed_sharding, lie_apart, place_of
+from daq_jax.qtensor import codes_of
+from daq_jax.recipe import Recipe, check_recipe
+from daq_jax.rules import (
+    NAMED_RULES,
+    Decision,
+    NarrowMatrixWarning,
+    Rule,
+    UnreadMetricWarning,
+    UnusedRuleWarning,
+    check_rules,
+    decide_all,
+)
+from daq_jax.searches.search import as_search
+from daq_jax.tilings import matrix_problem
+from daq_jax.trees import PyTree, is_concrete, named_leaves
+
+_FLOATS = ("bfloat16", "float16", "float32")
+_CONVERTED = {  # leaves of other libraries, by the package of their type, and how they become JAX's
+    "torch": "jnp.asarray(x.detach().cpu().numpy()), after x.float() if x is bfloat16, gives an array",
+    "tensorflow": "jnp.asarray(x) gives an array",
+    "keras": "{v.path: v.value for v in model.variables} gives the weights of a Keras model as a tree",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A leaf before and after tuning, and what to do with it."""
+
+    path: str
+    base: Any
+    tuned: Any
+    decision: Decision
+
+
+def planned_pairs(base: PyTree, tuned: PyTree, recipe: Recipe, rules: Sequence[Rule]) -> list[Pair]:
+    """What `quantize` does with each leaf, and all that it warns of; `plan` shows the same pairs.
+
+    Args:
+        base: tree of weights before tuning, or of their shapes and dtypes.
+        tuned: tree of weights after tuning, of the same structure.
+        recipe: how to quantize leaves whose rule does not say.
+        rules: in order; the first match wins.
+
+    Raises:
+        DaqError: for a recipe or rules of another type, and naming every path that only one tree has.
+    """
+    check_recipe(recipe)
+    check_rules(rules)
+    pairs = pair_leaves(base, tuned, recipe, rules)
+    warn_unused(pairs, rules)
+    warn_narrow(pairs)
+    warn_unread_metrics(pairs)
+    return pairs
+
+
+def pair_leaves(base: PyTree, tuned: PyTree, recipe: Recipe, rules: Sequence[Rule]) -> list[Pair]:
+    """Pairs the leaves of two trees by path, in the order of `tuned`, and applies the rules.
+
+    Raises:
+        DaqError: naming every path that only one of the trees has.
+    """
+    before, after = named_leaves(base), named_leaves(tuned)
+    problems = [f"{p!r} is in base but not in tuned" for p in before if p not in after]
+    problems += [f"{p!r} is in tuned but not in base" for p in after if p not in before]
+    if problems:
+        way_out = "Pass two trees of the same model, or cut both down to the leaves they share."
+        refuse("base and tuned must have one structure", problems, way_out)
+    _refuse_foreign(after)
+    decisions = decide_all(after, rules, recipe)
+    pairs = [Pair(p, before[p], x, decisions[p]) for p, x in after.items()]
+    hidden = [
+        f"{p.path!r} is a {type(p.tuned).__name__}"
+        for p in pairs
+        if p.decision.rule is None and _hides_arrays(p.tuned)
+    ]
+    if hidden:
+        way_out = "Register their class, as with jax.tree_util.register_dataclass, or keep(...) them."
+        refuse("JAX does not look for arrays inside these leaves", hidden, way_out)
+    return pairs
+
+
+def _refuse_foreign(leaves: Mapping[str, Any]) -> None:
+    """Raises DaqError, naming every leaf that belongs to another library than JAX and NumPy."""
+    packages = {path: type(x).__module__.partition(".")[0] for path, x in leaves.items()}
+    foreign = {path: name for path, name in packages.items() if name in _CONVERTED}
+    if foreign:
+        listed = [f"{path!r} is a {name} {type(leaves[path]).__name__}" for path, name in foreign.items()]
+        ways = "; ".join(_CONVERTED[name] for name in sorted(set(foreign.values())))
+        refuse("leaves must be arrays of JAX or NumPy", listed, f"Convert them first: {ways}.")
+
+
+def _hides_arrays(x: Any) -> bool:
+    """Whether what JAX takes for a leaf is a container that it does not know."""
+    if hasattr(x, "dtype") or callable(x):
+        return False
+    inside = list(x.values()) if isinstance(x, Mapping) else list(getattr(x, "__dict__", {}).values())
+    return any(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(inside))
+
+
+def _kind(x: Any) -> str:
+    return f"{tuple(x.shape)} {x.dtype}" if hasattr(x, "dtype") else f"a {type(x).__name__}"
+
+
+def problem_of(pair: Pair) -> str | None:
+    """Why a pair cannot be quantized, from shapes and dtypes alone: what came, what was needed."""
+    base, tuned = pair.base, pair.tuned
+    for word, x in (("base", base), ("tuned", tuned)):
+        if not hasattr(x, "dtype") or str(x.dtype) not in _FLOATS:
+            return f"{word} is {_kind(x)}; a quantized leaf must be bfloat16, float16 or float32"
+    if tuple(base.shape) != tuple(tuned.shape):
+        return f"base is {tuple(base.shape)} but tuned is {tuple(tuned.shape)}; a pair must share one shape"
+    if base.dtype != tuned.dtype:
+        return (
+            f"base is {base.dtype} but tuned is {tuned.dtype}; a pair must share one dtype: cast one of them"
+        )
+    if tuned.size == 0:
+        return f"it is empty, {tuple(tuned.shape)}; a quantized leaf needs at least one element"
+    places = [committed_sharding(codes_of(x)) for x in (base, tuned)]
+    if lie_apart(*places):
+        return (
+            f"base lies on {place_of(places[0])} but tuned on {place_of(places[1])}; a pair must share its "
+            "devices and its mesh: base = jax.device_put(base, tuned.sharding)"
+        )
+    why = matrix_problem(tuned.shape, pair.decision.matrix)
+    if why:
+        return f"it is {tuple(tuned.shape)} and cannot be viewed as matrix={pair.decision.matrix}: {why}"
+    return None
+
+
+def _all_finite(leaves: Sequence[Any]) -> list[bool]:
+    """A flag for each leaf. All are asked for before the host waits for one."""
+    return [bool(x) for x in jax.device_get([is_finite(x) for x in leaves])]
+
+
+def _not_finite(pairs: Sequence[Pair]) -> dict[str, str]:
+    """Of the pairs with NaN or infinity in a concrete array: path, and which of the two it is."""
+    named = [(p.path, word, x) for p in pairs for word, x in (("base", p.base), ("tuned", p.tuned))]
+    named = [(path, word, x) for path, word, x in named if is_concrete(x)]
+    if not named or is_staged():
+        return {}
+    flags = _all_finite([x for _, _, x in named])
+    return {path: word for (path, word, _), fine in zip(named, flags, strict=True) if not fine}
+
+
+def refuse_unquantizable(pairs: Sequence[Pair], check_finite: bool, *, later: bool = False) -> None:
+    """Raises one DaqError that names every pair that is to be quantized and cannot be.
+
+    Args:
+        pairs: of both trees.
+        check_finite: look for NaN and infinity.
+        later: but only if there is something to raise anyway.
+    """
+    pairs = [p for p in pairs if p.decision.quantize]
+    problems = {p.path: why for p in pairs if (why := problem_of(p))}
+    if check_finite and (problems or not later):
+        broken = _not_finite([p for p in pairs if p.path not in problems])
+        problems |= {
+            path: f"{word} holds NaN or infinity; every weight must be finite: mend the checkpoint"
+            for path, word in broken.items()
+        }
+    if problems:
+        lines = [
+            f"{path!r}: {why}. "
+            f"Or leave it as it is: put keep({f'^{re.escape(path)}$'!r}) before your other rules."
+            for path, why in problems.items()
+        ]
+        refuse(f"{len(problems)} of the leaves cannot be quantized", lines)
+
+
+def warn_unused(pairs: Sequence[Pair], rules: Sequence[Rule]) -> None:
+    """Warns of each rule of the caller's own that no leaf's path matches."""
+    for rule in rules:
+        if rule not in NAMED_RULES and not any(rule.matches(p.path, np.ndim(p.tuned)) for p in pairs):
+            warnings.warn(f"the rule for {rule.pattern!r} matches no leaf", UnusedRuleWarning, stacklevel=4)
+
+
+def warn_narrow(pairs: Sequence[Pair]) -> None:
+    """Warns of each leaf that no rule knows and that looks as if it needed a matrix view of its own."""
+    for p in pairs:
+        *stack, rows, _ = np.shape(p.tuned) if np.ndim(p.tuned) > 2 else (1, 1)
+        if p.decision.quantize and p.decision.rule is None and math.prod(stack) >= 16 * rows:
+            shape, many = np.shape(p.tuned), math.prod(stack)
+            warnings.warn(
+                f"{p.path!r} {shape} is taken as {many} matrices of {rows} rows, with scales of their own; "
+                "if its rows are on other axes, as those of attention heads are, say "
+                "which with use(pattern, matrix=(input axes, output axes))",
+                NarrowMatrixWarning,
+                stacklevel=4,
+            )
+
+
+def warn_unread_metrics(pairs: Sequence[Pair]) -> None:
+    """Warns of each recipe in use whose metric decides nothing, because its search reads none."""
+    for recipe in dict.fromkeys(p.decision.recipe for p in pairs if p.decision.quantize):
+        if recipe.metric != cosine and not as_search(recipe.search).reads_metric:
+            warnings.warn(
+                f"the recipe has metric={recipe.metric!r}, which {type(recipe.search).__name__}() does not "
+                "read: give it a search too, such as search=daq.CoarseToFine(0.8, 1.5, 5, 10)",
+                UnreadMetricWarning,
+                stacklevel=4,
+            )
