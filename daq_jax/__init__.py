@@ -47,8 +47,12 @@ from daq_jax.roundings.rounding import Rounding
 from daq_jax.roundings.subspace import UnbiasedSubspace
 from daq_jax.rules import (
     DEFAULT_RULES,
+    GEMMA_RULES,
+    HF_RULES,
+    KERAS_RULES,
     MAXTEXT_RULES,
     TUNIX_RULES,
+    AmbiguousMatrixWarning,
     NarrowMatrixWarning,
     Rule,
     UnreadMetricWarning,
@@ -80,6 +84,7 @@ if typing.TYPE_CHECKING:  # the names of `_EDGES`, for editors and type checkers
     from daq_jax.models.flax import linen_apply, linen_variables, nnx_with
     from daq_jax.models.matmul import dot
     from daq_jax.models.qwix import from_qwix, to_qwix
+    from daq_jax.models.tracing import rules_for
 
 # Names at the edges, by the module that holds them; loaded when first used: the core imports none of it.
 _EDGES: dict[str, str] = {
@@ -104,6 +109,7 @@ _EDGES: dict[str, str] = {
     "nnx_with": "daq_jax.models.flax",
     "quantize_density": "daq_jax.density.quantizer",
     "quantize_folder": "daq_jax.io.jobs.quantize_folders",
+    "rules_for": "daq_jax.models.tracing",
     "save": "daq_jax.io.orbax.checkpoints",
     "to_qwix": "daq_jax.models.qwix",
 }
@@ -123,11 +129,15 @@ NAMESPACES = (
 
 __all__ = [
     "DEFAULT_RULES",
+    "GEMMA_RULES",
+    "HF_RULES",
+    "KERAS_RULES",
     "MAXTEXT_RULES",
     "TUNIX_RULES",
     "AbsMax",
     "Additive",
     "Adjustment",
+    "AmbiguousMatrixWarning",
     "AnyScale",
     "BaseScale",
     "Block",
@@ -204,6 +214,7 @@ __all__ = [
     "quantize_density",
     "quantize_folder",
     "recipes",
+    "rules_for",
     "save",
     "to_qwix",
     "use",

@@ -1,7 +1,7 @@
 """Pairs of leaves of two trees, what the rules decide for each, and all that is checked before any work."""
 
+import collections
 import dataclasses
-import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -18,6 +18,7 @@ from daq_jax.qtensor import codes_of
 from daq_jax.recipe import Recipe, check_recipe
 from daq_jax.rules import (
     NAMED_RULES,
+    AmbiguousMatrixWarning,
     Decision,
     NarrowMatrixWarning,
     Rule,
@@ -25,7 +26,10 @@ from daq_jax.rules import (
     UnusedRuleWarning,
     check_rules,
     decide_all,
+    views_by_type,
 )
+from daq_jax.rules.doubts import doubts, family_of, narrow
+from daq_jax.rules.shapes import float_shapes
 from daq_jax.searches.search import as_search
 from daq_jax.tilings import matrix_problem
 from daq_jax.trees import PyTree, is_concrete, named_leaves
@@ -64,7 +68,7 @@ def planned_pairs(base: PyTree, tuned: PyTree, recipe: Recipe, rules: Sequence[R
     check_rules(rules)
     pairs = pair_leaves(base, tuned, recipe, rules)
     warn_unused(pairs, rules)
-    warn_narrow(pairs)
+    warn_ambiguous(pairs)
     warn_unread_metrics(pairs)
     return pairs
 
@@ -82,7 +86,7 @@ def pair_leaves(base: PyTree, tuned: PyTree, recipe: Recipe, rules: Sequence[Rul
         way_out = "Pass two trees of the same model, or cut both down to the leaves they share."
         refuse("base and tuned must have one structure", problems, way_out)
     _refuse_foreign(after)
-    decisions = decide_all(after, rules, recipe)
+    decisions = decide_all(after, rules, recipe, views_by_type(tuned))
     pairs = [Pair(p, before[p], x, decisions[p]) for p, x in after.items()]
     hidden = [
         f"{p.path!r} is a {type(p.tuned).__name__}"
@@ -190,17 +194,26 @@ def warn_unused(pairs: Sequence[Pair], rules: Sequence[Rule]) -> None:
             warnings.warn(f"the rule for {rule.pattern!r} matches no leaf", UnusedRuleWarning, stacklevel=4)
 
 
-def warn_narrow(pairs: Sequence[Pair]) -> None:
-    """Warns of each leaf that no rule knows and that looks as if it needed a matrix view of its own."""
-    for p in pairs:
-        *stack, rows, _ = np.shape(p.tuned) if np.ndim(p.tuned) > 2 else (1, 1)
-        if p.decision.quantize and p.decision.rule is None and math.prod(stack) >= 16 * rows:
-            shape, many = np.shape(p.tuned), math.prod(stack)
+def warn_ambiguous(pairs: Sequence[Pair]) -> None:
+    """Warns of leaves whose names and shapes leave two matrix views, once for all that differ in numbers."""
+    shapes = float_shapes({p.path: p.tuned for p in pairs})
+    decisions = {p.path: p.decision for p in pairs}
+    few = narrow(shapes, decisions)
+    family = family_of(shapes)
+    for kind, found in (
+        (NarrowMatrixWarning, few),
+        (AmbiguousMatrixWarning, {p: why for p, why in doubts(shapes, decisions).items() if p not in few}),
+    ):
+        alike = collections.defaultdict[tuple[str, ...], list[str]](list)
+        for path, why in found.items():
+            alike[(re.sub(r"\d+", "*", path), f"{shapes[path]}", why)].append(path)
+        for (_, shape, why), paths in alike.items():
+            others = f" (and {len(paths) - 1} like it)" if paths[1:] else ""
+            hint = f" The names look like those of daq.{family}." if family else ""
             warnings.warn(
-                f"{p.path!r} {shape} is taken as {many} matrices of {rows} rows, with scales of their own; "
-                "if its rows are on other axes, as those of attention heads are, say "
-                "which with use(pattern, matrix=(input axes, output axes))",
-                NarrowMatrixWarning,
+                f"{paths[0]!r} {shape}{others} {why}; if its rows are on other axes, say which with "
+                f"use(pattern, matrix=(input axes, output axes)), or pass the rules of its library.{hint}",
+                kind,
                 stacklevel=4,
             )
 

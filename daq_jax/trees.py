@@ -18,7 +18,9 @@ def is_qtensor(x: object) -> bool:
 
 
 def is_box(x: object) -> bool:
-    """Flax boxes that add metadata to an array: `nnx.Variable`, `nn.Partitioned` and their kin."""
+    """What adds metadata to an array: `nnx.Variable`, `nn.Partitioned`, Haliax's `NamedArray`, their kin."""
+    if type(x).__name__ == "NamedArray" and type(x).__module__.partition(".")[0] == "haliax":
+        return True
     return hasattr(x, "get_raw_value") or (hasattr(x, "unbox") and hasattr(x, "replace_boxed"))
 
 

@@ -28,7 +28,7 @@ from daq_jax.density.grams import Grams, KernelInputs
 from daq_jax.errors import DaqError
 from daq_jax.numerics.sharding import run_sharded, sharding_of
 from daq_jax.recipe import Recipe
-from daq_jax.rules import DEFAULT_RULES, Rule, decide_all
+from daq_jax.rules import DEFAULT_RULES, Rule, decide_all, views_by_type
 from daq_jax.trees import PyTree, named_leaves
 
 
@@ -158,7 +158,7 @@ def _with_bar(batches: Iterable[Any], total: int | None) -> Iterable[Any]:
 
 def _paths(params: PyTree, rules: Sequence[Rule]) -> list[str | None]:
     """For each leaf of params its path, or None if it is not to be quantized."""
-    decisions = decide_all(named_leaves(params), rules, Recipe())
+    decisions = decide_all(named_leaves(params), rules, Recipe(), views_by_type(params))
     return [path if how.quantize else None for path, how in decisions.items()]
 
 

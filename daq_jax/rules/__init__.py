@@ -8,6 +8,8 @@ A leaf that no rule names is quantized if it is floating point with two axes or 
 from daq_jax.rules.decisions import Decision as Decision
 from daq_jax.rules.decisions import decide_all as decide_all
 from daq_jax.rules.decisions import first_match as first_match
+from daq_jax.rules.layers import views_by_type as views_by_type
+from daq_jax.rules.rule import AmbiguousMatrixWarning as AmbiguousMatrixWarning
 from daq_jax.rules.rule import NarrowMatrixWarning as NarrowMatrixWarning
 from daq_jax.rules.rule import Rule as Rule
 from daq_jax.rules.rule import UnreadMetricWarning as UnreadMetricWarning
@@ -16,6 +18,9 @@ from daq_jax.rules.rule import check_rules as check_rules
 from daq_jax.rules.rule import keep as keep
 from daq_jax.rules.rule import use as use
 from daq_jax.rules.sets import DEFAULT_RULES as DEFAULT_RULES
+from daq_jax.rules.sets import GEMMA_RULES as GEMMA_RULES
+from daq_jax.rules.sets import HF_RULES as HF_RULES
+from daq_jax.rules.sets import KERAS_RULES as KERAS_RULES
 from daq_jax.rules.sets import MAXTEXT_RULES as MAXTEXT_RULES
 from daq_jax.rules.sets import NAMED_RULES as NAMED_RULES
 from daq_jax.rules.sets import TUNIX_RULES as TUNIX_RULES

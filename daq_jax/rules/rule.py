@@ -10,7 +10,11 @@ from daq_jax.recipe import Recipe, check_recipe
 from daq_jax.tilings import Matrix
 
 
-class NarrowMatrixWarning(UserWarning):
+class AmbiguousMatrixWarning(UserWarning):
+    """A leaf's name and shape leave two matrix views, and nothing tells which one the model takes."""
+
+
+class NarrowMatrixWarning(AmbiguousMatrixWarning):
     """A leaf is taken as many matrices of few rows each; it may be one matrix with several input axes."""
 
 

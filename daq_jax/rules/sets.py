@@ -1,46 +1,99 @@
-"""Ready sets of rules: what is kept, and the matrix views of the layers that libraries share by name."""
+"""Ready sets of rules: what is kept, and the matrix views of the layers that libraries share by name.
 
-from daq_jax.rules.rule import Rule, keep
+A pattern may end in `(/value)?$`: some checkpoints store the value of each `nnx.Variable` under that name.
+"""
+
+from daq_jax.rules.rule import Rule
 from daq_jax.tilings import Matrix
 
+_END = r"(/value)?$"
 
-def _kernel(pattern: str, matrix: Matrix, ndim: int = 3) -> Rule:
+
+def _keep(pattern: str, about: str) -> Rule:
+    return Rule(pattern, quantize=False, about=about)
+
+
+def _kernel(pattern: str, matrix: Matrix, about: str, ndim: int = 3) -> Rule:
     """A weight of several input or output axes; with fewer than `ndim` axes it is a plain matrix."""
-    return Rule(pattern, quantize=True, matrix=matrix, ndim_at_least=ndim)
+    return Rule(pattern + _END, quantize=True, matrix=matrix, ndim_at_least=ndim, about=about)
 
 
 # Embeddings and output heads decide which token comes out, routers which expert is asked, and norms, biases
 # and adapters are small: none is worth the risk. A norm or bias has two axes where layers are stacked.
+_KEPT: tuple[Rule, ...] = (
+    _keep(
+        r"(?i)embed|(^|[./_])(emb|wte|wpe)([./_]|$)|(^|[./])(cls|mask|dist|register)_tokens?([./]|$)"
+        r"|(^|[./])pos(ition(al|s)?)?(_(enc\w*|emb\w*|table))?([./]|$)",
+        "embedding",
+    ),
+    _keep(r"(?i)norm|(^|[./])(ln\w*|bn\w*|scale|layer_?scal\w*|gamma|beta)([./]|$)", "norm or scale"),
+    _keep(r"(?i)bias", "bias"),
+    _keep(r"(?i)(^|[./_])lora([./_]|$)", "adapter"),
+    _keep(r"(^|[./])(A_log|dt_bias|sinks?)([./]|$)", "vector of a mixer"),
+    _keep(
+        r"(^|[./])(\w*head|logits\w*|classifier|score)([./]|$)"
+        r"|^((params|model|transformer|decoder)[./])*output(_layer|_projection)?[./](kernel|weight|w)(/value)?$",
+        "output head",
+    ),
+    _keep(r"(?i)router|(moe\w*|experts?)[./]gate([./]|$)|(^|[./])mlp[./]gate[./]weight$", "router"),
+    _keep(r"(?i)depthwise", "depthwise convolution"),
+)
+
 DEFAULT_RULES: tuple[Rule, ...] = (
-    keep(r"(?i)embed|(^|[./])(wte|wpe)([./]|$)"),
-    keep(r"(?i)norm|(^|[./])(ln\w*|bn\w*|scale)([./]|$)"),
-    keep(r"(?i)bias"),
-    keep(r"(?i)(^|[./_])lora([./_]|$)"),
-    keep(r"(^|[./])(\w*head|logits\w*|classifier)([./]|$)"),
-    keep(r"(?i)router|(moe\w*|experts?)[./]gate([./]|$)|(^|[./])mlp\.gate\.weight$"),
+    *_KEPT,
     # Attention of Flax: [D, heads, hd] into the heads, [heads, hd, D] out of them.
-    _kernel(r"(^|/)(query|key|value)/kernel$", ((-3,), (-2, -1))),
-    _kernel(r"(^|/)out/kernel$", ((-3, -2), (-1,))),
+    _kernel(r"(^|/)(query|key|value)/kernel", ((-3,), (-2, -1)), "Flax: into heads"),
+    _kernel(r"(^|/)out/kernel", ((-3, -2), (-1,)), "Flax: out of heads"),
     # Convolutions: [height, width, in, out], or [width, in, out].
-    _kernel(r"(?i)conv\w*/kernel$", ((-4, -3, -2), (-1,)), ndim=4),
-    _kernel(r"(?i)conv\w*/kernel$", ((-3, -2), (-1,))),
+    _kernel(r"(?i)conv\w*/kernel", ((-4, -3, -2), (-1,)), "Flax: convolution", ndim=4),
+    _kernel(r"(?i)conv\w*/kernel", ((-3, -2), (-1,)), "Flax: convolution"),
 )
 
-# MaxText stacks layers along the second axis of every weight, between the inputs and the rest.
+# MaxText stacks layers along the second axis of every weight, and blocks of layers along the third: axes are
+# counted from the front where they stand before the stacks. Weights end in `kernel`, but for experts.
 MAXTEXT_RULES: tuple[Rule, ...] = (
-    _kernel(r"(^|/)(query|key|value|wq_b|wkv_b)/kernel$", ((-4,), (-2, -1)), ndim=4),
-    _kernel(r"(^|/)(query|key|value|wq_b|wkv_b)/kernel$", ((-3,), (-2, -1))),
-    _kernel(r"(^|/)out/kernel$", ((-4, -2), (-1,)), ndim=4),
-    _kernel(r"(^|/)(wi_0|wi_1|wo|wq_a|wkv_a)/kernel$", ((-3,), (-1,))),
-    *DEFAULT_RULES,  # experts, [E, in, out] or [E, L, in, out], are plain
+    _keep(r"(^|/)(gate|conv1d)/kernel" + _END, "router or depthwise convolution"),
+    _kernel(r"(^|/)(query|key|value|wq_b|wkv_b|qkv_proj)/kernel", ((0,), (-2, -1)), "MaxText: into heads"),
+    _kernel(r"(^|/)attention/attention/out/kernel", ((0,), (-1,)), "MaxText: out of heads, merged"),
+    _kernel(r"(^|/)out/kernel", ((0, -2), (-1,)), "MaxText: out of heads"),
+    _kernel(r"(^|/)(wi(_\d)?|wo|wq_a|wkv_a|in_proj\w*|out_proj)/kernel", ((0,), (-1,)), "MaxText: dense"),
+    *DEFAULT_RULES,
+    _kernel(r"/kernel", ((0,), (-1,)), "MaxText: dense"),
+    _keep(r"^(?!.*(/kernel|(^|/)w[io](_\d)?)(/value)?$)", "MaxText: no kernel"),
+    _kernel(r"(^|/)w[io](_\d)?", ((-2,), (-1,)), "MaxText: experts"),
 )
 
-# Tunix: heads as einsums hold them, [D, heads, hd] and [heads, hd, D]; in Gemma [heads, D, hd].
+# Heads as einsums of Gemma hold them, [heads, D, hd], with key and value or all three in front of that.
+_EINSUMS = (
+    _kernel(r"(^|/)attn_vec_einsum(/w)?", ((-3, -2), (-1,)), "Gemma: out of heads"),
+    _kernel(r"(^|/)(q|k|v|kv|qkv)_einsum(/w)?", ((-2,), (-3, -1)), "Gemma: into heads"),
+)
+
+# Google DeepMind's `gemma`. The two orders of `gating_einsum` are told apart by `linear` beside it.
+GEMMA_RULES: tuple[Rule, ...] = (*_EINSUMS, *DEFAULT_RULES)
+
+# Tunix: heads as [D, heads, hd] and [heads, hd, D], and in its Gemma as above.
 TUNIX_RULES: tuple[Rule, ...] = (
-    _kernel(r"(^|/)[qkv]_proj/w$", ((-3,), (-2, -1))),
-    _kernel(r"(^|/)(o_proj|attn_vec_einsum)/w$", ((-3, -2), (-1,))),
-    _kernel(r"(^|/)(q|k|kv|qkv)_einsum/w$", ((-2,), (-3, -1))),
+    _kernel(r"(^|/)[qkv]_proj/w", ((-3,), (-2, -1)), "Tunix: into heads"),
+    _kernel(r"(^|/)o_proj/w", ((-3, -2), (-1,)), "Tunix: out of heads"),
+    *_EINSUMS,
     *DEFAULT_RULES,  # feed-forward layers and experts, [E, in, out], are plain
 )
 
-NAMED_RULES = frozenset({*DEFAULT_RULES, *MAXTEXT_RULES, *TUNIX_RULES})  # no model has use for all of them
+# Hugging Face and PyTorch: `weight` is [out, in], of convolutions [out, in, ...], and of GPT-2 [in, out].
+HF_RULES: tuple[Rule, ...] = (
+    *_KEPT,
+    _kernel(r"(?i)conv\w*[./]weight", ((1, 2, 3), (0,)), "PyTorch: convolution", ndim=4),
+    _kernel(r"(?i)conv\w*[./]weight", ((1, 2), (0,)), "PyTorch: convolution"),
+    _kernel(r"(^|[./])h[./]\d+[./]\w+[./]c_(attn|fc|proj)[./]weight", ((-2,), (-1,)), "GPT-2: dense", ndim=2),
+    _kernel(r"(^|[./])weight", ((-1,), (-2,)), "PyTorch: dense", ndim=2),
+)
+
+# Keras, as `{v.path: v.value for v in model.variables}`.
+KERAS_RULES: tuple[Rule, ...] = (
+    _kernel(r"(^|/)attention_output/kernel", ((-3, -2), (-1,)), "Keras: out of heads"),
+    *DEFAULT_RULES,
+)
+
+# No model has use for all rules of a set, so an unused one is not warned of.
+NAMED_RULES = frozenset({*DEFAULT_RULES, *MAXTEXT_RULES, *GEMMA_RULES, *TUNIX_RULES, *HF_RULES, *KERAS_RULES})

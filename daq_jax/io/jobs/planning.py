@@ -29,12 +29,10 @@ from daq_jax.io.jobs.options import MissingBase
 from daq_jax.recipe import Recipe
 from daq_jax.roundings.nearest import Nearest
 from daq_jax.roundings.rounding import as_rounding
-from daq_jax.rules import DEFAULT_RULES, first_match, keep
+from daq_jax.rules import DEFAULT_RULES, first_match
 from daq_jax.searches.search import as_search
 from daq_jax.tilings import Tiling
 
-# The heads of classifiers, by the name that transformers gives them.
-RULES = (keep(r"(^|\.)score\."), *DEFAULT_RULES)
 _WRITING = 2  # bytes for each element of the matrix before it, which is being written
 RUNTIME = 700 * 10**6  # bytes of the interpreter, JAX, its compiled programs, and the figures of a band
 
@@ -340,7 +338,7 @@ def _why_kept(tuned: Folder, tensor: Tensor, layout: Layout, tp: int) -> str:
         return "empty"
     if tensor.turned:
         return "experts stored [in, out], which servers do not read quantized"
-    rule = first_match(name, len(shape), RULES)
+    rule = first_match(name, len(shape), DEFAULT_RULES)
     if rule and not rule.quantize:
         return "embedding, norm, head or router"
     heads = tuned.config.get("num_key_value_heads")
