@@ -12,10 +12,11 @@ import numpy as np
 
 from daq_jax.errors import refuse
 from daq_jax.metrics import cosine
-from daq_jax.numerics.arithmetic import is_finite, is_staged
+from daq_jax.numerics.arithmetic import LARGEST_SQUARED, is_staged, largest_size
 from daq_jax.numerics.sharding import committed_sharding, lie_apart, place_of
 from daq_jax.qtensor import codes_of
 from daq_jax.recipe import Recipe, check_recipe
+from daq_jax.roundings.rounding import as_rounding
 from daq_jax.rules import (
     NAMED_RULES,
     AmbiguousMatrixWarning,
@@ -147,19 +148,28 @@ def problem_of(pair: Pair) -> str | None:
     return None
 
 
-def _all_finite(leaves: Sequence[Any]) -> list[bool]:
-    """A flag for each leaf. All are asked for before the host waits for one."""
-    return [bool(x) for x in jax.device_get([is_finite(x) for x in leaves])]
+_largest_size = jax.jit(largest_size)
 
 
-def _not_finite(pairs: Sequence[Pair]) -> dict[str, str]:
-    """Of the pairs with NaN or infinity in a concrete array: path, and which of the two it is."""
+def _wrong_numbers(pairs: Sequence[Pair]) -> dict[str, str]:
+    """Of the pairs with numbers that cannot be quantized: path, and what is wrong."""
     named = [(p.path, word, x) for p in pairs for word, x in (("base", p.base), ("tuned", p.tuned))]
     named = [(path, word, x) for path, word, x in named if is_concrete(x)]
     if not named or is_staged():
         return {}
-    flags = _all_finite([x for _, _, x in named])
-    return {path: word for (path, word, _), fine in zip(named, flags, strict=True) if not fine}
+    largest = jax.device_get([_largest_size(x) for _, _, x in named])  # all asked for before one is awaited
+    squares = {p.path for p in pairs if as_rounding(p.decision.recipe.rounding).scope == "matrix"}
+    problems = {}
+    for (path, word, _), size in zip(named, largest, strict=True):
+        if not np.isfinite(size):
+            problems[path] = f"{word} holds NaN or infinity; every weight must be finite: mend the checkpoint"
+        elif path in squares and size > LARGEST_SQUARED:
+            problems[path] = (
+                f"{word} holds a weight of size {size:.3g}; the rounding of the recipe needs squares, so "
+                f"every weight must be at most {LARGEST_SQUARED:g}: mend the checkpoint, or use "
+                "daq.recipes.absmax"
+            )
+    return problems
 
 
 def refuse_unquantizable(pairs: Sequence[Pair], check_finite: bool, *, later: bool = False) -> None:
@@ -173,11 +183,7 @@ def refuse_unquantizable(pairs: Sequence[Pair], check_finite: bool, *, later: bo
     pairs = [p for p in pairs if p.decision.quantize]
     problems = {p.path: why for p in pairs if (why := problem_of(p))}
     if check_finite and (problems or not later):
-        broken = _not_finite([p for p in pairs if p.path not in problems])
-        problems |= {
-            path: f"{word} holds NaN or infinity; every weight must be finite: mend the checkpoint"
-            for path, word in broken.items()
-        }
+        problems |= _wrong_numbers([p for p in pairs if p.path not in problems])
     if problems:
         lines = [
             f"{path!r}: {why}. "

@@ -350,9 +350,13 @@ def test_kernel_is_not_for_arrays_too_large_for_its_addresses(function, shape, k
     assert ("stablehlo.cosine" in program) != kernel
 
 
-def test_kernels_of_the_default_trace_with_64_bits(kernels):
+@pytest.mark.parametrize(
+    ("recipe", "count"),
+    [(daq.recipes.default, 1), (daq.Recipe(search=daq.OffGrid(), rounding=daq.UnbiasedFeedback()), 3)],
+)
+def test_kernels_of_the_default_trace_with_64_bits(recipe, count, kernels):
     x = jax.ShapeDtypeStruct((1024, 256), jnp.float32)
     with jax.enable_x64(True):
-        program = leaves.lowered(x, x, recipe=daq.recipes.default, matrix=((-2,), (-1,)), one_device=True)
-    assert len(kernels) >= 3
+        program = leaves.lowered(x, x, recipe=recipe, matrix=((-2,), (-1,)), one_device=True)
+    assert len(kernels) >= count
     assert program.out_info[0].scale.dtype == jnp.float32

@@ -51,7 +51,7 @@ def merge(
     """The weights before and after tuning, of a base and a LoRA adapter: `quantize(*merge(base, adapter))`.
 
     Weights that the adapter changes are float32 in both trees: the base's exactly, and the base's plus
-    `scale * a b`. So the change is not rounded to a grid of bfloat16. All other leaves are those of the base. If
+    `scale * a b`. So the change is not rounded to bfloat16. All other leaves are those of the base. If
     the base has pairs of its own, as a model with LoRA layers has, their second factors are 0 in both trees.
 
     Args:
@@ -166,7 +166,7 @@ def _sum(
         wide = dataclasses.replace(weight, dtype=jnp.dtype(jnp.float32))
     else:
         wide = jnp.asarray(weight).astype(jnp.float32)
-    a, b = (as_array(x) for x in (a, b))
+    a, b = (jnp.asarray(as_array(x)) for x in (a, b))
     a, b = (a.T, b.T) if kind == "PEFT" else (a, b)
     equation, shapes = _equation(tuple(wide.shape), tuple(a.shape), tuple(b.shape), axes)
 

@@ -18,6 +18,7 @@ SMALLEST_NORMAL = 2.0**-126  # float32; anything below may be flushed to zero by
 _LARGEST = float(jnp.finfo(jnp.float32).max)
 _RUN = 128  # elements summed one after another before partial sums are combined
 _UNTOUCHED_RUN = 32  # the longest that XLA's CPU compiler does not break up into runs of its own
+LARGEST_SQUARED = 1e15  # 1e8 squares of such weights have a sum in float32
 
 
 def leading_half(x: Array) -> Array:
@@ -75,6 +76,12 @@ def multiply(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..
 def is_finite(tree: Any) -> Array:
     """No NaN, no infinity, in any array of a tree; a scalar bool array."""
     return jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all()
+
+
+def largest_size(tree: Any) -> Array:
+    """The largest magnitude in a tree of arrays, float32; infinity where there is NaN or infinity."""
+    sizes = [jnp.abs(x.astype(jnp.float32)) for x in jax.tree.leaves(tree)]
+    return jnp.stack([jnp.max(jnp.where(jnp.isfinite(x), x, jnp.inf), initial=0) for x in sizes]).max()
 
 
 def is_staged() -> bool:

@@ -89,7 +89,8 @@ def carry(number: Format, pair: Pair, reach: float) -> Carried:
     code = number.round(divide(pair.base, pair.scale))
     step = step_towards(code, d > 0, number)
     carries = pair.native & (d != 0) & (step > 0)
-    known = _known_before_storing(pair)
+    exact = pair.both & (pair.base == weights_of(code, pair.scale))  # and so small changes are not stored
+    known = _known_before_storing(pair._replace(unit=jnp.where(exact, 0, pair.unit)))
     on = jnp.where(carries, _share_on(pair, step, carries, reach, known.rms), 0)
     size = jnp.where(pair.native, known.share * d * d, 0)
     move = jnp.where(pair.native, on * _balance(on * size, size) * d, d)
@@ -160,7 +161,7 @@ def _known_before_storing(pair: Pair) -> _Known:
 
     A change of a weight that is stored in units `u` has `u^2 / 12` more in squares, and `u^2 / 6` where both
     weights are stored so. Changes `x` well below `u` are then a whole unit with probability `|x| / u`, which
-    comes to `|x| u`. The root mean square of `x` is the one under which the changes have the squares expected.
+    comes to `|x| u`. The root mean square of `x` is that under which the changes have the squares expected.
     """
 
     def expected(rms: Array, unit: Array) -> Array:

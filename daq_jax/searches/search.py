@@ -10,6 +10,7 @@ from jaxtyping import Array
 
 from daq_jax.cpu_parts import in_parts
 from daq_jax.metrics import Metric
+from daq_jax.numerics.arithmetic import LARGEST_SQUARED
 from daq_jax.roundings.rounding import Rounding
 from daq_jax.searches.trials import Trials
 from daq_jax.tiles import Tiles
@@ -81,7 +82,11 @@ def find_scales(
 
     def run(tiles: Tiles, stored_base: Array | None) -> Array:
         trials = Trials.of(tiles, metric, judged, scales, stored_base)
-        return jnp.where(jnp.isnan(trials.absmax), jnp.nan, search(trials))  # whatever a search makes of it
+        refused = jnp.isnan(trials.absmax)
+        if rounding.scope == "matrix":  # whose sums of squares would leave float32
+            size = jnp.maximum(jnp.abs(tiles.base), jnp.abs(tiles.tuned))
+            refused |= jnp.max(size, tiles.axes, keepdims=True) > LARGEST_SQUARED
+        return jnp.where(refused, jnp.nan, search(trials))  # whatever a search makes of it
 
     def at_once(tiles: Tiles, stored_base: Array | None) -> Array:
         machine = dataclasses.replace(tiles.machine, scores_at_once=True)

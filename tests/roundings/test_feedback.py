@@ -22,6 +22,9 @@ BLOCK = (128, 128)
 DAMPING, LEAST_WEIGHT = 10.0, 0.03
 
 
+WITH_OFF_GRID = daq.Recipe(search=daq.OffGrid(), rounding=daq.UnbiasedFeedback())
+
+
 def feedback(rank=16, tiling=daq.recipes.absmax.tiling, **settings):
     own = {k: settings.pop(k) for k in ("per", "damping") if k in settings}
     return daq.Recipe(rounding=daq.UnbiasedFeedback(rank, **own), tiling=tiling, **settings)
@@ -132,10 +135,10 @@ def test_a_merged_adapter_of_few_directions_costs_little(rank):
         ],
     ),
 )
-def test_the_default_keeps_the_change_at_its_size(change, rank, dtype):
+def test_with_off_grid_it_keeps_the_change_at_its_size(change, rank, dtype):
     pair = (x.astype(dtype) for x in ro.native(4, (512, 384), change, rank=rank))
     base, tuned = pair  # in bfloat16 a small change is a step of that for a few, and none for others
-    q = daq.quantize({"kernel": base}, {"kernel": tuned})["kernel"]
+    q = daq.quantize(base, tuned, WITH_OFF_GRID)
     base, tuned = (x.astype(np.float32) for x in (base, tuned))
     assert 0.9 < ro.projection(base, tuned, kept(q)) < 1.1
 
@@ -155,10 +158,12 @@ def test_a_small_change_of_a_base_on_another_grid_than_absmax_stays_on_that(dtyp
         daq.Block(128, 128),
         np.dtype(dtype),
     )
-    q, plain = (daq.quantize(b, jnp.asarray(tuned), rules=()) for b in (whole, jnp.asarray(base)))
+    q, plain = (
+        daq.quantize(b, jnp.asarray(tuned), WITH_OFF_GRID, rules=()) for b in (whole, jnp.asarray(base))
+    )
     base, tuned = (x.astype(np.float32) for x in (base, tuned))
     change = np.mean((tuned - base) ** 2)
-    assert 0.8 < ro.projection(base, tuned, kept(q)) < 1.2  # within its noise: few weights, tiny changes
+    assert 0.8 < ro.projection(base, tuned, kept(q)) < 1.2  # within its noise: few, tiny changes
     np.testing.assert_array_equal(q.scale, whole.scale)
     times = 3 if dtype == np.float32 else 1.5  # a dither costs more error than a gain
     assert np.mean((kept(q) - tuned) ** 2) < np.mean((kept(plain) - tuned) ** 2) / times
@@ -170,7 +175,7 @@ def test_a_small_change_of_a_base_on_another_grid_than_absmax_stays_on_that(dtyp
 def test_changes_of_one_step_of_bfloat16_are_kept_as_larger_ones_are(rank, dtype):
     base, tuned = ro.native(7, (512, 640), 0.003, rank=rank)
     base, tuned = base.astype(dtype), tuned.astype(BF16).astype(dtype)
-    recipes = daq.recipes.default, daq.Recipe(rounding=daq.UnbiasedGain())
+    recipes = WITH_OFF_GRID, daq.Recipe(rounding=daq.UnbiasedGain())
     q, by_gain = (daq.quantize(base, tuned, recipe) for recipe in recipes)
     base, tuned = (x.astype(np.float64) for x in (base, tuned))
     step = np.spacing(tuned.astype(BF16)).astype(np.float64)
@@ -191,7 +196,7 @@ def test_a_dither_leaves_alone_what_tuning_left_alone(share):
     rng = np.random.default_rng(8)
     step = np.spacing(base).astype(np.float32) * rng.choice([-2, 2], base.shape)
     tuned = (base.astype(np.float32) + step * (rng.random(base.shape) < share)).astype(BF16)
-    q, plain = (daq.quantize(base, tuned, r) for r in (daq.recipes.default, daq.recipes.absmax))
+    q, plain = (daq.quantize(base, tuned, r) for r in (WITH_OFF_GRID, daq.recipes.absmax))
     base, tuned = (x.astype(np.float64) for x in (base, tuned))
     error, d = kept(q) - tuned, tuned - base
     assert np.mean(error**2) < 3 * np.mean((kept(plain) - tuned) ** 2)

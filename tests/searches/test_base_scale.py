@@ -103,7 +103,7 @@ def test_the_scale_that_the_base_was_made_with_is_found(fmt, tiles, kind, dtype)
     np.testing.assert_allclose(found, scale * octaves, rtol=3e-7 if exact else 2**-8)
     own = daq.quantize(base, base, recipe_of(fmt, tiles[0]))
     values = np.asarray(own.format.decode(own.codes)) * oracles.spread(octaves, base.shape, tiles[1])
-    # In bfloat16, the weights of neighbouring codes of int8 above 64 differ by little more than rounding does.
+    # In bfloat16, weights of neighbouring codes of int8 above 64 differ by little more than rounding does.
     unsure = 1 if fmt == daq.int8 and dtype == BF16 else 0
     np.testing.assert_allclose(values, codes, rtol=1e-6, atol=unsure)
     assert np.mean(np.abs(values - codes) < 0.5) > 0.9999
@@ -231,7 +231,7 @@ def test_a_batch_of_matrices_and_a_sharded_matrix_get_the_scales_of_each():
     assert_same_bits(jax.device_put((q.codes, q.scale), jax.devices()[0]), (alone[0].codes, alone[0].scale))
 
 
-# --- Whether a tile is native --------------------------------------------------------------------------------
+# --- Whether a tile is native
 
 
 def tiles_of(base, fmt, tiling):

@@ -23,6 +23,7 @@ from daq_jax.io.jobs.journal import Record
 from daq_jax.io.jobs.planning import Plan, Shard, Task
 from daq_jax.io.jobs.progress import Tell
 from daq_jax.leaves import quantize_leaf
+from daq_jax.numerics.arithmetic import LARGEST_SQUARED
 from daq_jax.qtensor import QTensor
 
 
@@ -110,8 +111,9 @@ class ShardJob:
         q = quantize_leaf(base, tuned, recipe=task.recipe, matrix=task.tuned.matrix, stream=stream)
         if not bool(jnp.isfinite(q.scale).all()):  # what a tile that holds NaN or infinity gets
             raise DaqError(
-                f"{task.tuned.file}: tensor {task.name!r} holds NaN or infinity in base or tuned; every "
-                "weight must be finite: mend the checkpoint."
+                f"{task.tuned.file}: tensor {task.name!r} holds NaN or infinity in base or tuned, or a "
+                f"weight beyond {LARGEST_SQUARED:g}, whose square most recipes cannot use; every weight "
+                "must be finite: mend the checkpoint."
             )
         if task.base is not None:
             self._note(task, base, tuned, q)
