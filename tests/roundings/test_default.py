@@ -1,4 +1,4 @@
-"""What the default promises: a change at its size, the grid of the base, and no harm where nothing is kept."""
+"""What the default promises: a change at its size, the grid of the base, no harm where nothing is kept."""
 
 import jax
 import jax.numpy as jnp
