@@ -275,7 +275,7 @@ def test_the_default_by_kernels_is_as_good_as_without(dtype, request):
     expected = daq.quantize(*arrays, rules=())
     taken = request.getfixturevalue("kernels")
     q = daq.quantize(*arrays, rules=())
-    assert len(taken) >= 3  # for the search, the gains and the feedback
+    assert len(taken) >= 1  # for the feedback
     np.testing.assert_array_equal(q.scale, expected.scale)
     weights = (x.dequantize(jnp.float32) for x in (q, expected))
     assert_as_good(*weights, *arrays)

@@ -19,13 +19,14 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from daq_jax.formats import Format
-from daq_jax.grids.membership import distance_in_steps, half_unit
+from daq_jax.grids.membership import distance_in_steps, half_unit, lies_on_grid
 from daq_jax.numerics.arithmetic import divide, total
 from daq_jax.scales import usable
 
 _MOST_TOPS = 16  # formats with more codes in their top octave are as fine as bfloat16 there: nothing to fit
 _SAMPLE = 1024  # elements of a tile that are looked at
 _LEAST_RUNS = 8  # runs of rows that a tile of many columns is cut into
+_NMANT = 23  # bits of a mantissa of float32: weights stored so tell the scale to its last bit
 # Mean squared distances, in steps, that differ by less are alike: int8 codes stored in float32 have 1e-10.
 _ALIKE = 1e-9
 
@@ -72,7 +73,33 @@ def fitted_scale(
     low, high = _consistent(sample, best[0], axes, fmt, dtype)
     middle = storable(usable(low + (high - low) / 2))
     better = ((best[0] < low) | (best[0] > high)) & (low <= middle) & (middle <= high)
-    return jnp.where(better, middle, best[0])
+    found = jnp.where(better, middle, best[0])
+    return (
+        found if jnp.finfo(dtype).nmant < _NMANT else _to_the_bit(sample, found, axes, fmt, dtype, storable)
+    )
+
+
+def _to_the_bit(
+    sample: Array,
+    scale: Array,
+    axes: tuple[int, int],
+    fmt: Format,
+    dtype: np.dtype,
+    storable: Callable[[Array], Array],
+) -> Array:
+    """The float32 scale next to one, or itself, under which most weights are their codes times it."""
+
+    def count(scale: Array) -> Array:
+        return total(lies_on_grid(sample, scale, fmt, dtype).astype(jnp.float32), axes)
+
+    def nudge(best: tuple[Array, Array], by: Array) -> tuple[tuple[Array, Array], None]:
+        other = storable(usable(scale * by))
+        many = count(other)
+        more = many > best[1]
+        return (jnp.where(more, other, best[0]), jnp.where(more, many, best[1])), None
+
+    nudges = jnp.asarray([1 - 2.0**-23, 1 + 2.0**-23, 1 - 2.0**-22, 1 + 2.0**-22], jnp.float32)
+    return lax.scan(nudge, (scale, count(scale)), nudges)[0][0]
 
 
 def _largest(tiles: Array, axes: tuple[int, int]) -> Array:

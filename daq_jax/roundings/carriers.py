@@ -169,16 +169,19 @@ def _known_before_storing(pair: Pair) -> _Known:
             return rms * rms + unit * unit / 12
         return jnp.where(rms < _WITHIN * unit, _MEAN_SIZE * rms * unit, rms * rms + unit * unit / 6)
 
-    counted = _every_nth(jnp.broadcast_to(pair.native, pair.base.shape))
     square, unit = _every_nth(pair.change) ** 2, _every_nth(pair.unit)
-    count = jnp.maximum(_total(counted.astype(jnp.float32)), 1)
+    native = _every_nth(jnp.broadcast_to(pair.native, pair.base.shape))
+
+    def mean(x: Array, where: Array) -> PerMatrix:
+        return _total(jnp.where(where, x, 0)) / jnp.maximum(_total(where.astype(jnp.float32)), 1)
+
+    first = jnp.sqrt(mean(square, native & (square > 0)))
+    counted = native & ((square > 0) | (unit > _WITHIN * first))  # zeros of changes too small to be stored
 
     def nearer(_: Array, rms: Array) -> Array:
-        ratio = square / jnp.maximum(expected(rms, unit), _TINY)
-        return rms * jnp.sqrt(_total(jnp.where(counted, ratio, 0)) / count)
+        return rms * jnp.sqrt(mean(square / jnp.maximum(expected(rms, unit), _TINY), counted))
 
-    rms = jnp.sqrt(_total(jnp.where(counted, square, 0)) / count)
-    rms = lax.fori_loop(0, _NEARER, nearer, rms)
+    rms = lax.fori_loop(0, _NEARER, nearer, jnp.sqrt(mean(square, counted)))
     return _Known(rms, rms * rms / jnp.maximum(expected(rms, pair.unit), _TINY))
 
 

@@ -17,6 +17,8 @@ from daq_jax.roundings.rounding import Rounding
 from daq_jax.roundings.row_blocks import RowBlocks
 from daq_jax.tiles import Tiles
 
+_LEAST = 2.0**-16  # threshold of the dither, in steps
+
 
 @dataclasses.dataclass(frozen=True)
 class DitheredFeedback(Rounding):
@@ -100,7 +102,8 @@ class DitherRule(Rule):
         gain = jnp.where(change != 0, move / jnp.where(change != 0, change, 1), 0)
         correction = jnp.clip(gain * response, -limit, limit)
         code = number.round(divide(base, scale))
-        moved = dither(number, code + divide(move - correction, scale), rows.thresholds)
+        thresholds = jnp.maximum(rows.thresholds, _LEAST)  # what is on a code but for rounding stays there
+        moved = dither(number, code + divide(move - correction, scale), thresholds)
         nearest = number.round(divide(tuned - response, scale))
         return jnp.where(native, jnp.where(change != 0, moved, code), nearest)
 

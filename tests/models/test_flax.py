@@ -99,6 +99,7 @@ LINEN_RUNS += [pytest.param(n, "block", marks=pytest.mark.slow) for n in LINEN i
 LINEN_RUNS += [pytest.param("scan along 1", r, marks=pytest.mark.slow) for r in RECIPES if r != "block"]
 
 
+@pytest.mark.filterwarnings("ignore::daq_jax.rules.rule.AmbiguousMatrixWarning")
 @pytest.mark.parametrize(("name", "recipe"), LINEN_RUNS)
 def test_a_linen_model_runs_on_codes_as_on_its_dequantized_weights(name, recipe):
     model, x, count = LINEN[name]

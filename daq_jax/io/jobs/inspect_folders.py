@@ -59,7 +59,10 @@ def inspect_folder(
         contextlib.closing(open_safetensors(base)) as before,
         contextlib.closing(open_tuned(tuned, before)) as after,
     ):
-        layout = None if wants_base_format(output, Run(), before) else output.layout
+        as_base = wants_base_format(output, Run(), before)
+        if format is None and before.tensors.keys() != after.tensors.keys():
+            as_base = False  # a part of a model may be looked at, though not quantized so
+        layout = None if as_base else output.layout
         return inspect_opened(before, after, recipe, layout, most_elements)
 
 

@@ -327,5 +327,5 @@ def finished(out: pathlib.Path) -> dict[str, int]:
 def test_two_processes_at_once_give_the_bytes_of_one(pair, tmp_path):
     both = [start(pair, tmp_path / "out", "--shard", f"{i}/2") for i in (1, 2)]
     assert [process.wait() for process in both] == [0, 0]
-    run(pair, tmp_path / "whole")
+    assert start(pair, tmp_path / "whole").wait() == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
