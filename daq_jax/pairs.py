@@ -158,14 +158,14 @@ def _wrong_numbers(pairs: Sequence[Pair]) -> dict[str, str]:
     if not named or is_staged():
         return {}
     largest = jax.device_get([_largest_size(x) for _, _, x in named])  # all asked for before one is awaited
-    squares = {p.path for p in pairs if as_rounding(p.decision.recipe.rounding).scope == "matrix"}
+    squares = {p.path for p in pairs if as_rounding(p.decision.recipe.rounding).squares}
     problems = {}
     for (path, word, _), size in zip(named, largest, strict=True):
         if not np.isfinite(size):
             problems[path] = f"{word} holds NaN or infinity; every weight must be finite: mend the checkpoint"
         elif path in squares and size > LARGEST_SQUARED:
             problems[path] = (
-                f"{word} holds a weight of size {size:.3g}; the rounding of the recipe needs squares, so "
+                f"{word} holds a weight of size {size:.3g}; the rounding of the recipe adds up squares, so "
                 f"every weight must be at most {LARGEST_SQUARED:g}: mend the checkpoint, or use "
                 "daq.recipes.absmax"
             )

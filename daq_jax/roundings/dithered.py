@@ -48,6 +48,7 @@ class DitheredFeedback(Rounding):
     """
 
     multiplies = True
+    squares = True
     bytes_per_element = 56  # 56 by XLA's own account, on a CPU
 
     rank: int = 128

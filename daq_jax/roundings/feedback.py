@@ -65,6 +65,7 @@ class UnbiasedFeedback(Rounding):
     """
 
     multiplies = True
+    squares = True
     bytes_per_element = 38  # 33 by XLA's own account
 
     rank: int = 128

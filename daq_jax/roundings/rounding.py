@@ -25,12 +25,15 @@ class Rounding(abc.ABC):
             shape are then quantized as one batch.
         bytes_per_element: working memory, in bytes for each element of a weight, two inputs of 16 bits
             included. Folders larger than memory are planned by it.
+        squares: whether it adds up squares of weights as they are, so that none may be beyond
+            `daq_jax.numerics.arithmetic.LARGEST_SQUARED`.
     """
 
     scope: ClassVar[Literal["tile", "matrix"]] = "matrix"
     draws: ClassVar[bool] = False
     multiplies: ClassVar[bool] = False
     bytes_per_element: ClassVar[int] = 64
+    squares: ClassVar[bool] = False
 
     @abc.abstractmethod
     def __call__(self, tiles: Tiles, scale: Array) -> Array:

@@ -83,7 +83,7 @@ def find_scales(
     def run(tiles: Tiles, stored_base: Array | None) -> Array:
         trials = Trials.of(tiles, metric, judged, scales, stored_base)
         refused = jnp.isnan(trials.absmax)
-        if rounding.scope == "matrix":  # whose sums of squares would leave float32
+        if rounding.squares:  # whose sums would leave float32
             size = jnp.maximum(jnp.abs(tiles.base), jnp.abs(tiles.tuned))
             refused |= jnp.max(size, tiles.axes, keepdims=True) > LARGEST_SQUARED
         return jnp.where(refused, jnp.nan, search(trials))  # whatever a search makes of it
