@@ -92,13 +92,15 @@ def _to_the_bit(
     def count(scale: Array) -> Array:
         return total(lies_on_grid(sample, scale, fmt, dtype).astype(jnp.float32), axes)
 
+    bits = lax.bitcast_convert_type(scale, jnp.int32)
+
     def nudge(best: tuple[Array, Array], by: Array) -> tuple[tuple[Array, Array], None]:
-        other = storable(usable(scale * by))
+        other = storable(usable(lax.bitcast_convert_type(bits + by, jnp.float32)))
         many = count(other)
         more = many > best[1]
         return (jnp.where(more, other, best[0]), jnp.where(more, many, best[1])), None
 
-    nudges = jnp.asarray([1 - 2.0**-23, 1 + 2.0**-23, 1 - 2.0**-22, 1 + 2.0**-22], jnp.float32)
+    nudges = jnp.asarray([-1, 1, -2, 2], jnp.int32)  # units in the last place
     return lax.scan(nudge, (scale, count(scale)), nudges)[0][0]
 
 
