@@ -22,6 +22,12 @@ from daq_jax.errors import DaqError
 from daq_jax.recipes import DENSITY_RECIPES, RECIPES
 from daq_jax.version import __version__
 
+# The layouts of `daq_jax.io.hf.layouts`, which takes long to import, and that of the base.
+FORMATS = (
+    *("as-base", "fp8-block", "fp8-block-ue8m0", "fp8-channel", "int8-channel", "int4-group", "int4-group32"),
+    *("int4-group64", "int8-group32", "mxfp4", "mxfp8", "nvfp4", "nvfp4-modelopt", "gpt-oss"),
+)
+
 
 def demo(*, seed: int = 0, json: bool = False) -> None:
     """Make a small real pair, quantize it by each recipe, and show what each keeps. Downloads nothing.
@@ -49,7 +55,7 @@ def quantize(
     /,
     *,
     recipe: Literal[*RECIPES, *DENSITY_RECIPES] = "default",
-    format: Literal["as-base", "fp8-block", "fp8-channel", "int8-channel", "int4-group"] | None = None,
+    format: Literal[*FORMATS] | None = None,
     target: Literal["hopper", "blackwell", "tpu"] = "hopper",
     memory: float | None = None,
     plan: bool = False,
@@ -73,7 +79,8 @@ def quantize(
         recipe: what is searched and how codes are rounded. Files have no place for the zeros of the density
             recipes, which are refused.
         format: how weights are stored. None is as-base where BASE is quantized: each tensor in the coding
-            that it has there; else what suits the target.
+            that it has there; else what suits the target. mxfp4, mxfp8, nvfp4 and the groups of integers are
+            those of compressed-tensors.
         target: who serves the result.
         memory: GB that the process may take; None for a quarter of the machine's.
         plan: say what would be done, and stop.
@@ -117,7 +124,7 @@ def inspect(
     /,
     *,
     recipe: Literal[*RECIPES] = "default",
-    format: Literal["as-base", "fp8-block", "fp8-channel", "int8-channel", "int4-group"] | None = None,
+    format: Literal[*FORMATS] | None = None,
     json: bool = False,
 ) -> None:
     """Say from a sample what a fine-tune would lose, before anything is quantized. Takes seconds.

@@ -37,6 +37,31 @@ def write_folder(path: pathlib.Path, shards: list[Tensors], config: dict | None 
     return path
 
 
+DTYPES = {
+    "F8_E4M3": E4M3,
+    "F8_E8M0": E8M0,
+    "BF16": BF16,
+    "U8": "<u1",
+    "I8": "<i1",
+    "I32": "<i4",
+    "I64": "<i8",
+}
+
+
+def read_tensors(path: pathlib.Path) -> Tensors:
+    """What the files of a folder hold, read from the definition of the format."""
+    found = {}
+    for file in sorted(path.glob("*.safetensors")):
+        data = file.read_bytes()
+        start = 8 + int.from_bytes(data[:8], "little")
+        for name, entry in json.loads(data[8:start]).items():
+            if name != "__metadata__":
+                first, last = entry["data_offsets"]
+                flat = np.frombuffer(data[start + first : start + last], DTYPES[entry["dtype"]])
+                found[name] = flat.reshape(entry["shape"]).copy()
+    return found
+
+
 def llama(seed: int = 0, layers: int = 2, width: int = 128, inner: int = 128) -> Tensors:
     """Random weights by the names of a Llama."""
     shapes = {"model.embed_tokens.weight": (300, width), "model.norm.weight": (width,)}

@@ -47,6 +47,10 @@ class ScaleStorage(abc.ABC):
         """Whether all scales of a weight share a factor of its own."""
         return False
 
+    def factor_if(self, divides: bool) -> float | None:
+        """That factor, if scales are divided by it or not as asked; None otherwise."""
+        return None
+
     @property
     @abc.abstractmethod
     def rule(self) -> Scales:
@@ -130,6 +134,10 @@ class TwoLevels(ScaleStorage):
     def has_factor(self) -> bool:
         """See `ScaleStorage.has_factor`."""
         return True
+
+    def factor_if(self, divides: bool) -> float | None:
+        """See `ScaleStorage.factor_if`."""
+        return self.factor if divides == self.divides else None
 
     @property
     def rule(self) -> Scales:

@@ -1,15 +1,24 @@
 """What Hugging Face folders call things: formats that servers load, which weights they fuse, what they skip.
 
-| layout | codes under `<module>.weight` | scale, float32 |
+| layout | codes, after the weight's name | scale |
 |---|---|---|
-| `fp8-block`: transformers, DeepSeek | F8_E4M3 `[out, in]` | `weight_scale_inv`, `[out / 128, in / 128]` |
-| `fp8-channel`: compressed-tensors | F8_E4M3 `[out, in]` | `weight_scale`, `[out, 1]` |
-| `int8-channel`: compressed-tensors | I8 `[out, in]` | `weight_scale`, `[out, 1]` |
-| `int4-group`: compressed-tensors | see `packing` | `weight_scale`, `[out, in / 128]` |
+| `fp8-block` | F8_E4M3 `[out, in]` | `_scale_inv`, F32 `[out / 128, in / 128]` |
+| `fp8-block-ue8m0` | F8_E4M3 `[out, in]` | as `fp8-block`, powers of two |
+| `fp8-channel` | F8_E4M3 `[out, in]` | `_scale`, F32 `[out, 1]` |
+| `int8-channel` | I8 `[out, in]` | `_scale`, F32 `[out, 1]` |
+| `int4-group`, `int4-group32`, `int4-group64` | `_packed`, I32 | `_scale`, F32 `[out, in / group]` |
+| `int8-group32` | `_packed`, I32 | `_scale`, F32 `[out, in / 32]` |
+| `mxfp4` | `_packed`, U8 `[out, in / 2]` | `_scale`, U8 `[out, in / 32]` |
+| `mxfp8` | F8_E4M3 `[out, in]` | `_scale`, U8 `[out, in / 32]` |
+| `nvfp4` | `_packed`, U8 `[out, in / 2]` | `_scale`, F8_E4M3 `[out, in / 16]`, over `_global_scale` |
+| `nvfp4-modelopt` | U8 `[out, in / 2]` | `_scale`, F8_E4M3 `[out, in / 16]`, times `_scale_2` |
+| `gpt-oss` | `_blocks`, U8 `[experts, out, in / 32, 16]` | `_scales`, U8 `[experts, out, in / 32]` |
 
-A weight is `code * scale` in all of them; vLLM and SGLang read all four. Experts may be one matrix each, or
-fused, `[experts, out, in]` under `experts.gate_up_proj` and `experts.down_proj`; their scale bears that name,
-and the suffix of the scales. Only packed int4 has no form for fused experts.
+Those of blocks are DeepSeek's, which transformers reads; of channels, integers, `mxfp` and `nvfp4`, those of
+compressed-tensors. A weight is `code * scale` in all; `packing` tells how codes are packed. Experts may be
+one matrix each, or fused, `[experts, out, in]` under `experts.gate_up_proj` and `experts.down_proj`; their
+scale bears that name, and the suffix of the scales. Of the packed forms only that of gpt-oss, which holds
+nothing else, has one for fused experts.
 """
 
 import dataclasses
@@ -20,17 +29,25 @@ from typing import Any
 
 import numpy as np
 
-from daq_jax.formats import Format, fp8_e4m3fn, int4, int8
-from daq_jax.io.hf.codings import Coding, Floats, scale_grid
+from daq_jax.formats import Format, fp4_e2m1, fp8_e4m3fn, int4, int8
+from daq_jax.io.hf.codings import Coding, Exponents, Floats, ScaleStorage, TwoLevels, scale_grid
 from daq_jax.io.hf.compressed_tensors import compressed_config, how_quantized
 from daq_jax.io.hf.packed_int4 import packed_config
-from daq_jax.io.hf.packing import Plain, Words
-from daq_jax.io.hf.tensor_files import TensorSpec
+from daq_jax.io.hf.packing import Nibbles, Packing, Plain, Words
 from daq_jax.tilings import Block, Channel, Group, Tiling
 
 AS_BASE = "as-base"  # in place of the name of a layout: each weight as its base is stored
 BLOCK = 128
 GROUP = 128
+_MX = 32  # elements of a group of OCP Microscaling
+_NV = 16  # elements of a group of NVFP4
+_NVFP4 = "W4A16_NVFP4"  # ModelOpt's word for weights in NVFP4 whose inputs are not quantized
+
+Config = Callable[[Sequence[str]], dict[str, Any]]
+
+
+def _no_config(skipped: Sequence[str]) -> dict[str, Any]:
+    return {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,25 +58,46 @@ class Layout:
         name: as the command line has it.
         format: number format of the codes.
         tiling: which elements share a scale.
-        suffix: end of the name of a scale, after the name of its weight.
         config: makes the `quantization_config`, given the names of the modules that are not quantized.
+        packing: how the codes are stored.
+        scale: end of the name of a scale, after the name of its weight.
+        codes: end of the name of the codes, after the name of their weight.
+        storage: how the scales are stored, where they have no factor.
+        factor: end of the name of the factor that all scales of a weight share; "" where there is none.
+        divides: whether a scale is what is stored over that factor, in place of the product.
+        lists_shape: whether the shape of a weight is stored, too.
         narrow_scales: whether servers hold scales in the model's own dtype, not in float32.
+        beside: makes the `hf_quant_config.json`, given as `config` is; empty for none.
+        model_type: the only type of model that is stored so, of which experts alone are quantized; "" for
+            any.
     """
 
     name: str
     format: Format
     tiling: Tiling
-    suffix: str
-    config: Callable[[Sequence[str]], dict[str, Any]]
+    config: Config
+    packing: Packing
+    scale: str = "_scale"
+    codes: str = ""
+    storage: ScaleStorage = Floats()
+    factor: str = ""
+    divides: bool = False
+    lists_shape: bool = False
     narrow_scales: bool = False
+    beside: Config = _no_config
+    model_type: str = ""
 
-    def coding(self, name: str, shape: tuple[int, ...]) -> Coding:
-        """How a weight `[..., out, in]` is stored."""
-        codes, grid = (
-            Plain(TensorSpec.of(np.dtype(self.format.dtype), ()).dtype),
-            scale_grid(shape, self.tiling),
-        )
-        return Coding(shape, self.format, self.tiling, name, codes, name + self.suffix, grid, Floats())
+    def coding(self, name: str, shape: tuple[int, ...], factor: float = 1.0) -> Coding:
+        """How a weight `[..., out, in]` is stored; `factor` is that of its scales, if they have one."""
+        constants: dict[str, np.ndarray] = {}
+        storage = TwoLevels(factor, self.divides) if self.factor else self.storage
+        if self.factor:
+            constants[name + self.factor] = np.full((1,) if self.divides else (), factor, np.float32)
+        if self.lists_shape:
+            constants[f"{name}_shape"] = np.asarray(shape, np.int64)
+        codes, scale, grid = name + self.codes, name + self.scale, scale_grid(shape, self.tiling)
+        how = codes, self.packing, scale, grid, storage
+        return Coding(shape, self.format, self.tiling, *how, constants=constants)
 
     def why_not(self, name: str, shape: Sequence[int], tp: int, kv_heads: int | None) -> str:
         """Why a weight cannot be stored in this way for a server.
@@ -84,28 +122,21 @@ class BlockLayout(Layout):
         return why_not_blocks(name, shape, tp, kv_heads)
 
 
-class PackedLayout(Layout):
-    """int4 in groups, several codes to a word; see `packing`.
+class GroupLayout(Layout):
+    """Groups along the inputs, which must be whole on each device.
 
-    vLLM and tpu-inference hold the scales in the model's own dtype whatever the file has: scales that are no
-    numbers of it would be rounded when they are loaded.
+    vLLM and tpu-inference hold float scales of packed integers in the model's own dtype whatever the file
+    has: scales that are no numbers of it would be rounded when they are loaded.
     """
-
-    def coding(self, name: str, shape: tuple[int, ...]) -> Coding:
-        """See `Layout.coding`."""
-        weight = f"{module_of(name)}.weight"
-        words, listed = f"{weight}_packed", {f"{weight}_shape": np.asarray(shape, np.int64)}
-        grid, scale = scale_grid(shape, self.tiling), weight + self.suffix
-        return Coding(
-            shape, self.format, self.tiling, words, Words(4), scale, grid, Floats(), constants=listed
-        )
 
     def why_not(self, name: str, shape: Sequence[int], tp: int, kv_heads: int | None) -> str:
         """See `Layout.why_not`."""
-        return why_not_groups(name, shape, tp)
+        if len(shape) > 2 and self.codes and not self.model_type:
+            return f"fused experts, which {self.name} has no form for"
+        return why_not_groups(name, shape, tp, self.tiling.tile(*shape[:-3:-1])[0])
 
 
-def _fine_grained(skipped: Sequence[str]) -> dict[str, Any]:
+def _fine_grained(skipped: Sequence[str], **more: Any) -> dict[str, Any]:
     # Both keys, and each module by its full name: older vLLM reads only `ignored_layers`, and compares whole
     # names; transformers reads the other, and adds `lm_head` by itself only where there is no list.
     return {
@@ -115,10 +146,10 @@ def _fine_grained(skipped: Sequence[str]) -> dict[str, Any]:
         "weight_block_size": [BLOCK, BLOCK],
         "modules_to_not_convert": list(skipped),
         "ignored_layers": list(skipped),
-    }
+    } | more
 
 
-def _of_channels(kind: str, stored_as: str) -> Callable[[Sequence[str]], dict[str, Any]]:
+def _of_channels(kind: str, stored_as: str) -> Config:
     def config(skipped: Sequence[str]) -> dict[str, Any]:
         weights, inputs = how_quantized(8, kind, "channel"), how_quantized(8, kind, "token", dynamic=True)
         return compressed_config(stored_as, skipped, weights=weights, inputs=inputs)
@@ -126,19 +157,98 @@ def _of_channels(kind: str, stored_as: str) -> Callable[[Sequence[str]], dict[st
     return config
 
 
+def _of_groups(bits: int, group: int, stored_as: str, scale_dtype: str, strategy: str = "group") -> Config:
+    """Of floats in groups; the inputs of layers are not quantized."""
+
+    def config(skipped: Sequence[str]) -> dict[str, Any]:
+        weights = how_quantized(bits, "float", strategy, group_size=group, scale_dtype=scale_dtype)
+        return compressed_config(stored_as, skipped, weights=weights)
+
+    return config
+
+
+def _modelopt(skipped: Sequence[str]) -> dict[str, Any]:
+    return {"quant_method": "modelopt", "quant_algo": _NVFP4, "ignore": list(skipped)} | {
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {"num_bits": 4, "type": "float", "group_size": _NV, "dynamic": False},
+            }
+        }
+    }
+
+
+def _modelopt_beside(skipped: Sequence[str]) -> dict[str, Any]:
+    how = {"quant_algo": _NVFP4, "kv_cache_quant_algo": None, "group_size": _NV}
+    return {"producer": {"name": "daq_jax"}, "quantization": how | {"exclude_modules": list(skipped)}}
+
+
+def _gpt_oss(skipped: Sequence[str]) -> dict[str, Any]:
+    return {"quant_method": "mxfp4", "modules_to_not_convert": list(skipped)}
+
+
+def _packed(name: str, number: Format, bits: int, group: int) -> Layout:
+    """Integers in words, in groups."""
+    config = functools.partial(packed_config, group, bits=bits)
+    how = {"codes": "_packed", "lists_shape": True, "narrow_scales": True}
+    return GroupLayout(name, number, Group(group), config, Words(bits), **how)
+
+
+_FP8 = Plain("F8_E4M3")
+_MX4 = _of_groups(4, _MX, "mxfp4-pack-quantized", "torch.uint8")
+_MX8 = _of_groups(8, _MX, "mxfp8-quantized", "torch.uint8")
+_NV4 = _of_groups(4, _NV, "nvfp4-pack-quantized", "torch.float8_e4m3fn", "tensor_group")
+_UE8M0 = functools.partial(_fine_grained, scale_fmt="ue8m0")
 LAYOUTS: dict[str, Layout] = {
     layout.name: layout
     for layout in (
-        BlockLayout("fp8-block", fp8_e4m3fn, Block(BLOCK, BLOCK), "_scale_inv", _fine_grained),
-        Layout("fp8-channel", fp8_e4m3fn, Channel(), "_scale", _of_channels("float", "float-quantized")),
-        Layout("int8-channel", int8, Channel(), "_scale", _of_channels("int", "int-quantized")),
-        PackedLayout(
-            "int4-group",
-            int4,
-            Group(GROUP),
-            "_scale",
-            functools.partial(packed_config, GROUP),
-            narrow_scales=True,
+        BlockLayout("fp8-block", fp8_e4m3fn, Block(BLOCK, BLOCK), _fine_grained, _FP8, "_scale_inv"),
+        BlockLayout(
+            "fp8-block-ue8m0",
+            fp8_e4m3fn,
+            Block(BLOCK, BLOCK),
+            _UE8M0,
+            _FP8,
+            "_scale_inv",
+            storage=Floats(powers=True),
+        ),
+        Layout("fp8-channel", fp8_e4m3fn, Channel(), _of_channels("float", "float-quantized"), _FP8),
+        Layout("int8-channel", int8, Channel(), _of_channels("int", "int-quantized"), Plain("I8")),
+        _packed("int4-group", int4, 4, GROUP),
+        _packed("int4-group32", int4, 4, 32),
+        _packed("int4-group64", int4, 4, 64),
+        _packed("int8-group32", int8, 8, 32),
+        GroupLayout("mxfp4", fp4_e2m1, Group(_MX), _MX4, Nibbles(), codes="_packed", storage=Exponents("U8")),
+        GroupLayout("mxfp8", fp8_e4m3fn, Group(_MX), _MX8, _FP8, storage=Exponents("U8")),
+        GroupLayout(
+            "nvfp4",
+            fp4_e2m1,
+            Group(_NV),
+            _NV4,
+            Nibbles(),
+            codes="_packed",
+            factor="_global_scale",
+            divides=True,
+        ),
+        GroupLayout(
+            "nvfp4-modelopt",
+            fp4_e2m1,
+            Group(_NV),
+            _modelopt,
+            Nibbles(),
+            factor="_scale_2",
+            beside=_modelopt_beside,
+        ),
+        GroupLayout(
+            "gpt-oss",
+            fp4_e2m1,
+            Group(_MX),
+            _gpt_oss,
+            Nibbles(blocks=16),
+            "_scales",
+            "_blocks",
+            Exponents("U8"),
+            model_type="gpt_oss",
         ),
     )
 }
@@ -150,36 +260,42 @@ class Target:
 
     Attributes:
         layout: name of the layout to write unless told otherwise.
-        power_of_two: layouts in which its servers would re-quantize scales that are no powers of two.
+        instead: layouts whose scales its servers would quantize anew, each with one whose scales they keep.
         notes: what its servers do to the scales, by the name of the layout.
     """
 
     layout: str
-    power_of_two: tuple[str, ...]
+    instead: dict[str, str]
     notes: dict[str, str]
 
 
 _KEPT = "vLLM and SGLang use the scales as they are stored"
+_VLLM = "vLLM uses the scales as they are stored"
+_NOTES = {name: _KEPT if "fp8-" in name or "int" in name else _VLLM for name in LAYOUTS}
 TARGETS: dict[str, Target] = {
-    "hopper": Target("fp8-block", (), dict.fromkeys(LAYOUTS, _KEPT)),
+    "hopper": Target("fp8-block", {}, _NOTES),
     "blackwell": Target(
         "fp8-channel",
-        ("fp8-block",),
-        dict.fromkeys(LAYOUTS, _KEPT)
+        {"fp8-block": "fp8-block-ue8m0"},
+        _NOTES
         | {
-            "fp8-block": "DeepGEMM takes powers of two alone: only such scales are written, which servers "
-            "keep, and no search of scales can gain anything under them"
+            "fp8-block-ue8m0": "DeepGEMM takes powers of two alone: only such scales are written, which "
+            "servers keep, and no search of scales can gain anything under them"
         },
     ),
     "tpu": Target(
         "fp8-channel",
-        (),
-        dict.fromkeys(LAYOUTS, "tpu-inference uses one scale for each output as it is stored")
+        {},
+        dict.fromkeys(LAYOUTS, "tpu-inference is not known to load this layout")
         | {
+            "fp8-channel": "tpu-inference uses one scale for each output as it is stored",
             "fp8-block": "tpu-inference re-quantizes blocks to one AbsMax scale for each output, which "
             "undoes the choice made here, unless DISABLE_WEIGHT_REQUANTIZATION=1 is set; it uses fp8-channel "
             "as it is",
-            "int4-group": "tpu-inference uses the scales of groups as they are stored",
+            "int8-channel": "tpu-inference refuses it where it serves with JAX",
+            "int4-group": "tpu-inference takes groups of dense models alone, and only groups that are "
+            "narrower than its matrix unit",
+            "nvfp4-modelopt": "tpu-inference keeps the codes, and multiplies both levels of scales",
         },
     ),
 }
@@ -241,15 +357,13 @@ def why_not_blocks(name: str, shape: Sequence[int], tp: int, kv_heads: int | Non
     return ""
 
 
-def why_not_groups(name: str, shape: Sequence[int], tp: int) -> str:
-    """Why a weight `[out, in]` cannot be cut into whole groups on each of `tp` devices; "" if it can."""
-    if len(shape) > 2:
-        return "fused experts, which packed int4 has no form for"
+def why_not_groups(name: str, shape: Sequence[int], tp: int, group: int = GROUP) -> str:
+    """Why a weight `[..., out, in]` cannot be cut into whole groups on each of `tp` devices; "" if it can."""
     inputs = shape[-1]
-    if inputs % GROUP:
-        return f"no whole number of groups of {GROUP}: {inputs} inputs"
-    if _last_component(name) in _SPLIT_BY_INPUT and inputs % (tp * GROUP):
-        return f"no whole number of groups of {GROUP} on each device: {inputs} inputs over {tp} devices"
+    if inputs % group:
+        return f"no whole number of groups of {group}: {inputs} inputs"
+    if _last_component(name) in _SPLIT_BY_INPUT and inputs % (tp * group):
+        return f"no whole number of groups of {group} on each device: {inputs} inputs over {tp} devices"
     return ""
 
 

@@ -68,12 +68,13 @@ def packed_tensors(q: QTensor) -> dict[str, np.ndarray]:
     return {"weight_packed": Words(4).pack(codes), "weight_scale": scale, "weight_shape": shape}
 
 
-def packed_config(group: int, skipped: Sequence[str]) -> dict[str, Any]:
+def packed_config(group: int, skipped: Sequence[str], bits: int = 4) -> dict[str, Any]:
     """`quantization_config` of a model's `config.json`.
 
     Args:
         group: inputs that share a scale.
         skipped: names of the linear modules that are not quantized.
+        bits: bits of a code: 4 or 8.
     """
-    weights = how_quantized(4, "int", "group", group_size=group)
+    weights = how_quantized(bits, "int", "group", group_size=group)
     return compressed_config("pack-quantized", skipped, weights=weights)

@@ -18,7 +18,7 @@ from daq_jax.io.hf.bands import band_around
 from daq_jax.io.hf.folders import Folder, Tensor, open_safetensors
 from daq_jax.io.hf.layouts import Layout
 from daq_jax.io.jobs.as_base import plan_as_base
-from daq_jax.io.jobs.options import Output, Run, wants_base_format
+from daq_jax.io.jobs.options import Output, Run, in_layout, wants_base_format
 from daq_jax.io.jobs.planning import Task, make_plan
 from daq_jax.qtensor import QTensor
 from daq_jax.recipe import Recipe
@@ -73,8 +73,8 @@ def inspect_opened(
     if layout is None:
         plan = plan_as_base(base, tuned, recipe, memory=_NO_LIMIT)
     else:
-        stored_so = dataclasses.replace(recipe, format=layout.format, tiling=layout.tiling)
-        plan = make_plan(base, tuned, stored_so, layout, memory=_NO_LIMIT)
+        layout = dataclasses.replace(layout, factor="")  # to find it every weight would be read
+        plan = make_plan(base, tuned, in_layout(recipe, layout), layout, memory=_NO_LIMIT)
     tasks = {task.name: task for task in plan.tasks if task.quantize}
 
     @functools.lru_cache(maxsize=1)  # patches of one band come one after another

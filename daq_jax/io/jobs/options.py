@@ -11,7 +11,7 @@ from daq_jax.errors import DaqError
 from daq_jax.io.hf.folders import Folder
 from daq_jax.io.hf.layouts import AS_BASE, LAYOUTS, TARGETS, Layout
 from daq_jax.recipe import Recipe
-from daq_jax.scales import AnyScale, InDtype, PowerOfTwo
+from daq_jax.scales import AnyScale, InDtype
 from daq_jax.searches.candidates import CoarseToFine, Grid, WithBaseScale
 
 MissingBase = Literal["error", "absmax"]
@@ -55,18 +55,10 @@ class Output:
             raise DaqError(f"`base_dtype` must be one of {', '.join(_DTYPES)}; got {self.base_dtype!r}.")
 
     @property
-    def _layout(self) -> str:
-        return self.format or TARGETS[self.target].layout
-
-    @property
     def layout(self) -> Layout:
         """How weights are stored."""
-        return LAYOUTS[self._layout]
-
-    @property
-    def power_of_two(self) -> bool:
-        """Whether the scales must be powers of two."""
-        return self._layout in TARGETS[self.target].power_of_two
+        name = self.format or TARGETS[self.target].layout
+        return LAYOUTS[TARGETS[self.target].instead.get(name, name)]
 
     def note_of(self, format: str) -> str:
         """What servers of the target do to the scales of a format."""
@@ -162,6 +154,11 @@ def refuse_for_orbax(output: Output, run: Run) -> None:
     }
     if output.format == AS_BASE:
         raise DaqError(f"--format {AS_BASE} is for Hugging Face folders; pass one of {', '.join(LAYOUTS)}.")
+    if output.layout.factor:
+        raise DaqError(
+            f"--format {output.layout.name} is for Hugging Face folders: Orbax checkpoints have no place for "
+            "the factor that all scales of a weight share."
+        )
     words = [f"--{n.replace('_', '-')} ({_NOT_FOR_ORBAX[n]})" for n, value in given.items() if value]
     if words:
         raise DaqError(
@@ -170,10 +167,11 @@ def refuse_for_orbax(output: Output, run: Run) -> None:
         )
 
 
-def for_server(recipe: Recipe, output: Output) -> Recipe:
-    """The recipe, with the format, the tiling and the scales that a server reads."""
-    recipe = dataclasses.replace(recipe, format=output.layout.format, tiling=output.layout.tiling)
-    return dataclasses.replace(recipe, scales=PowerOfTwo()) if output.power_of_two else recipe
+def in_layout(recipe: Recipe, layout: Layout) -> Recipe:
+    """The recipe, with the format, the tiling and the scales of a layout."""
+    recipe = recipe.replace(format=layout.format, tiling=layout.tiling)
+    rule = layout.storage.rule
+    return recipe if rule == AnyScale() else recipe.replace(scales=rule)
 
 
 def for_folders(recipe: Recipe, base: Folder, tuned: Folder, layout: Layout) -> Recipe:

@@ -24,6 +24,7 @@ from daq_jax.io.hf.layouts import (
     skipped_modules,
 )
 from daq_jax.io.hf.tensor_files import TensorSpec, plan_file
+from daq_jax.io.jobs.factors import shared_factors
 from daq_jax.io.jobs.leftovers import FLOATS, dropped_of, is_tied, refuse_unread, unquantized
 from daq_jax.io.jobs.options import MissingBase
 from daq_jax.recipe import Recipe
@@ -187,6 +188,11 @@ def make_plan(
         DaqError: naming every tensor that has no base, or what does not fit into the memory.
     """
     refuse_unread(tuned)
+    if layout.model_type and tuned.config.get("model_type") != layout.model_type:
+        raise DaqError(
+            f"{tuned.path}: --format {layout.name} is for models of type {layout.model_type!r}, and its "
+            f"config says {tuned.config.get('model_type')!r}; use --format mxfp4."
+        )
     kept, dropped = _kept(tuned, layout, tp), dropped_of(tuned)
     stored = dtype or stored_dtype(tuned)  # of quantized inputs that are kept
     dtype = dtype or tuned.working_dtype or stored
@@ -201,7 +207,8 @@ def make_plan(
             "Pass the base that was tuned, or --missing-base absmax to quantize these without it.",
             one_line=True,
         )
-    tasks = []
+    tasks, quantized = [], [name for name in tuned.tensors if name not in kept and name not in dropped]
+    factors = shared_factors(base, tuned, layout, quantized) if layout.factor else {}
     for name, tensor in tuned.tensors.items():
         if name in dropped:
             continue
@@ -209,11 +216,13 @@ def make_plan(
             tasks.append(kept_task(tensor, kept[name], recipe, stored, dtype))
         else:
             partner = None if name in problems else base.tensors[name]
-            coding = layout.coding(name, tensor.shape)
-            tasks.append(quantized_task(tensor, partner, recipe, coding, dtype, memory))
+            coding = layout.coding(name, tensor.shape, factors.get(name, 1.0))
+            own = recipe.replace(scales=coding.storage.rule) if layout.factor else recipe
+            tasks.append(quantized_task(tensor, partner, own, coding, dtype, memory))
     skipped = skipped_modules((n for n in kept if is_matrix(n, len(tuned.tensors[n].shape))), is_tied(tuned))
     config = unquantized(tuned.config) | {"quantization_config": layout.config(skipped)}
-    plan = Plan(in_shards(tasks), recipe, layout.name, dtype, config, {}, dropped, memory_of(tasks))
+    beside = layout.beside(skipped)
+    plan = Plan(in_shards(tasks), recipe, layout.name, dtype, config, beside, dropped, memory_of(tasks))
     if not any(task.quantize for task in plan.tasks):
         raise DaqError(f"{tuned.path}: no tensor of it can be quantized: {_reasons(plan)}.")
     return plan
@@ -336,7 +345,9 @@ def _why_kept(tuned: Folder, tensor: Tensor, layout: Layout, tp: int) -> str:
         return "stored [in, out], which servers do not read quantized"
     if 0 in shape:
         return "empty"
-    if tensor.turned:
+    if layout.model_type and not tensor.turned:
+        return f"no experts, which alone are quantized in {layout.name}"
+    if tensor.turned and not layout.model_type:
         return "experts stored [in, out], which servers do not read quantized"
     rule = first_match(name, len(shape), DEFAULT_RULES)
     if rule and not rule.quantize:

@@ -21,7 +21,7 @@ from daq_jax.io.jobs.options import (
     Output,
     Run,
     for_folders,
-    for_server,
+    in_layout,
     refuse_for_orbax,
     wants_base_format,
     without_zeros,
@@ -67,7 +67,8 @@ def quantize_folder(
             saves it: each weight is then the base's plus `scale * B A` in float32, with no merged folder.
         out: folder to write; new, empty, or left by the same call.
         recipe: how to quantize; its format and tiling are those of `format`. A `DensityRecipe` is refused.
-        format: "fp8-block", "fp8-channel", "int8-channel", "int4-group", or "as-base": each tensor in the
+        format: one of the layouts of `daq_jax.io.hf.layouts`, such as "fp8-block", "int4-group", "mxfp4" or
+            "nvfp4"; or "as-base": each tensor in the
             coding that it has in `base`, which must hold the same tensors as `tuned`. None for "as-base" if
             `base` holds quantized weights, `target` is "hopper" and `missing_base` is "error"; else for what
             suits the target.
@@ -119,7 +120,7 @@ def open_job(
             )
         from daq_jax.io.jobs.orbax import open_orbax_job  # which loads Orbax
 
-        opened = open_orbax_job(base, tuned, out, for_server(recipe, output), output, run, console)
+        opened = open_orbax_job(base, tuned, out, in_layout(recipe, output.layout), output, run, console)
     else:
         opened = _open_folder_job(base, tuned, out, recipe, output, run, console)
     with opened as job:
@@ -136,7 +137,7 @@ def _open_folder_job(
     ):
         if not after.config:
             raise DaqError(f"{tuned}: has no {CONFIG}, without which no server loads the result.")
-        plan = _plan(before, after, recipe, output, run)
+        plan = _plan(before, after, recipe, output, run, console)
         _show(plan, output, console)
         settings = _settings(plan, output, run)
         store = FolderStore(out, plan, before, after, output.custom_code)
@@ -159,13 +160,19 @@ def _open_folder_job(
         )
 
 
-def _plan(before: Folder, after: Folder, recipe: Recipe, output: Output, run: Run) -> Plan:
+def _plan(before: Folder, after: Folder, recipe: Recipe, output: Output, run: Run, console: Console) -> Plan:
     if wants_base_format(output, run, before):
         return plan_as_base(before, after, recipe, memory=run.memory, dtype=output.dtype)
+    reads = console.status("reading the largest weight of each matrix") if output.layout.factor else None
+    with reads or contextlib.nullcontext():
+        return _plan_layout(before, after, recipe, output, run)
+
+
+def _plan_layout(before: Folder, after: Folder, recipe: Recipe, output: Output, run: Run) -> Plan:
     return make_plan(
         before,
         after,
-        for_folders(for_server(recipe, output), before, after, output.layout),
+        for_folders(in_layout(recipe, output.layout), before, after, output.layout),
         output.layout,
         memory=run.memory,
         missing_base=run.missing_base,

@@ -13,7 +13,7 @@ from rich.console import Console
 
 import daq_jax as daq
 from daq_jax import cli
-from daq_jax.io.jobs.options import Output, Run, for_server
+from daq_jax.io.jobs.options import Output, Run, in_layout
 from daq_jax.io.jobs.orbax import open_orbax_job
 from tests import stores
 
@@ -72,7 +72,7 @@ def test_load_gives_what_quantize_gives_in_memory(pair, trees, tmp_path):
 def opened(pair, tmp_path):
     """The job of `run` in small units; a test may replace its store."""
     out, console = tmp_path / "out", Console(quiet=True)
-    recipe = for_server(ABSMAX, Output())
+    recipe = in_layout(ABSMAX, Output().layout)
     with open_orbax_job(*pair, out, recipe, Output(), Run(memory_gb=4), console, unit_bytes=2**16) as job:
         yield job
 

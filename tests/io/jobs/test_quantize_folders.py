@@ -13,11 +13,12 @@ import daq_jax as daq
 from daq_jax import cli
 from daq_jax.io.hf.folders import open_folder
 from daq_jax.io.hf.layouts import LAYOUTS
-from daq_jax.scales import InDtype
+from daq_jax.scales import InDtype, PowerOfTwo
 from tests.hf_folders import BF16, CONFIG, in_shards, llama, normal, spread, to_fp8, tuned_from, write_folder
 
 ABSMAX = daq.recipes.absmax
 SMALL = daq.Recipe(search=daq.Grid(0.9, 1.3, 4))
+ONE_LEVEL = [name for name in LAYOUTS if "nvfp4" not in name and name != "gpt-oss"]
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +46,8 @@ def config_of(path: pathlib.Path) -> dict:
 
 @pytest.mark.parametrize(
     ("layout", "recipe"),
-    [(layout, ABSMAX) for layout in LAYOUTS]
-    + [pytest.param(layout, SMALL, marks=pytest.mark.slow) for layout in LAYOUTS],
+    [(layout, ABSMAX) for layout in ONE_LEVEL]
+    + [pytest.param(layout, SMALL, marks=pytest.mark.slow) for layout in ONE_LEVEL],
 )
 def test_folders_get_the_codes_and_scales_that_arrays_get(layout, recipe, pair, tmp_path):
     how = LAYOUTS[layout]
@@ -54,6 +55,8 @@ def test_folders_get_the_codes_and_scales_that_arrays_get(layout, recipe, pair, 
     recipe = dataclasses.replace(recipe, format=how.format, tiling=how.tiling)
     if how.narrow_scales:
         recipe = dataclasses.replace(recipe, scales=InDtype("bfloat16"))
+    if layout in ("mxfp4", "mxfp8", "fp8-block-ue8m0"):
+        recipe = dataclasses.replace(recipe, scales=PowerOfTwo())
     base, tuned, found = read_all(pair[0]), read_all(pair[1]), read_all(tmp_path / "out")
     rules = [daq.use("_proj", matrix=((1,), (0,))), daq.keep("")]
     wanted = daq.quantize(base, tuned, recipe, rules=rules)

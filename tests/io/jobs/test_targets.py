@@ -1,0 +1,196 @@
+"""Weights in bfloat16 to layouts of 4 and 8 bits, read by decoders that share nothing with the library."""
+
+import dataclasses
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+import daq_jax as daq
+from daq_jax.cli import FORMATS
+from daq_jax.io.hf.folders import open_folder
+from daq_jax.io.hf.layouts import LAYOUTS
+from tests import native_folders
+from tests.hf_folders import BF16, CONFIG, Tensors, normal, read_tensors, write_folder
+from tests.native_folders import Native, gpt_oss, packed
+
+WEIGHT = "model.layers.1.mlp.experts.0.up_proj.weight"
+SHAPE = (128, 256)
+OF_KIND = native_folders.natives(*SHAPE)
+NATIVES: dict[str, Native] = {
+    "mxfp4": OF_KIND["mxfp4-pack"],
+    "mxfp8": OF_KIND["mxfp8"],
+    "nvfp4": OF_KIND["nvfp4-pack"],
+    "nvfp4-modelopt": OF_KIND["nvfp4-modelopt"],
+    "int4-group32": packed(WEIGHT, *SHAPE, 4, 32, np.int64),
+    "int4-group64": packed(WEIGHT, *SHAPE, 4, 64, np.int64),
+    "int8-group32": packed(WEIGHT, *SHAPE, 8, 32, np.int64),
+    "fp8-block-ue8m0": OF_KIND["fp8 ue8m0"],
+}
+COMPRESSED = [layout for layout in NATIVES if layout not in ("nvfp4-modelopt", "fp8-block-ue8m0")]
+# Root of the mean squared error of rounding a normal weight to nearest, over its own: of 4-bit floats, of 8
+# bits, of 4-bit integers, at most.
+NOISE = {"mxfp4": 0.14, "mxfp8": 0.04, "nvfp4": 0.11, "nvfp4-modelopt": 0.11, "fp8-block-ue8m0": 0.04}
+
+
+def pair(path: pathlib.Path, names: list[str], size: float = 0.05, shape=SHAPE, config=CONFIG):
+    """Two folders in bfloat16: weights, and the same after a change of rank 2."""
+    base: Tensors = {name: (0.02 * normal(i, *shape)).astype(BF16) for i, name in enumerate(names)}
+    tuned: Tensors = {}
+    for i, (name, x) in enumerate(base.items()):
+        *batch, rows, columns = shape
+        change = normal(50 + i, *batch, rows, 2) @ normal(90 + i, *batch, 2, columns) / np.sqrt(2)
+        tuned[name] = (x.astype(np.float32) + size * 0.02 * change).astype(BF16)
+    return write_folder(path / "base", [base], config), write_folder(path / "tuned", [tuned], config)
+
+
+def wide(path: pathlib.Path, name: str) -> np.ndarray:
+    return read_tensors(path)[name].astype(np.float32)
+
+
+def test_the_command_knows_every_layout():
+    assert set(FORMATS) == {"as-base", *LAYOUTS}
+
+
+@pytest.mark.parametrize("layout", NATIVES)
+def test_nearest_codes_of_a_layout_are_near_the_weights_and_are_read_back(layout, tmp_path):
+    native = NATIVES[layout]
+    before, after = pair(tmp_path, [native.name])
+    daq.quantize_folder(before, after, tmp_path / "out", daq.recipes.absmax, format=layout, memory_gb=2)
+    stored, tuned = read_tensors(tmp_path / "out"), wide(after, native.name)
+    found = native.decode(stored)
+    error = np.sqrt(np.mean((found - tuned) ** 2)) / tuned.std()
+    assert 0.002 < error < NOISE.get(layout, 0.13)
+    example = native.make(np.random.default_rng(0))
+    assert {n: (x.dtype.itemsize, x.shape) for n, x in stored.items() if "shape" not in n and "sc" in n} == {
+        n: (4 if "int" in layout else x.dtype.itemsize, x.shape)
+        for n, x in example.items()
+        if "shape" not in n and "sc" in n
+    }
+    folder = open_folder(tmp_path / "out")
+    q = folder.read(native.name)
+    folder.close()
+    assert isinstance(q, daq.QTensor)
+    np.testing.assert_array_equal(np.asarray(q.dequantize(np.float32)), found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", NATIVES)
+def test_the_default_keeps_a_change_in_every_layout(layout, tmp_path):
+    native = NATIVES[layout]
+    before, after = pair(tmp_path, [native.name], 0.3 if "int8" not in layout and "8" not in layout else 0.02)
+    report = daq.quantize_folder(before, after, tmp_path / "out", format=layout, memory_gb=2)
+    base, tuned = wide(before, native.name), wide(after, native.name)
+    kept, change = native.decode(read_tensors(tmp_path / "out")) - base, tuned - base
+    projection = float((kept * change).sum() / (change * change).sum())
+    assert projection == pytest.approx(1, abs=0.1)
+    assert report["total"]["projection"] == pytest.approx(projection, abs=1e-3)
+
+
+@pytest.mark.parametrize("layout", ["nvfp4", "nvfp4-modelopt"])
+def test_weights_that_servers_fuse_share_the_factor_of_their_scales(layout, tmp_path):
+    names = [f"model.layers.0.self_attn.{part}_proj.weight" for part in "qkvo"]
+    before, after = pair(tmp_path, names)
+    tuned = read_tensors(after)
+    tuned[names[1]][3, 5] = 40
+    after = write_folder(tmp_path / "outlier", [tuned])
+    daq.quantize_folder(before, after, tmp_path / "out", daq.recipes.absmax, format=layout, memory_gb=2)
+    stored = read_tensors(tmp_path / "out")
+    suffix = LAYOUTS[layout].factor
+    q, k, v, o = (float(stored[name + suffix].reshape(())) for name in names)
+    assert q == k == v != o
+    assert stored[names[0] + suffix].shape == ((1,) if layout == "nvfp4" else ())
+    factor = 1 / k if layout == "nvfp4" else k
+    largest = float(stored[f"{names[1]}_scale"].astype(np.float32).max())
+    assert largest * factor == pytest.approx(40 / 6, rel=1 / 16)
+    assert 112 <= largest <= 224
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["nvfp4", "nvfp4-modelopt"])
+def test_a_base_with_such_a_factor_keeps_it(layout, tmp_path):
+    native = NATIVES[layout]
+    before, after = pair(tmp_path, [native.name])
+    stored = native.make(np.random.default_rng(1))
+    before = write_folder(tmp_path / "native", [stored], CONFIG | {"quantization_config": native.config})
+    base = native.decode(stored)
+    change = 0.1 * base.std() * normal(3, *SHAPE)
+    after = write_folder(tmp_path / "after", [{native.name: (base + change).astype(BF16)}])
+    daq.quantize_folder(before, after, tmp_path / "out", format=layout, memory_gb=2)
+    found = read_tensors(tmp_path / "out")
+    name = native.name + LAYOUTS[layout].factor
+    np.testing.assert_array_equal(found[name], stored[name])
+    same = found[native.scale].view(np.uint8) == stored[native.scale].view(np.uint8)
+    assert same.mean() > 0.9
+
+
+def test_experts_of_gpt_oss_become_blocks_and_the_rest_is_kept(tmp_path):
+    name, attention = "model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.self_attn.q_proj.weight"
+    config = CONFIG | {"model_type": "gpt_oss"}
+    before, after = pair(tmp_path, [name], shape=(2, 128, 96), config=config)
+    more = {attention: (0.02 * normal(7, 64, 128)).astype(BF16)}
+    before, after = (
+        write_folder(tmp_path / f"{folder.name} model", [read_tensors(folder) | more], config)
+        for folder in (before, after)
+    )
+    daq.quantize_folder(before, after, tmp_path / "out", daq.recipes.absmax, format="gpt-oss", memory_gb=2)
+    stored = read_tensors(tmp_path / "out")
+    native = gpt_oss(name, 2, 96, 128)
+    assert stored[native.codes].shape == (2, 96, 4, 16)
+    found = native.decode(stored)
+    tuned = np.swapaxes(wide(after, name), 1, 2)
+    assert np.sqrt(np.mean((found - tuned) ** 2)) / tuned.std() < 0.2
+    assert stored[attention].dtype == BF16
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert written == {"quant_method": "mxfp4", "modules_to_not_convert": [attention.removesuffix(".weight")]}
+    with pytest.raises(daq.DaqError, match="models of type 'gpt_oss'"):
+        daq.quantize_folder(*pair(tmp_path / "other", [WEIGHT]), tmp_path / "no", format="gpt-oss")
+
+
+def test_modelopt_gets_its_own_file_beside_the_config(tmp_path):
+    native = NATIVES["nvfp4-modelopt"]
+    before, after = pair(tmp_path, [native.name])
+    daq.quantize_folder(
+        before, after, tmp_path / "out", daq.recipes.absmax, format="nvfp4-modelopt", memory_gb=2
+    )
+    how = json.loads((tmp_path / "out" / "hf_quant_config.json").read_text())["quantization"]
+    assert {"group_size", "kv_cache_quant_algo", "exclude_modules"} <= how.keys()
+    assert how["quant_algo"] == "W4A16_NVFP4"
+
+
+def test_a_factor_has_no_place_in_orbax(tmp_path):
+    from daq_jax.io.jobs.options import Output, Run, refuse_for_orbax
+
+    with pytest.raises(daq.DaqError, match="Orbax checkpoints have no place for the factor"):
+        refuse_for_orbax(Output(format="nvfp4"), Run())
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize(
+    "layout", ["mxfp4", "mxfp8", "nvfp4", "int4-group32", "int4-group64", "int8-group32"]
+)
+def test_compressed_tensors_reads_config_and_weights(layout, tmp_path):
+    import torch
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+    from safetensors.torch import load_file  # safetensors, in the dtypes of torch
+
+    native = NATIVES[layout]
+    before, after = pair(tmp_path, [WEIGHT])
+    daq.quantize_folder(before, after, tmp_path / "out", daq.recipes.absmax, format=layout, memory_gb=2)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    config = QuantizationConfig.model_validate(written)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    module = WEIGHT.removesuffix("weight")
+    state = {name.removeprefix(module): x for name, x in stored.items()}
+    compressor = BaseCompressor.get_value_from_registry(written["format"])
+    found = compressor.decompress(state, config.config_groups["group_0"])["weight"]
+    native = (
+        dataclasses.replace(native, name=WEIGHT)
+        if layout != "mxfp8"
+        else native_folders.fp8(WEIGHT, *SHAPE, "mxfp8")
+    )
+    expected = native.decode(read_tensors(tmp_path / "out"))
+    scale = float(np.abs(expected).max())
+    np.testing.assert_allclose(found.to(torch.float32).numpy(), expected, atol=scale / 200)
