@@ -37,15 +37,8 @@ def write_folder(path: pathlib.Path, shards: list[Tensors], config: dict | None 
     return path
 
 
-DTYPES = {
-    "F8_E4M3": E4M3,
-    "F8_E8M0": E8M0,
-    "BF16": BF16,
-    "U8": "<u1",
-    "I8": "<i1",
-    "I32": "<i4",
-    "I64": "<i8",
-}
+DTYPES = {"F8_E4M3": E4M3, "F8_E8M0": E8M0, "BF16": BF16}
+DTYPES |= {"U8": "<u1", "I8": "<i1", "I32": "<i4", "I64": "<i8", "F32": "<f4"}
 
 
 def read_tensors(path: pathlib.Path) -> Tensors:
