@@ -76,6 +76,7 @@ if typing.TYPE_CHECKING:  # the names of `_EDGES`, for editors and type checkers
     from daq_jax.density.grams import Grams
     from daq_jax.density.quantizer import quantize_density
     from daq_jax.density.recipe import DensityRecipe
+    from daq_jax.io.disk.compilation_cache import enable_compilation_cache
     from daq_jax.io.jobs.compare_folders import compare_folders
     from daq_jax.io.jobs.inspect_folders import inspect_folder
     from daq_jax.io.jobs.quantize_folders import quantize_folder
@@ -98,6 +99,7 @@ _EDGES: dict[str, str] = {
     "calibrate_from": "daq_jax.density.calibration",
     "compare_folders": "daq_jax.io.jobs.compare_folders",
     "dot": "daq_jax.models.matmul",
+    "enable_compilation_cache": "daq_jax.io.disk.compilation_cache",
     "from_qwix": "daq_jax.models.qwix",
     "inspect": "daq_jax.analysis.inspection",
     "inspect_folder": "daq_jax.io.jobs.inspect_folders",
@@ -191,6 +193,7 @@ __all__ = [
     "cosine",
     "dequantize",
     "dot",
+    "enable_compilation_cache",
     "fp4_bnb",
     "fp4_e2m1",
     "fp8_e4m3fn",

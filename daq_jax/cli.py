@@ -19,6 +19,7 @@ from typing import Annotated, Literal, NoReturn
 import tyro
 
 from daq_jax.errors import DaqError
+from daq_jax.io.disk.compilation_cache import enable_compilation_cache
 from daq_jax.recipes import DENSITY_RECIPES, RECIPES
 from daq_jax.version import __version__
 
@@ -256,6 +257,8 @@ def main(args: Sequence[str] | None = None) -> int:
     if words == ["--version"]:
         print(f"daq-jax {__version__}")
         return 0
+    if words and not words[0].startswith("-"):
+        enable_compilation_cache()
     try:
         tyro.extras.subcommand_cli_from_dict(
             COMMANDS,
