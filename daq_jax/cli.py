@@ -3,7 +3,8 @@
 Each subcommand is a function whose keyword arguments are its options; `COMMANDS` is the table of all of them.
 What a command needs is imported when it runs, so that `daq-jax --help` answers at once.
 
-Exit status: 0 done, 1 failed or the gate is not met, 2 wrong usage, 130 stopped by Ctrl-C. A fault of the
+Exit status: 0 done, 1 failed or the gate is not met, 2 wrong usage, 3 there is a gate and no figures to hold
+against it, 130 stopped by Ctrl-C. A fault of the
 caller or of the disk is one line on stderr; any other exception is a fault of the library and is shown whole.
 """
 
@@ -18,7 +19,7 @@ from typing import Annotated, Literal, NoReturn
 
 import tyro
 
-from daq_jax.errors import DaqError
+from daq_jax.errors import CannotJudge, DaqError, refuse
 from daq_jax.io.disk.compilation_cache import enable_compilation_cache
 from daq_jax.recipes import DENSITY_RECIPES, RECIPES
 from daq_jax.version import __version__
@@ -169,8 +170,9 @@ def compare(
         out: folder of the quantized model: FP8, int8 or packed int4 with scales, as we, transformers,
             compressed-tensors and others write it.
         html: also write a page with pictures and a table that sorts to this file.
-        fail_under: exit with status 1 if a total is lower, such as projection=0.95,cosine=0.3; of mse,
-            lost and flipped, if it is higher.
+        fail_under: exit with status 1 if a total is lower, such as projection=0.95,cosine=0.3, or that of
+            any weight, as in worst.projection=0.8; of mse, lost and flipped, if it is higher. The same if
+            OUT lacks a tensor of TUNED, or altered one without quantizing it. Status 3 if it cannot be told.
         json: print one JSON object and nothing else.
         csv: print comma-separated values and nothing else, a line a weight.
     """
@@ -179,6 +181,7 @@ def compare(
     from daq_jax.analysis.gates import floors_of, refuse_low
     from daq_jax.display import terminal
     from daq_jax.io.jobs.compare_folders import compare_folders
+    from daq_jax.io.jobs.kept_tensors import faults_of_folder
     from daq_jax.io.jobs.progress import progress_on
 
     if json and csv:
@@ -193,7 +196,11 @@ def compare(
         def tell(total: int) -> Callable[..., None]:
             return stack.enter_context(progress_on(Console(stderr=True), total)).tell
 
-        found = compare_folders(base, tuned, out, details=html is not None, tell=tell)
+        try:
+            found = compare_folders(base, tuned, out, details=html is not None, tell=tell)
+            faults = faults_of_folder(base, tuned, out) if floors else []
+        except (OSError, DaqError) as error:
+            raise CannotJudge(str(error)) if floors else error from error
     if html and page:
         html.write_text(page(found, title=f"What {out.name} kept"), encoding="utf-8")
     if json:
@@ -202,7 +209,12 @@ def compare(
         print(terminal.comma_separated(found), end="")
     else:
         terminal.show(found.sheet(), terminal.console())
-    refuse_low(found.total, floors)
+    if not floors:
+        return
+    if faults:
+        headline = f"the gate is not met: {out} is not whole"
+        refuse(headline, faults, "Quantize the tuned model again.", one_line=True)
+    print(f"daq-jax: {refuse_low(found, floors)}", file=sys.stderr)
 
 
 def _page_for(file: Path) -> Callable[..., str]:
@@ -246,7 +258,7 @@ def main(args: Sequence[str] | None = None) -> int:
         args: the arguments after `daq-jax`; None for the arguments of the process.
 
     Returns:
-        The exit status: 0, 1 or 130.
+        The exit status: 0, 1, 3 or 130.
 
     Raises:
         SystemExit: with 2 if the arguments make no sense, with 0 after `--help`.
@@ -269,7 +281,7 @@ def main(args: Sequence[str] | None = None) -> int:
         )
     except (OSError, DaqError) as error:
         print(f"daq-jax: {error}", file=sys.stderr)
-        return 1
+        return 3 if isinstance(error, CannotJudge) else 1
     except KeyboardInterrupt:
         further = " The same command goes on where it stopped." if words[:1] == ["quantize"] else ""
         print(f"daq-jax: stopped.{further}", file=sys.stderr)

@@ -15,6 +15,10 @@ class DaqError(ValueError):
     """
 
 
+class CannotJudge(DaqError):
+    """There are no figures to hold against a gate."""
+
+
 def refuse(headline: str, problems: Sequence[str], way_out: str = "", *, one_line: bool = False) -> NoReturn:
     """Raises one DaqError for several problems of one kind.
 

@@ -35,10 +35,11 @@ def enable_compilation_cache(path: str | os.PathLike[str] | None = None) -> Path
     Raises:
         OSError: if the folder that was given cannot be made.
     """
-    if not jax.config.jax_enable_compilation_cache:
+    if not jax.config.read("jax_enable_compilation_cache"):
         return None
-    if path is None and jax.config.jax_compilation_cache_dir:
-        return Path(jax.config.jax_compilation_cache_dir)
+    found = jax.config.read("jax_compilation_cache_dir")
+    if path is None and found:
+        return Path(found)
     folder = _own_folder() if path is None else Path(path)
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
