@@ -187,7 +187,8 @@ def make_plan(
     Raises:
         DaqError: naming every tensor that has no base, or what does not fit into the memory.
     """
-    refuse_unread(tuned)
+    for folder in (base, tuned):
+        refuse_unread(folder)
     if layout.model_type and tuned.config.get("model_type") != layout.model_type:
         raise DaqError(
             f"{tuned.path}: --format {layout.name} is for models of type {layout.model_type!r}, and its "
