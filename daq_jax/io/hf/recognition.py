@@ -2,7 +2,7 @@
 
 | stored, for a weight `W` `[..., out, in]` of module `M` | written by |
 |---|---|
-| `W` F8 or I8, `W_scale_inv` or `W_scale`: one, or one a row, block or group; `W_zero_point` of zeros | many |
+| `W` F8 or I8, `W_scale_inv` or `W_scale`: one, or one a row, block or group | many |
 | `W` F8, `W_scale` U8 or F8_E8M0 `[out, in / 32]` | compressed-tensors `mxfp8` |
 | `W` F8, `M.scale` F8_E8M0, one a block | DeepSeek V4 |
 | `W` I8 `[out, in / 2]`, `M.scale` F8_E8M0 `[out, in / 32]` | DeepSeek V4, experts |
@@ -12,7 +12,7 @@
 | `W` U8, `W_scale` F8_E4M3 `[out, in / 16]`, `W_scale_2` F32 | ModelOpt NVFP4 |
 | `W_blocks` U8 `[E, out, in / 32, 16]`, `W_scales` U8 `[E, out, in / 32]` | gpt-oss |
 
-Scales are divided by `W_global_scale`, and multiplied with `W_scale_2`.
+Scales are divided by `W_global_scale`, and multiplied with `W_scale_2`. Zero points are all 0.
 
 Sources: compressed-tensors 0.20, ModelOpt 0.47, transformers 5.24, and the published loaders of each model.
 """

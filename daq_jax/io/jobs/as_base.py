@@ -19,6 +19,7 @@ from daq_jax.io.hf.folders import Folder, Tensor
 from daq_jax.io.hf.layouts import AS_BASE
 from daq_jax.io.hf.methods import QUANTIZATION_KEYS, quantizes_cache, uses_static_inputs
 from daq_jax.io.jobs.leftovers import CACHE, dropped_of, refuse_unread, scale_without_use, unquantized
+from daq_jax.io.jobs.other_names import renamed
 from daq_jax.io.jobs.planning import (
     Plan,
     Task,
@@ -142,7 +143,8 @@ def _refuse_lacking(base: Folder, tuned: Folder, dropped: Mapping[str, str]) -> 
         refuse(
             f"{base.path} and {tuned.path}: not two states of one model, as --format as-base needs them",
             problems,
-            "Pass the base that was tuned, with names and shapes as in the tuned model, or another --format.",
+            renamed(strange, base.tensors, "base")
+            or "Pass the base that was tuned, of the same names and shapes, or another --format.",
             one_line=True,
         )
 

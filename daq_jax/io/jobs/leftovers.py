@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from daq_jax.errors import refuse
 from daq_jax.io.hf.architectures import part_of
 from daq_jax.io.hf.folders import Folder, Tensor
@@ -26,14 +28,23 @@ def is_tied(folder: Folder) -> bool:
 def dropped_of(tuned: Folder) -> dict[str, str]:
     """Tensors of the tuned model that are left out, and why.
 
-    A tied head stored beside the embedding, which loaders ignore; scales of activations and of the cache,
-    since the config of the result has none.
+    A tied head stored beside the embedding, of the same bytes: loaders do not tie one that differs. Scales of
+    activations and of the cache, since the config of the result has none.
     """
     found = {n: why for n in tuned.tensors if (why := scale_without_use(n))}
     head, tables = "lm_head.weight", [n for n in tuned.tensors if n.endswith("embed_tokens.weight")]
-    if is_tied(tuned) and head in tuned.tensors and len(tables) == 1:
+    if is_tied(tuned) and head in tuned.tensors and len(tables) == 1 and _same(tuned, head, tables[0]):
         found[head] = f"tied to {tables[0]!r}, which is stored once"
     return found
+
+
+def _same(folder: Folder, one: str, other: str) -> bool:
+    """Whether two tensors are the same to the byte."""
+    a, b = folder.tensors[one], folder.tensors[other]
+    if a.spec != b.spec or a.coding or b.coding:
+        return False
+    pairs = zip(folder.chunks(one), folder.chunks(other), strict=True)
+    return all(np.array_equal(x, y) for x, y in pairs)
 
 
 def scale_without_use(name: str) -> str:
@@ -66,7 +77,7 @@ def _holds_codes(name: str, tensor: Tensor) -> bool:
     if is_matrix(name, len(tensor.shape)) or name.endswith(_CODES):
         return True
     word = tensor.spec.dtype
-    return word.startswith(("F8", "F6", "F4")) or (word in ("I8", "U8") and not name.endswith(_MASKS))
+    return word.startswith(("F8_", "F6_", "F4")) or (word in ("I8", "U8") and not name.endswith(_MASKS))
 
 
 def unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
