@@ -288,3 +288,36 @@ def test_inspect_tries_the_format_of_the_base(tmp_path):
     found = daq.inspect_folder(*paths[:2], ABSMAX)
     assert list(found.leaves) == [native.name]
     assert found.total.on_stored_grid.value > 0.99
+
+
+def test_a_shape_in_32_bits_is_read_as_one_in_64(tmp_path):
+    """Kimi K2 stores `weight_shape` in I32, compressed-tensors in I64."""
+    found = []
+    for kind in (np.int32, np.int64):
+        native = packed("model.layers.0.mlp.up_proj.weight", 64, 256, 4, 32, kind)
+        base = native.make(rng_for("shape"))
+        tuned = (native.decode(base) + 1e-3 * normal(3, 64, 256)).astype(BF16)
+        before, after, out = folders(tmp_path / kind.__name__, native, base, tuned, BF16)
+        daq.quantize_folder(before, after, out, memory_gb=2)
+        found.append(stored(out))
+        assert found[-1].pop(f"{native.name}_shape") == stored(before)[f"{native.name}_shape"]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("format", [None, "fp8-channel"])
+def test_every_tensor_of_the_tuned_model_is_accounted_for(format, tmp_path):
+    native = mxfp4_pack("model.layers.0.mlp.up_proj.weight", 64, 64)
+    base = native.make(rng_for("accounted"))
+    strays = {
+        "model.layers.0.mlp.up_proj.input_scale": np.array(0.5, np.float32),
+        "model.layers.0.self_attn.k_scale": np.array(0.5, np.float32),
+    }
+    before = write_folder(tmp_path / "b", [base | rest() | strays], config_of(native))
+    tuned = rest() | strays | {native.name: native.decode(base).astype(BF16)}
+    after = write_folder(tmp_path / "t", [tuned])
+    report = daq.quantize_folder(
+        before, after, tmp_path / "out", ABSMAX, format=format, memory_gb=2, plan_only=True
+    )
+    parts = [report["quantized"], report["kept"], report["left_out"]]
+    assert sorted(name for part in parts for name in part) == sorted(tuned)
+    assert all(why for part in parts[1:] for why in part.values())

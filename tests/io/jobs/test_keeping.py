@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,11 +16,11 @@ ABSMAX = daq.recipes.absmax
 UP = "model.layers.0.mlp.up_proj.weight"
 
 
-def plan_of(path: pathlib.Path, shapes: dict[str, tuple[int, ...]], config: dict, **options: object) -> dict:
+def plan_of(path: pathlib.Path, shapes: dict[str, tuple[int, ...]], config: dict, **options: Any) -> dict:
     tensors = {name: np.zeros(shape, BF16) for name, shape in shapes.items()}
-    folders = [write_folder(path / word, [tensors], CONFIG | config) for word in ("b", "t")]
-    how = {"memory_gb": 2, "plan_only": True, "format": "fp8-channel"} | options
-    return daq.quantize_folder(*folders, path / "out", ABSMAX, **how)
+    base, tuned = (write_folder(path / word, [tensors], CONFIG | config) for word in ("b", "t"))
+    how: dict[str, Any] = {"memory_gb": 2, "plan_only": True, "format": "fp8-channel"} | options
+    return daq.quantize_folder(base, tuned, path / "out", ABSMAX, **how)
 
 
 def test_rows_or_columns_as_many_as_words_are_an_embedding_or_a_head(tmp_path):
