@@ -31,6 +31,9 @@ FORMATS = (
 )
 
 
+Patterns = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="PATTERN")]
+
+
 def demo(*, seed: int = 0, json: bool = False) -> None:
     """Make a small real pair, quantize it by each recipe, and show what each keeps. Downloads nothing.
 
@@ -67,6 +70,8 @@ def quantize(
     shard: str = "1/1",
     overwrite: bool = False,
     custom_code: bool = False,
+    keep: Patterns = (),
+    only: Patterns = (),
     json: bool = False,
 ) -> None:
     """Quantize a checkpoint folder against the one it was tuned from, in bounded memory.
@@ -93,6 +98,8 @@ def quantize(
             process to end completes the folder.
         overwrite: replace what an earlier call wrote to OUT; files of others stay, or are refused.
         custom_code: copy Python files of the tuned model too.
+        keep: regular expression, found in the names of weights that stay as they are; may be given often.
+        only: regular expression, found in the names of the only weights to quantize; may be given often.
         json: print one JSON object, the report, and nothing else.
     """
     from rich.console import Console
@@ -113,6 +120,8 @@ def quantize(
         shard=_shard(shard),
         overwrite=overwrite,
         custom_code=custom_code,
+        keep=keep,
+        only=only,
         plan_only=plan,
         console=Console(quiet=json),
     )

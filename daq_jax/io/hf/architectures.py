@@ -5,7 +5,8 @@ from typing import Any
 
 # Types whose stacks of experts are stored [experts, in, out] (`is_transposed` in transformers).
 _TURNED = ("aria", "aria_text", "gpt_oss", "llama4", "llama4_text", "openai_privacy_filter")
-_CONV1D = ("gpt2", "gpt_bigcode", "openai-gpt")  # whose linear layers are stored [in, out]
+# Whose linear layers are stored [in, out], by the Conv1D of transformers 5.24.
+_CONV1D = ("clvp", "clvp_decoder", "decision_transformer", "gpt2", "imagegpt", "openai-gpt")
 
 
 def part_of(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -297,7 +297,13 @@ def _dtype_of(config: Mapping[str, Any]) -> np.dtype:
 def _weight_files(path: Path) -> dict[str, str] | None:
     """Tensor name -> file name by the folder's index; None where all tensors are in the one file."""
     if (path / INDEX).is_file():
-        return _weight_map(path / INDEX)
+        files = _weight_map(path / INDEX)
+        if (path / SINGLE).is_file() and SINGLE not in files.values():
+            raise DaqError(
+                f"{path}: holds {SINGLE} and, by {INDEX}, other shards: transformers loads the first, vLLM "
+                "the others; remove whichever is not the model."
+            )
+        return files
     if not (path / SINGLE).is_file():
         raise DaqError(_nothing_to_read(path))
     return None

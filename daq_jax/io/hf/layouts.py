@@ -372,13 +372,12 @@ def _last_component(name: str) -> str:
     return module_of(name).rpartition(".")[2] if not name.endswith("_proj") else name.rpartition(".")[2]
 
 
-def skipped_modules(kept: Iterable[str], tied: bool) -> list[str]:
-    """Full names of the modules that are not quantized, for a config's skip list.
+def skipped_modules(kept: Iterable[str]) -> set[str]:
+    """Full names of the modules that are not quantized, as the file has them.
 
     Args:
         kept: names of the two-dimensional weights and fused experts that stay as they are.
-        tied: whether the output head is the embedding, and so has no weight of its own.
     """
+    kept = list(kept)
     names = {module_of(name) for name in kept}
-    names |= {match["module"] for name in kept if (match := _EXPERTS.match(name))}
-    return sorted(names | ({"lm_head"} if tied else set()))
+    return names | {match["module"] for name in kept if (match := _EXPERTS.match(name))}

@@ -5,7 +5,7 @@ ModelOpt in `hf_quant_config.json`. Weights of another quantizer would be copied
 that does not know them: so every method without a name here is refused before any work.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +56,11 @@ def refuse_unknown(config: Mapping[str, Any], beside: Mapping[str, Any], where: 
     Raises:
         DaqError: naming the method.
     """
-    how, algorithm = quantization_of(config), part_of(beside, "quantization").get("quant_algo")
-    words = [
-        _unknown(_method(how), _METHODS),
-        _unknown(how.get("quant_algo"), _ALGORITHMS),
-        _unknown(how.get("format"), _FORMS),
-        _unknown(algorithm, _ALGORITHMS),
-    ]
+    words = [_unknown(part_of(beside, "quantization").get("quant_algo"), _ALGORITHMS)]
+    for how in _quantizations(config):
+        words += [_unknown(_method(how), _METHODS), _unknown(how.get("quant_algo"), _ALGORITHMS)]
+        words += [_unknown(form, _FORMS) for form in _forms(how)]
+        words += ["transform_config"] if part_of(how, "transform_config").get("config_groups") else []
     word = next((word for word in words if word), "")
     if word:
         raise DaqError(
@@ -80,10 +78,35 @@ def uses_static_inputs(config: Mapping[str, Any], beside: Mapping[str, Any]) -> 
     return modelopt or how.get("activation_scheme") == "static" or any(x in (False, "local") for x in inputs)
 
 
+def quantizes_cache(config: Mapping[str, Any], beside: Mapping[str, Any]) -> bool:
+    """Whether servers read the scales of the cache that a folder with such a config holds."""
+    places = quantization_of(config), part_of(beside, "quantization")
+    return any(how.get(key) for how in places for key in ("kv_cache_scheme", "kv_cache_quant_algo"))
+
+
+def _quantizations(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """All that a config says of quantization, for the whole model and for each model inside it."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            if key in (*QUANTIZATION_KEYS, "quantization"):  # the last as MLX has it
+                yield value
+            else:
+                yield from _quantizations(value)
+
+
+def _forms(how: Mapping[str, Any]) -> list[Any]:
+    """The forms of packing that a config of compressed-tensors names, of the whole and of each group."""
+    groups = part_of(how, "config_groups")
+    parts = [how, part_of(how, "sparsity_config"), *(part_of(groups, name) for name in groups)]
+    return [part.get("format") for part in parts]
+
+
 def _method(how: Mapping[str, Any]) -> Any:
-    if "quant_method" not in how and (how.get("load_in_8bit") or how.get("load_in_4bit")):
+    if "quant_method" in how:
+        return how["quant_method"]
+    if how.get("load_in_8bit") or how.get("load_in_4bit"):
         return "bitsandbytes"
-    return how.get("quant_method")
+    return f"no method, {how['bits']} bits" if "bits" in how else None  # as MLX and older GPTQ have it
 
 
 def _unknown(word: Any, known: tuple[str, ...]) -> str:

@@ -12,7 +12,7 @@
 | `W` U8, `W_scale` F8_E4M3 `[out, in / 16]`, `W_scale_2` F32 | ModelOpt NVFP4 |
 | `W_blocks` U8 `[E, out, in / 32, 16]`, `W_scales` U8 `[E, out, in / 32]` | gpt-oss |
 
-Scales are divided by `W_global_scale`, and multiplied with `W_scale_2`.
+Scales are divided by `W_global_scale`, and multiplied with `W_scale_2`. Zero points are all 0.
 
 Sources: compressed-tensors 0.20, ModelOpt 0.47, transformers 5.24, and the published loaders of each model.
 """
@@ -38,6 +38,7 @@ _FORMATS: dict[str, Format] = {"F8_E4M3": fp8_e4m3fn, "F8_E5M2": fp8_e5m2, "I8":
 _SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
 _SUFFIXES = ("_scale_inv", "_scale")
 _ASYMMETRIC = ("_zero_point", "_g_idx")  # of packed weights: with zeros, or with inputs in another order
+_ZEROS = ("_zero_point", "_offset", "_zeros")  # of weights of 8 bits: read if all are 0
 _GROUPS = (16, 32, 64, 128, 256)  # inputs that share a scale, where nothing but the shapes tells
 _MX = 32
 
@@ -52,7 +53,7 @@ def find_codings(
 
     Args:
         specs: every tensor of the folder.
-        read: gives a tensor by name; called for shapes of packed weights and for factors alone.
+        read: gives a tensor by name; called for shapes of packed weights, for factors and for zero points.
         config: the folder's `config.json`, which may name the size of blocks.
         where: path of the folder, for messages.
 
@@ -113,6 +114,12 @@ class _Search:
 
     def _plain(self, weight: str, scale: str) -> Coding | None:
         spec, beside = self.specs[weight], self.specs[scale]
+        if (stray := self._shifts(weight)) is not None:
+            self.problems.append(
+                f"{weight!r} comes with {stray!r}; needed codes without zero points, or all of them 0, and "
+                "inputs in their own order"
+            )
+            return None
         tiling = _tiling(spec.shape, beside.shape, self.block)
         storage = storage_of(beside.dtype, self.powers)
         if tiling is None or storage is None:
@@ -122,8 +129,16 @@ class _Search:
                 f"each block of {self.block[0]} x {self.block[1]}, or for each group of a row"
             )
             return None
-        how = weight, Plain(spec.dtype), scale, storage
+        zeros = [weight + end for end in _ZEROS if weight + end in self.specs]
+        how = weight, Plain(spec.dtype), scale, storage, zeros
         return self._made(spec.shape, _FORMATS[spec.dtype], tiling, *how)
+
+    def _shifts(self, weight: str) -> str | None:
+        """A tensor that makes a weight something else than codes times scales; None if there is none."""
+        if f"{weight}_g_idx" in self.specs:
+            return f"{weight}_g_idx"
+        zeros = (weight + end for end in _ZEROS if weight + end in self.specs)
+        return next((name for name in zeros if self.read(name).astype(np.float32).any()), None)
 
     def _nibbles(self, weight: str, codes: str, scale: str, blocks: int = 0) -> Coding | None:
         """4-bit floats, two to a byte."""

@@ -17,8 +17,9 @@ from daq_jax.io.hf.architectures import part_of
 from daq_jax.io.hf.codings import Coding
 from daq_jax.io.hf.folders import Folder, Tensor
 from daq_jax.io.hf.layouts import AS_BASE
-from daq_jax.io.hf.methods import QUANTIZATION_KEYS, uses_static_inputs
-from daq_jax.io.jobs.leftovers import ACTIVATIONS, dropped_of, refuse_unread, unquantized
+from daq_jax.io.hf.methods import QUANTIZATION_KEYS, quantizes_cache, uses_static_inputs
+from daq_jax.io.jobs.leftovers import CACHE, dropped_of, refuse_unread, scale_without_use, unquantized
+from daq_jax.io.jobs.other_names import renamed
 from daq_jax.io.jobs.planning import (
     Plan,
     Task,
@@ -87,11 +88,14 @@ def plan_as_base(
     Raises:
         DaqError: naming every tensor that one of the folders lacks, or what does not fit into the memory.
     """
-    refuse_unread(tuned)
+    for folder in (base, tuned):
+        refuse_unread(folder)
     keeps_inputs = uses_static_inputs(base.config, base.beside)
-    unread = {n for n in base.tensors if n.endswith(ACTIVATIONS) and not keeps_inputs}
+    keeps_cache = quantizes_cache(base.config, base.beside)
+    scales = {n: why for n in base.tensors if (why := scale_without_use(n))}
+    unread = {n: why for n, why in scales.items() if not (keeps_cache if n.endswith(CACHE) else keeps_inputs)}
     dropped = {n: why for n, why in dropped_of(tuned).items() if n not in base.tensors or n in unread}
-    dropped |= dict.fromkeys(unread, "a scale of static activations")
+    dropped |= unread
     _refuse_lacking(base, tuned, dropped)
     stored = dtype or stored_dtype(tuned)
     working = dtype or tuned.working_dtype or stored
@@ -100,8 +104,8 @@ def plan_as_base(
         after = tuned.tensors.get(name)
         if name in dropped:
             continue
-        if after is None or name.endswith(ACTIVATIONS):
-            task = kept_task(before, "a scale of activations", recipe, stored, working)
+        if after is None or name in scales:
+            task = kept_task(before, scales[name], recipe, stored, working)
             tasks.append(dataclasses.replace(task, from_base=True))
         elif before.coding is None:
             tasks.append(kept_task(after, "not quantized in base", recipe, stored, working))
@@ -127,7 +131,7 @@ def _refuse_lacking(base: Folder, tuned: Folder, dropped: Mapping[str, str]) -> 
     problems = []
     for name, before in base.tensors.items():
         after = tuned.tensors.get(name)
-        if after is None and not name.endswith(ACTIVATIONS):
+        if after is None and not scale_without_use(name):
             problems.append(f"{name!r} is not in the tuned model")
         elif after is not None and after.shape != before.shape:
             problems.append(f"{name!r} is {before.shape} but tuned is {after.shape}")
@@ -139,7 +143,8 @@ def _refuse_lacking(base: Folder, tuned: Folder, dropped: Mapping[str, str]) -> 
         refuse(
             f"{base.path} and {tuned.path}: not two states of one model, as --format as-base needs them",
             problems,
-            "Pass the base that was tuned, with names and shapes as in the tuned model, or another --format.",
+            renamed(strange, base.tensors, "base")
+            or "Pass the base that was tuned, of the same names and shapes, or another --format.",
             one_line=True,
         )
 

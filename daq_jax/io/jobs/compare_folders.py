@@ -12,6 +12,7 @@ from daq_jax.errors import DaqError, refuse
 from daq_jax.io.hf.adapters import open_tuned
 from daq_jax.io.hf.bands import MOST_ELEMENTS, bands
 from daq_jax.io.hf.folders import Folder, Tensor, open_safetensors
+from daq_jax.io.jobs.leftovers import refuse_unread
 from daq_jax.io.jobs.progress import Tell
 from daq_jax.qtensor import QTensor
 
@@ -59,6 +60,8 @@ def compare_opened(
     """As `compare_folders`, of folders that are open; bands have at most `most` elements."""
     folders = base, tuned, quantized
     names = _names(*folders)
+    for folder in folders:
+        refuse_unread(folder)
     progress = tell(sum(quantized.tensors[name].nbytes for name in names)) if tell else None
     leaves: dict[str, Figures] = {}
     closer: Details | None = None

@@ -10,6 +10,7 @@ from daq_jax.density.recipe import DensityRecipe
 from daq_jax.errors import DaqError
 from daq_jax.io.hf.folders import Folder
 from daq_jax.io.hf.layouts import AS_BASE, LAYOUTS, TARGETS, Layout
+from daq_jax.io.jobs.keeping import ALL, Choice
 from daq_jax.recipe import Recipe
 from daq_jax.scales import AnyScale, InDtype
 from daq_jax.searches.candidates import CoarseToFine, Grid, WithBaseScale
@@ -23,6 +24,8 @@ _NOT_FOR_ORBAX = {
     "tp": "its leaves are not cut until they are loaded",
     "base_dtype": "each of its quantized leaves says what it dequantizes to",
     "custom_code": "no code lies beside it",
+    "keep": "rules say it in Python: `daq_jax.quantize(..., rules=[daq_jax.keep(pattern), ...])`",
+    "only": "rules say it in Python: `daq_jax.quantize(..., rules=[daq_jax.use(pattern), daq_jax.keep('')])`",
 }
 
 
@@ -36,6 +39,7 @@ class Output:
         tp: number of devices over which a server will divide each weight.
         base_dtype: dtype that quantized inputs dequantize to; None for the dtype of the tuned model.
         custom_code: whether Python files of the tuned model are copied too.
+        choice: which weights the user wants quantized.
     """
 
     format: str | None = None
@@ -43,6 +47,7 @@ class Output:
     tp: int = 1
     base_dtype: str | None = None
     custom_code: bool = False
+    choice: Choice = ALL
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
@@ -112,6 +117,13 @@ def wants_base_format(output: Output, run: Run, base: Folder) -> bool:
     Raises:
         DaqError: if this is asked for and cannot be.
     """
+    by_default = output.format is None and output.target == "hopper" and run.missing_base == "error"
+    as_base = output.format == AS_BASE or (by_default and base.is_coded)
+    if as_base and output.choice.is_made:
+        raise DaqError(
+            f"--format {AS_BASE}, the default where BASE is quantized, codes what the base codes: leave "
+            f"out --keep and --only, or pass one of {', '.join(LAYOUTS)}."
+        )
     if output.format == AS_BASE:
         if not base.is_coded:
             raise DaqError(
@@ -120,9 +132,7 @@ def wants_base_format(output: Output, run: Run, base: Folder) -> bool:
             )
         if run.missing_base != "error":
             raise DaqError(f"--format {AS_BASE} needs every weight in base: leave out --missing-base.")
-        return True
-    by_default = output.format is None and output.target == "hopper" and run.missing_base == "error"
-    return by_default and base.is_coded
+    return as_base
 
 
 def without_zeros(recipe: Recipe | DensityRecipe) -> Recipe:
@@ -151,6 +161,8 @@ def refuse_for_orbax(output: Output, run: Run) -> None:
         "tp": output.tp != 1,
         "base_dtype": output.base_dtype,
         "custom_code": output.custom_code,
+        "keep": output.choice.keep,
+        "only": output.choice.only,
     }
     if output.format == AS_BASE:
         raise DaqError(f"--format {AS_BASE} is for Hugging Face folders; pass one of {', '.join(LAYOUTS)}.")

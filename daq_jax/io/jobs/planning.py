@@ -13,24 +13,20 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from daq_jax.errors import DaqError, refuse
-from daq_jax.io.hf.architectures import turns_linear_layers
 from daq_jax.io.hf.bands import can_be_cut, rows_per_tile
 from daq_jax.io.hf.codings import Coding
 from daq_jax.io.hf.folders import Folder, Tensor
-from daq_jax.io.hf.layouts import (
-    Layout,
-    fused_with,
-    is_matrix,
-    skipped_modules,
-)
+from daq_jax.io.hf.layouts import Layout, is_matrix
+from daq_jax.io.hf.skip_lists import skip_list
 from daq_jax.io.hf.tensor_files import TensorSpec, plan_file
 from daq_jax.io.jobs.factors import shared_factors
-from daq_jax.io.jobs.leftovers import FLOATS, dropped_of, is_tied, refuse_unread, unquantized
+from daq_jax.io.jobs.keeping import ALL, Choice, kept_of
+from daq_jax.io.jobs.leftovers import FLOATS, dropped_of, refuse_unread, unquantized
 from daq_jax.io.jobs.options import MissingBase
+from daq_jax.io.jobs.other_names import renamed
 from daq_jax.recipe import Recipe
 from daq_jax.roundings.nearest import Nearest
 from daq_jax.roundings.rounding import as_rounding
-from daq_jax.rules import DEFAULT_RULES, first_match
 from daq_jax.searches.search import as_search
 from daq_jax.tilings import Tiling
 
@@ -171,6 +167,7 @@ def make_plan(
     missing_base: MissingBase = "error",
     tp: int = 1,
     dtype: np.dtype | None = None,
+    choice: Choice = ALL,
 ) -> Plan:
     """Plans the quantization of one folder against another.
 
@@ -183,17 +180,19 @@ def make_plan(
         missing_base: what becomes of weights whose base is missing or has another shape.
         tp: number of devices over which a server will divide each weight.
         dtype: dtype that quantized inputs dequantize to; None for the dtype of the tuned model's weights.
+        choice: which weights the user wants quantized.
 
     Raises:
         DaqError: naming every tensor that has no base, or what does not fit into the memory.
     """
-    refuse_unread(tuned)
+    for folder in (base, tuned):
+        refuse_unread(folder)
     if layout.model_type and tuned.config.get("model_type") != layout.model_type:
         raise DaqError(
             f"{tuned.path}: --format {layout.name} is for models of type {layout.model_type!r}, and its "
             f"config says {tuned.config.get('model_type')!r}; use --format mxfp4."
         )
-    kept, dropped = _kept(tuned, layout, tp), dropped_of(tuned)
+    kept, dropped = kept_of(tuned, layout, tp, choice), dropped_of(tuned)
     stored = dtype or stored_dtype(tuned)  # of quantized inputs that are kept
     dtype = dtype or tuned.working_dtype or stored
     problems = {}
@@ -204,7 +203,8 @@ def make_plan(
         refuse(
             f"{base.path}: {len(problems)} weights of the tuned model have no partner in base",
             [f"{name!r} {why}" for name, why in problems.items()],
-            "Pass the base that was tuned, or --missing-base absmax to quantize these without it.",
+            renamed(problems, base.tensors, "base")
+            or "Pass the base that was tuned, or --missing-base absmax to quantize these without it.",
             one_line=True,
         )
     tasks, quantized = [], [name for name in tuned.tensors if name not in kept and name not in dropped]
@@ -219,7 +219,7 @@ def make_plan(
             coding = layout.coding(name, tensor.shape, factors.get(name, 1.0))
             own = recipe.replace(scales=coding.storage.rule) if layout.factor else recipe
             tasks.append(quantized_task(tensor, partner, own, coding, dtype, memory))
-    skipped = skipped_modules((n for n in kept if is_matrix(n, len(tuned.tensors[n].shape))), is_tied(tuned))
+    skipped = skip_list((n for n in kept if is_matrix(n, len(tuned.tensors[n].shape))), tuned.config)
     config = unquantized(tuned.config) | {"quantization_config": layout.config(skipped)}
     beside = layout.beside(skipped)
     plan = Plan(in_shards(tasks), recipe, layout.name, dtype, config, beside, dropped, memory_of(tasks))
@@ -320,40 +320,6 @@ def stored_dtype(folder: Folder) -> np.dtype:
     plain = (t for name, t in folder.tensors.items() if is_matrix(name, len(t.shape)) and not t.coding)
     specs = (t.copied or t.spec for t in plain if t.spec.dtype in FLOATS)
     return next((spec.numpy_dtype for spec in specs if spec.numpy_dtype), folder.dtype)
-
-
-def _kept(tuned: Folder, layout: Layout, tp: int) -> dict[str, str]:
-    """Tensors that stay as they are, and why."""
-    own = {name: _why_kept(tuned, tensor, layout, tp) for name, tensor in tuned.tensors.items()}
-    groups: dict[str, list[str]] = collections.defaultdict(list)
-    for name, tensor in tuned.tensors.items():
-        if is_matrix(name, len(tensor.shape)):
-            groups[fused_with(name)].append(name)
-    kept = {name: why for name, why in own.items() if why}
-    for names in groups.values():
-        at_fault = next((n for n in names if own[n]), None)
-        if at_fault is not None:
-            kept |= {n: own[n] or f"servers fuse it with a weight that is kept: {at_fault}" for n in names}
-    return kept
-
-
-def _why_kept(tuned: Folder, tensor: Tensor, layout: Layout, tp: int) -> str:
-    name, shape = tensor.name, tensor.shape
-    if not is_matrix(name, len(shape)):
-        return "not the weight of a linear layer"
-    if turns_linear_layers(tuned.config):
-        return "stored [in, out], which servers do not read quantized"
-    if 0 in shape:
-        return "empty"
-    if layout.model_type and not tensor.turned:
-        return f"no experts, which alone are quantized in {layout.name}"
-    if tensor.turned and not layout.model_type:
-        return "experts stored [in, out], which servers do not read quantized"
-    rule = first_match(name, len(shape), DEFAULT_RULES)
-    if rule and not rule.quantize:
-        return "embedding, norm, head or router"
-    heads = tuned.config.get("num_key_value_heads")
-    return layout.why_not(name, shape, tp, heads if type(heads) is int and heads > 0 else None)
 
 
 def problem_of(base: Tensor | None, tuned: Tensor) -> str:

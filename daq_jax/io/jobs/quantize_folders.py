@@ -1,7 +1,7 @@
 """Two checkpoint folders to a third: the one call behind `daq-jax quantize`."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from daq_jax.io.hf.folders import Folder, is_orbax, open_folder
 from daq_jax.io.jobs.as_base import plan_as_base
 from daq_jax.io.jobs.folder_store import CONFIG, FolderStore
 from daq_jax.io.jobs.job import Job
+from daq_jax.io.jobs.keeping import Choice, patterns_of
 from daq_jax.io.jobs.options import (
     MissingBase,
     Output,
@@ -50,6 +51,8 @@ def quantize_folder(
     shard: tuple[int, int] = (1, 1),
     overwrite: bool = False,
     custom_code: bool = False,
+    keep: Sequence[str] = (),
+    only: Sequence[str] = (),
     plan_only: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -62,7 +65,7 @@ def quantize_folder(
         base: folder before tuning; Hugging Face safetensors, bfloat16, float16, float32, or quantized weights
             in any layout of `daq_jax.io.hf.recognition`.
             Or an Orbax checkpoint, if `tuned` is one too: then so is `out`, for `daq_jax.load`, and `shard`,
-            `tp`, `base_dtype` and `custom_code` are refused.
+            `tp`, `base_dtype`, `custom_code`, `keep` and `only` are refused.
         tuned: folder after tuning, which may be sharded in another way; or a LoRA adapter of `base`, as PEFT
             saves it: each weight is then the base's plus `scale * B A` in float32, with no merged folder.
         out: folder to write; new, empty, or left by the same call.
@@ -82,6 +85,10 @@ def quantize_folder(
             the others; the last process to end completes the folder.
         overwrite: replace what an earlier call wrote to `out`; files of others stay, or are refused.
         custom_code: copy Python files of the tuned model too.
+        keep: patterns of names of weights that stay as they are: regular expressions, found anywhere in a
+            name; after "re:", as llm-compressor has them, from its beginning.
+        only: such patterns of the only weights that are quantized; empty for all. Towers and projectors of
+            vision and audio are quantized only where one of these patterns names them.
         plan_only: make and show the plan, and stop.
         console: where to show plan and progress; None for nowhere.
 
@@ -96,7 +103,8 @@ def quantize_folder(
     """
     console = console or Console(quiet=True)
     folders = Path(base), Path(tuned), Path(out)
-    output = Output(format, target, tp, base_dtype, custom_code)
+    choice = Choice(patterns_of("keep", keep), patterns_of("only", only))
+    output = Output(format, target, tp, base_dtype, custom_code, choice)
     run = Run(memory_gb, missing_base, shard, overwrite)
     with open_job(*folders, without_zeros(recipe), output, run, console) as job:
         return dict(job.summary) if plan_only else job.run()
@@ -178,6 +186,7 @@ def _plan_layout(before: Folder, after: Folder, recipe: Recipe, output: Output, 
         missing_base=run.missing_base,
         tp=output.tp,
         dtype=output.dtype,
+        choice=output.choice,
     )
 
 
@@ -192,6 +201,8 @@ def _settings(plan: Plan, output: Output, run: Run) -> dict[str, Any]:
             "missing_base": run.missing_base,
             "tp": output.tp,
             "custom_code": output.custom_code,
+            "keep": list(output.choice.keep),
+            "only": list(output.choice.only),
             "dtype": str(plan.dtype),
             "jax": flags(),
             "rows": {task.name: task.rows for task in plan.tasks if task.quantize and len(task.bands) > 1},

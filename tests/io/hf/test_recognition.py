@@ -8,7 +8,7 @@ import pytest
 from daq_jax.io.hf.folders import open_folder
 from daq_jax.qtensor import QTensor
 from tests.cases import rng_for
-from tests.hf_folders import CONFIG, normal, write_folder
+from tests.hf_folders import CONFIG, E4M3, normal, write_folder
 from tests.native_folders import BY_LAYOUT, natives
 
 F32 = np.dtype(np.float32)
@@ -104,3 +104,47 @@ def test_a_factor_of_scales_must_be_positive_and_finite(layout, number, tmp_path
     write_folder(tmp_path / "f", [tensors])
     with pytest.raises(ValueError, match="one F32 above 0"):
         open_folder(tmp_path / "f")
+
+
+@pytest.mark.parametrize(
+    ("how", "word"),
+    [
+        (
+            {
+                "quantization_config": {"quant_method": "fp8"},
+                "text_config": {"quantization_config": {"quant_method": "awq"}},
+            },
+            "awq",
+        ),
+        ({"thinker_config": {"text_config": {"quantization_config": {"quant_method": "gptq"}}}}, "gptq"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "no method, 4 bits"),
+        ({"quantization_config": {"config_groups": {"group_0": {"format": "marlin-24"}}}}, "marlin-24"),
+        ({"quantization_config": {"sparsity_config": {"format": "sparse-24-bitmask"}}}, "sparse-24"),
+        (
+            {"quantization_config": {"transform_config": {"config_groups": {"R1": {"type": "hadamard"}}}}},
+            "transform_config",
+        ),
+    ],
+)
+def test_a_quantizer_is_found_wherever_a_config_names_it(how, word, tmp_path):
+    folder = write_folder(tmp_path / "f", [{"a.weight": normal(0, 4, 4)}], how)
+    with pytest.raises(ValueError, match=f"quantized by '.*{word}.*', which is not read"):
+        open_folder(folder)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, E4M3], ids=str)
+@pytest.mark.parametrize("end", ["_zero_point", "_offset", "_zeros", "_g_idx"])
+def test_zero_points_of_eight_bits_are_read_only_where_they_are_zero(end, dtype, tmp_path):
+    codes = np.arange(-8, 8).reshape(4, 4).astype(dtype)
+    stray = np.zeros((4, 1), np.int8)
+    tensors = {"a.weight": codes, "a.weight_scale": np.full((4, 1), 0.5, np.float32)}
+    if end != "_g_idx":
+        folder = open_folder(write_folder(tmp_path / "zero", [tensors | {f"a.weight{end}": stray}]))
+        assert list(folder.tensors) == ["a.weight"]
+        np.testing.assert_array_equal(
+            folder.read("a.weight", dtype=F32).dequantize(), codes.astype(F32) * np.float32(0.5)
+        )
+    stray[2] = 1
+    write_folder(tmp_path / "one", [tensors | {f"a.weight{end}": stray}])
+    with pytest.raises(ValueError, match=rf"'a\.weight' comes with 'a\.weight{end}'"):
+        open_folder(tmp_path / "one")

@@ -3,6 +3,7 @@
 import io
 import json
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -211,10 +212,59 @@ def test_codes_of_the_tuned_model_that_are_not_read_are_refused_by_name(dtype, t
     base = {"a_proj.weight": np.zeros((128, 128), BF16), "b_proj.weight": np.zeros((128, 128), BF16)}
     tuned = base | {"b_proj.weight": np.zeros((128, 128), dtype)}
     paths = write_folder(tmp_path / "b", [base]), write_folder(tmp_path / "t", [tuned])
-    with pytest.raises(
-        ValueError, match=r"holds codes that are not read: 'b_proj\.weight' is .* without a scale"
-    ):
+    words = r"t: holds codes that are not read: 'b_proj\.weight' is .* without a scale"
+    with pytest.raises(ValueError, match=words):
         daq.quantize_folder(*paths, tmp_path / "out", ABSMAX, memory_gb=2)
+
+
+@pytest.mark.parametrize("name", ["b_proj.weight", "b_proj.qweight", "experts.w13", "x.weight._data"])
+@pytest.mark.parametrize("dtype", [np.int8, E4M3], ids=str)
+def test_raw_codes_in_either_folder_are_refused_by_every_command(dtype, name, tmp_path):
+    """Codes whose scales are called otherwise are no weights, in BASE as in TUNED and in OUT."""
+    plain = {"a_proj.weight": np.zeros((128, 128), BF16)}
+    one = write_folder(tmp_path / "plain", [plain])
+    raw = write_folder(tmp_path / "raw", [plain | {name: np.ones((128, 128), dtype)}])
+    coded = {"a_proj.weight": np.ones((128, 128), np.int8), "a_proj.weight_scale": np.ones(1, np.float32)}
+    out = write_folder(tmp_path / "out", [coded])
+    words = rf"raw: holds codes that are not read: '{re.escape(name)}' is "
+    for pair in ((one, raw), (raw, one)):
+        with pytest.raises(ValueError, match=words):
+            daq.quantize_folder(*pair, tmp_path / "new", ABSMAX, memory_gb=2)
+        with pytest.raises(ValueError, match=words):
+            daq.inspect_folder(*pair)
+        with pytest.raises(ValueError, match=words):
+            daq.compare_folders(*pair, out)
+    assert not (tmp_path / "new").exists()
+
+
+def test_masks_and_indices_are_no_codes(tmp_path):
+    tensors = {
+        "a_proj.weight": np.zeros((128, 128), BF16),
+        "attn.bias": np.ones((1, 1, 8, 8), np.uint8),
+        "position_ids": np.ones((1, 8), np.int64),
+        "gate.tid2eid": np.ones((64, 2), np.int32),
+    }
+    paths = write_folder(tmp_path / "b", [tensors]), write_folder(tmp_path / "t", [tensors])
+    report = daq.quantize_folder(*paths, tmp_path / "out", ABSMAX, memory_gb=2, plan_only=True)
+    assert len(report["kept"]) == 3
+
+
+@pytest.mark.parametrize("scheme", [None, {"num_bits": 8}])
+def test_scales_of_the_cache_stay_only_where_the_config_of_the_base_reads_them(scheme, tmp_path):
+    native = mxfp4_pack("model.layers.0.mlp.up_proj.weight", 64, 64)
+    base = native.make(rng_for("cache"))
+    scale = {"model.layers.0.self_attn.k_scale": np.array(0.5, np.float32)}
+    how = native.config | {"kv_cache_scheme": scheme}
+    before = write_folder(tmp_path / "b", [base | scale], CONFIG | {"quantization_config": how})
+    after = write_folder(tmp_path / "t", [{native.name: native.decode(base)} | scale])
+    report = daq.quantize_folder(before, after, tmp_path / "out", memory_gb=2)
+    assert (next(iter(scale)) in stored(tmp_path / "out")) == bool(scheme)
+    where = report["kept" if scheme else "left_out"]
+    assert where[next(iter(scale))] == "a scale of the cache of attention"
+    plain = daq.quantize_folder(
+        before, after, tmp_path / "new", ABSMAX, format="fp8-channel", memory_gb=2, plan_only=True
+    )
+    assert list(plain["left_out"]) == list(scale)
 
 
 @pytest.mark.parametrize("static", [True, False])
@@ -238,3 +288,36 @@ def test_inspect_tries_the_format_of_the_base(tmp_path):
     found = daq.inspect_folder(*paths[:2], ABSMAX)
     assert list(found.leaves) == [native.name]
     assert found.total.on_stored_grid.value > 0.99
+
+
+def test_a_shape_in_32_bits_is_read_as_one_in_64(tmp_path):
+    """Kimi K2 stores `weight_shape` in I32, compressed-tensors in I64."""
+    found = []
+    for kind in (np.int32, np.int64):
+        native = packed("model.layers.0.mlp.up_proj.weight", 64, 256, 4, 32, kind)
+        base = native.make(rng_for("shape"))
+        tuned = (native.decode(base) + 1e-3 * normal(3, 64, 256)).astype(BF16)
+        before, after, out = folders(tmp_path / kind.__name__, native, base, tuned, BF16)
+        daq.quantize_folder(before, after, out, memory_gb=2)
+        found.append(stored(out))
+        assert found[-1].pop(f"{native.name}_shape") == stored(before)[f"{native.name}_shape"]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("format", [None, "fp8-channel"])
+def test_every_tensor_of_the_tuned_model_is_accounted_for(format, tmp_path):
+    native = mxfp4_pack("model.layers.0.mlp.up_proj.weight", 64, 64)
+    base = native.make(rng_for("accounted"))
+    strays = {
+        "model.layers.0.mlp.up_proj.input_scale": np.array(0.5, np.float32),
+        "model.layers.0.self_attn.k_scale": np.array(0.5, np.float32),
+    }
+    before = write_folder(tmp_path / "b", [base | rest() | strays], config_of(native))
+    tuned = rest() | strays | {native.name: native.decode(base).astype(BF16)}
+    after = write_folder(tmp_path / "t", [tuned])
+    report = daq.quantize_folder(
+        before, after, tmp_path / "out", ABSMAX, format=format, memory_gb=2, plan_only=True
+    )
+    parts = [report["quantized"], report["kept"], report["left_out"]]
+    assert sorted(name for part in parts for name in part) == sorted(tuned)
+    assert all(why for part in parts[1:] for why in part.values())

@@ -131,7 +131,16 @@ def test_a_quantized_base_and_a_missing_one(pair, trees, tmp_path):
 
 @pytest.mark.parametrize("plan", [[], ["--plan"]], ids=["", "plan"])
 @pytest.mark.parametrize(
-    "words", [["--shard", "1/2"], ["--tp", "2"], ["--base-dtype", "float32"], ["--custom-code"]], ids=str
+    "words",
+    [
+        ["--shard", "1/2"],
+        ["--tp", "2"],
+        ["--base-dtype", "float32"],
+        ["--custom-code"],
+        ["--keep", "x"],
+        ["--only", "x"],
+    ],
+    ids=str,
 )
 def test_options_without_effect_are_refused_by_name(words, plan, pair, tmp_path, capsys):
     folders = [*map(str, pair), str(tmp_path / "out")]

@@ -1,0 +1,34 @@
+"""Weights that a base has by other names than its tune: told, since no weight may be paired by a guess."""
+
+import re
+from collections.abc import Iterable, Mapping
+
+_LAYER = re.compile(r"\w+\.\d+\..*")
+_FUSED = re.compile(r"experts\.(gate_up_proj|down_proj)$")
+_SINGLE = re.compile(r"experts\.\d+\.\w+\.weight$")
+
+
+def renamed(missing: Iterable[str], names: Iterable[str], whose: str) -> str:
+    """A sentence on weights that are there by other names: a prefix, or experts fused or not; "" for none.
+
+    Args:
+        missing: names that one folder lacks.
+        names: names that it has.
+        whose: the folder that has them, as the sentence calls it.
+    """
+    by_tail: Mapping[str, str] = {tail: name for name in names if (tail := _tail(name))}
+    for name in missing:
+        there = by_tail.get(_tail(name))
+        if there is not None and there != name:
+            return (
+                f"Names differ: {whose} has {name!r} as {there!r}. Load and save both with one version of "
+                "transformers, which renames weights as it loads them."
+            )
+    return ""
+
+
+def _tail(name: str) -> str:
+    """A name without its prefix, experts alike whether fused or not; "" for a name outside of layers."""
+    tail = _SINGLE.sub("experts", _FUSED.sub("experts", name))
+    found = _LAYER.search(tail)
+    return found[0] if found else ""

@@ -1,0 +1,236 @@
+"""What is a linear layer, by name, by size and by the user's word; and what a config lists as skipped."""
+
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+import pytest
+
+import daq_jax as daq
+from daq_jax import cli
+from daq_jax.io.hf.skip_lists import skip_list
+from tests.hf_folders import BF16, CONFIG, Tensors, llama, normal, tuned_from, write_folder
+
+ABSMAX = daq.recipes.absmax
+UP = "model.layers.0.mlp.up_proj.weight"
+
+
+def plan_of(path: pathlib.Path, shapes: dict[str, tuple[int, ...]], config: dict, **options: Any) -> dict:
+    tensors = {name: np.zeros(shape, BF16) for name, shape in shapes.items()}
+    base, tuned = (write_folder(path / word, [tensors], CONFIG | config) for word in ("b", "t"))
+    how: dict[str, Any] = {"memory_gb": 2, "plan_only": True, "format": "fp8-channel"} | options
+    return daq.quantize_folder(base, tuned, path / "out", ABSMAX, **how)
+
+
+def test_rows_or_columns_as_many_as_words_are_an_embedding_or_a_head(tmp_path):
+    shapes = {
+        "model.shared.weight": (320, 128),
+        "cls.predictions.decoder.weight": (320, 128),
+        "classes.weight": (128, 320),
+        "model.layers.0.mlp.up_proj.weight": (320, 128),  # a layer of as many outputs by chance
+        "model.projection.weight": (128, 128),
+    }
+    found = plan_of(tmp_path, shapes, {"text_config": {"vocab_size": 320}})
+    assert list(found["quantized"]) == [UP, "model.projection.weight"]
+    assert "320 rows or columns are its words" in found["kept"]["classes.weight"]
+
+
+def test_words_are_counted_by_the_table_where_the_config_names_no_number(tmp_path):
+    shapes = {"emb.embed_tokens.weight": (320, 128), "output_head_x.weight": (320, 128), UP: (128, 128)}
+    assert list(plan_of(tmp_path, shapes, {})["quantized"]) == [UP]
+
+
+def test_embeddings_and_heads_outside_of_layers_are_kept_by_name_whatever_their_size(tmp_path):
+    names = ("shared", "model.shared", "cls.predictions.decoder", "lm_head.decoder", "proj_out", "to_logits")
+    shapes = {f"{name}.weight": (384, 128) for name in names} | {UP: (128, 128)}
+    shapes |= {"model.layers.0.mlp.shared.weight": (128, 128)}
+    found = plan_of(tmp_path, shapes, {})
+    assert list(found["quantized"]) == ["model.layers.0.mlp.shared.weight", UP]
+
+
+@pytest.mark.parametrize("key", ["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"])
+def test_rows_as_many_as_experts_are_a_router(key, tmp_path):
+    shapes = {
+        "model.layers.0.mlp.chooser.weight": (64, 128),
+        "model.layers.0.mlp.experts.0.up.weight": (64, 128),
+        "model.layers.0.self_attn.k_proj.weight": (64, 128),  # of as many outputs by chance
+    }
+    found = plan_of(tmp_path, shapes, {key: 64})
+    assert found["kept"] == {"model.layers.0.mlp.chooser.weight": "router: 64 rows are its experts"}
+
+
+def test_gates_of_routers_and_of_shared_experts_are_kept_by_name(tmp_path):
+    gates = (
+        "layers.0.ffn.gate",
+        "model.layers.0.mlp.gate.wg",
+        "model.layers.0.mlp.shared_expert_gate",
+        "model.layers.0.feed_forward.gate",
+        "backbone.layers.0.mixer.gate",
+    )
+    shapes = {f"{name}.weight": (256, 128) for name in gates} | {
+        "model.layers.0.mlp.gate_proj.weight": (256, 128),
+        "model.layers.0.mlp.one.weight": (1, 128),
+    }
+    found = plan_of(tmp_path, shapes, {})
+    assert list(found["quantized"]) == ["model.layers.0.mlp.gate_proj.weight"]
+
+
+@pytest.mark.parametrize(
+    "tower",
+    [
+        "vision_tower.vision_model.encoder",
+        "model.visual.blocks",
+        "audio_tower",
+        "multi_modal_projector",
+        "model.connector",
+        "model.embed_vision",
+        "thinker.audio_encoder",
+    ],
+)
+def test_towers_and_projectors_are_kept_beside_a_text_model_unless_asked_for(tower, tmp_path):
+    inner = f"{tower}.layers.0.fc1.weight"
+    shapes = {inner: (128, 128), "language_model.model.layers.0.mlp.up_proj.weight": (128, 128)}
+    found = plan_of(tmp_path / "1", shapes, {})
+    assert found["kept"] == {inner: "in a vision or audio tower, or a projector"}
+    if "embed" not in tower:
+        asked = plan_of(tmp_path / "2", shapes, {}, only=["fc1"])
+        assert list(asked["quantized"]) == [inner]
+    if "tower" in tower:
+        alone = plan_of(tmp_path / "3", {inner: (128, 128)}, {})
+        assert list(alone["quantized"]) == [inner]
+
+
+@pytest.mark.parametrize(
+    ("kind", "turned"),
+    [("gpt2", True), ("imagegpt", True), ("decision_transformer", True), ("gpt_bigcode", False)],
+)
+def test_layers_stored_in_out_are_kept(kind, turned, tmp_path):
+    shapes = {"h.0.mlp.c_fc.weight": (128, 256)}
+    if turned:
+        with pytest.raises(ValueError, match=r"no tensor of it can be quantized.*stored \[in, out\]"):
+            plan_of(tmp_path, shapes, {"model_type": kind})
+    else:
+        assert plan_of(tmp_path, shapes, {"model_type": kind})["quantized"]
+
+
+def test_a_skip_list_has_the_head_and_the_names_of_both_loaders():
+    assert skip_list(["model.embed_tokens.weight"], {}) == ["lm_head", "model.embed_tokens"]
+    stored = [
+        "language_model.lm_head.weight",
+        "language_model.model.layers.0.mlp.down_proj.weight",
+        "vision_tower.layers.0.fc1.weight",
+        "model.layers.1.mlp.gate.weight",
+    ]
+    found = skip_list(stored, {"text_config": {}})
+    loaded = {
+        "lm_head",
+        "model.language_model.layers.0.mlp.down_proj",
+        "model.vision_tower.layers.0.fc1",
+        "model.language_model.layers.1.mlp.gate",
+    }
+    assert loaded | {name.removesuffix(".weight") for name in stored} <= set(found)
+    assert found == sorted(set(found))
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_head_called_tied_is_left_out_only_if_it_is_the_embedding(same, tmp_path):
+    base = llama()
+    tuned = tuned_from(base)
+    if same:
+        tuned["lm_head.weight"] = tuned["model.embed_tokens.weight"]
+    config = CONFIG | {"tie_word_embeddings": True}
+    folders = write_folder(tmp_path / "b", [base], config), write_folder(tmp_path / "t", [tuned], config)
+    report = daq.quantize_folder(*folders, tmp_path / "out", ABSMAX, memory_gb=2)
+    assert ("lm_head.weight" in report["left_out"]) == same
+    assert ("lm_head.weight" in report["kept"]) != same
+
+
+def test_a_single_file_beside_other_shards_is_refused(tmp_path):
+    folder = write_folder(tmp_path / "f", [llama(layers=1)])
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    index = {"weight_map": dict.fromkeys(llama(layers=1), "model-1.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    other = write_folder(tmp_path / "g", [llama(layers=1)])
+    assert daq.quantize_folder(folder, other, tmp_path / "out", ABSMAX, memory_gb=2, plan_only=True)
+    (folder / "model.safetensors").write_bytes((folder / "model-1.safetensors").read_bytes())
+    for pair in ((folder, other), (other, folder)):
+        with pytest.raises(ValueError, match=r"holds model\.safetensors and, .* other shards"):
+            daq.quantize_folder(*pair, tmp_path / "out", ABSMAX, memory_gb=2)
+
+
+def fused(tensors: Tensors) -> Tensors:
+    block = "model.layers.0.mlp.experts."
+    up = np.stack(
+        [np.concatenate([tensors[f"{block}{i}.{k}_proj.weight"] for k in ("gate", "up")]) for i in range(2)]
+    )
+    down = np.stack([tensors[f"{block}{i}.down_proj.weight"] for i in range(2)])
+    return {f"{block}gate_up_proj": up, f"{block}down_proj": down}
+
+
+def test_a_base_by_other_names_is_told_by_the_names(tmp_path):
+    base = {n: x for n, x in llama(layers=1).items() if "layers" in n}
+    renamed = {n.replace("model.", "model.language_model."): x for n, x in base.items()}
+    words = r"Names differ: base has 'model\.language_model\.(layers.*)' as 'model\.\1'"
+    single = {
+        f"model.layers.0.mlp.experts.{i}.{k}_proj.weight": normal(i, 128, 128).astype(BF16)
+        for i in range(2)
+        for k in ("gate", "up", "down")
+    }
+    cases = [
+        (base, renamed, words),
+        (single, fused(single), r"experts\.\w+' as '.*experts\.1\."),
+    ]
+    for i, (before, after, words) in enumerate(cases):
+        folders = write_folder(tmp_path / f"b{i}", [before]), write_folder(tmp_path / f"t{i}", [after])
+        with pytest.raises(ValueError, match=words) as caught:
+            daq.quantize_folder(*folders, tmp_path / "out", ABSMAX, memory_gb=2)
+        assert "Pass the base" not in str(caught.value)
+
+
+SHAPES = {f"model.layers.{i}.mlp.{w}_proj.weight": (128, 128) for i in range(2) for w in ("up", "down")}
+
+
+@pytest.mark.parametrize(
+    ("options", "left"),
+    [
+        (
+            {"keep": ["layers.0"]},
+            {"model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight"},
+        ),
+        ({"keep": [r"re:.*\.down_proj", "0.mlp.up"]}, {"model.layers.1.mlp.up_proj.weight"}),
+        ({"only": ["down"], "keep": ["layers.1"]}, {"model.layers.0.mlp.down_proj.weight"}),
+    ],
+)
+def test_patterns_say_what_is_kept_and_each_tensor_has_its_reason(options, left, tmp_path):
+    found = plan_of(tmp_path, SHAPES | {"model.norm.weight": (128,)}, {}, **options)
+    assert set(found["quantized"]) == left
+    assert set(found["quantized"]) | set(found["kept"]) == {*SHAPES, "model.norm.weight"}
+    reasons = {why.partition(":")[0] for name, why in found["kept"].items() if name in SHAPES}
+    assert reasons <= {"by --keep", "not named by --only"}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"keep": ["layer.0"], "only": ["layers", "x"]}, r"match no weight: --keep 'layer\.0'; --only 'x'"),
+        ({"keep": ["re:layers"]}, "match no weight"),
+        ({"keep": ["("]}, "is not a regular expression"),
+        ({"only": "layers"}, "must be a sequence of patterns"),
+        ({"keep": ["layers.0"], "format": "as-base"}, "--keep"),
+    ],
+)
+def test_patterns_without_meaning_are_refused(options, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        plan_of(tmp_path, SHAPES, {}, **options)
+
+
+def test_the_command_takes_several_patterns(tmp_path, capsys):
+    for word in ("b", "t"):
+        write_folder(tmp_path / word, [{n: np.zeros(s, BF16) for n, s in SHAPES.items()}])
+    words = [str(tmp_path / word) for word in ("b", "t", "out")]
+    more = ["--keep", "0.mlp.up", "--keep", "1.mlp.up", "--only", "mlp"]
+    assert cli.main(["quantize", *words, "--plan", "--json", "--memory", "2", *more]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found["quantized"]) == [n for n in SHAPES if "down" in n]
+    assert found["keep"] == ["0.mlp.up", "1.mlp.up"]
