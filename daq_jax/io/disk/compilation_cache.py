@@ -10,6 +10,7 @@ import os
 import platform
 import zlib
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -35,9 +36,9 @@ def enable_compilation_cache(path: str | os.PathLike[str] | None = None) -> Path
     Raises:
         OSError: if the folder that was given cannot be made.
     """
-    if not jax.config.read("jax_enable_compilation_cache"):
+    if not _setting("jax_enable_compilation_cache"):
         return None
-    found = jax.config.read("jax_compilation_cache_dir")
+    found = _setting("jax_compilation_cache_dir")
     if path is None and found:
         return Path(found)
     folder = _own_folder() if path is None else Path(path)
@@ -50,6 +51,11 @@ def enable_compilation_cache(path: str | os.PathLike[str] | None = None) -> Path
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _FROM)
     return folder
+
+
+def _setting(name: str) -> Any:
+    """A setting of JAX, which defines them while it loads: no type checker knows them."""
+    return getattr(jax.config, name)
 
 
 def _own_folder() -> Path:
