@@ -1,14 +1,17 @@
 """What the documents promise: examples in docstrings run, links lead somewhere, figures named in prose hold.
 
-The README's code and `examples/` are run by `tests/run_docs.py`.
+The code of the README and of `docs/`, and `examples/`, are run by `tests/run_docs.py`; `.ci/run docs` builds
+the site and follows the links between its pages.
 """
 
 import ast
 import doctest
+import functools
 import importlib
 import pathlib
 import pkgutil
 import re
+import shlex
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +19,8 @@ import numpy as np
 import pytest
 
 import daq_jax as daq
+from daq_jax import cli
+from tests.run_docs import program
 
 ROOT = pathlib.Path(__file__).parents[1]
 MODULES = ["daq_jax", *(m.name for m in pkgutil.walk_packages(daq.__path__, "daq_jax."))]
@@ -63,10 +68,61 @@ def test_docstring_examples_are_found():
     assert sum(bool(test.examples) for name in MODULES for test in doctests_of(name)) >= 5
 
 
-@pytest.mark.parametrize("name", ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"])
-def test_relative_links_lead_to_files(name):
-    links = re.findall(r"\]\((?!https?:|#)([^)]+)\)", (ROOT / name).read_text())
-    assert [link for link in links if not (ROOT / link).is_file()] == []
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
+of_each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+@of_each_page
+def test_links_lead_to_files(page):
+    """Relative ones, and those to files of this repository, by which a page of the site leads out of it."""
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)(?:#[^)]*)?\)", page.read_text())
+    ours = re.findall(r"github\.com/daq-jax/daq-jax/blob/main/([^)\s#]+)", page.read_text())
+    found = [page.parent / link for link in links] + [ROOT / link for link in ours]
+    assert [path for path in found if not path.is_file()] == []
+
+
+@of_each_page
+def test_commands_on_a_page_are_spelt_as_the_command_line_has_them(page, monkeypatch):
+    """Each `daq-jax` line of a shell block is parsed, and carried out by nobody."""
+    called = []
+
+    def recorded(command):
+        return functools.wraps(command)(lambda *args, **kwargs: called.append(command.__name__))
+
+    monkeypatch.setattr(cli, "COMMANDS", {name: recorded(f) for name, f in cli.COMMANDS.items()})
+    blocks = re.findall(r"^```sh\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith("daq-jax ")]
+    assert [cli.main(shlex.split(line, comments=True)[1:]) for line in lines] == [0] * len(lines)
+    assert called == [line.split()[1] for line in lines]
+
+
+def test_the_program_of_a_page_is_its_python_and_its_marked_shell_in_order():
+    blocks = ("python", "one"), ("sh", "two"), ("run", "three"), ("text", "four"), ("python", "five")
+    fence = {"run": "<!-- run -->\n```sh"}
+    page = "".join(f"{fence.get(kind, f'```{kind}')}\n{code}\n```\ntext\n" for kind, code in blocks)
+    assert re.findall("one|two|three|four|five", program(page)) == ["one", "three", "five"]
+    assert program("```sh\ntwo\n```\n") == ""
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 130
+
+
+def test_every_page_of_the_docs_is_in_the_navigation():
+    listed = re.findall(r"^ +- .*?([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    pages = [str(page.relative_to(ROOT / "docs")) for page in sorted((ROOT / "docs").rglob("*.md"))]
+    assert sorted(listed) == pages
+
+
+def test_files_that_a_page_includes_are_there():
+    included = [
+        name for page in PAGES for name in re.findall(r'^--8<-- "(.*)"$', page.read_text(), re.MULTILINE)
+    ]
+    assert len(included) >= 5
+    assert [name for name in included if not (ROOT / name).is_file()] == []
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
