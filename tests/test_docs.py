@@ -5,9 +5,11 @@ the site and follows the links between its pages.
 """
 
 import ast
+import collections
 import doctest
 import functools
 import importlib
+import json
 import pathlib
 import pkgutil
 import re
@@ -20,6 +22,7 @@ import pytest
 
 import daq_jax as daq
 from daq_jax import cli
+from tests.hf_folders import BF16, write_folder
 from tests.run_docs import program
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -135,6 +138,83 @@ def test_the_readme_has_one_line_to_try_and_one_to_test():
     for marker, last in (("demo line", "daq-jax demo"), ("test line", "pytest")):
         block = rf"<!-- {marker} -->\n```sh\n(python3 -m venv \.venv && .*{last})\n```\n"
         assert len(re.findall(block, (ROOT / "README.md").read_text())) == 1
+
+
+def rows_of(page: str, heading: str) -> list[list[str]]:
+    """The cells of the rows of the tables under a heading, without bold."""
+    text = (ROOT / "docs" / page).read_text().partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    lines = [line.replace("**", "") for line in text.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_the_table_of_native_bases_is_that_of_the_result_files():
+    """Means over both seeds, of changes stored in float32 at the five largest rates."""
+    found = collections.defaultdict(list)
+    for seed in (0, 1):
+        path = ROOT / f"benchmarks/results/behaviour/native_gpu_seed{seed}.json"
+        for row in json.loads(path.read_text())["rows"]:
+            if row["what"] == "tune" and row["stored"] == "f32" and row["rate"] >= 5e-7:
+                key = row["base_kind"], row["layout"], row["method"]
+                found[key, row["rate"]].append(row["kl"])
+
+    def line(*key):
+        return [f"{np.mean(kl):.1e}" for (of, _), kl in sorted(found.items()) if of == key]
+
+    kinds = {"FP8 blocks": "fp8-block", "MXFP4": "mxfp4", "NVFP4": "nvfp4", "INT4, groups of 32": "int4"}
+    methods = {"AbsMax": "absmax", "default": "default"}
+    methods["stochastic rounding at the base's scale"] = "stochastic"
+    rows = [row for row in rows_of("results/index.md", "Native bases, in short") if ": " in row[0]]
+    assert len(rows) == 16
+    for label, *cells in rows:
+        base, _, method = label.partition(": ")
+        kind = kinds[base]
+        of = ("bf16", kind, "absmax") if method == "floor" else (kind, kind, methods[method])
+        assert cells == line(*of), label
+
+
+def test_figures_of_memory_and_time_are_those_of_the_result_files():
+    read = {p.stem: json.loads(p.read_text()) for p in (ROOT / "benchmarks/results").glob("folders_*.json")}
+    said = {row[0]: row[1] for row in rows_of("results/index.md", "Memory and time")}
+    peaks = {f"{run['peak_gb']:.2f} GB for both" for run in read["folders_memory"]["runs"]}
+    assert peaks == {said["peak memory, 6 GB and 12 GB of weights, AbsMax, `--memory 2`"]}
+    plan = read["folders_plan"]
+    assert said["plan of a folder of 671B parameters"] == f"half a minute, {plan['peak_gb']:.2f} GB"
+    assert plan["seconds"] < 30
+    ratio = read["folders_speed_cpu"]["ratios"]["folder / in_memory"]
+    label = "folders beside the same tensors in memory, previous default"
+    assert said[label] == f"{ratio:.2f} times as long"
+    seconds = read["folders_speed_h200"]["best_seconds"]["folder"]
+    label = "1.6 GB of tuned weights and their base, previous default"
+    assert said[label].startswith(f"{seconds:.1f} s")
+
+
+def test_figures_of_the_demo_in_the_readme_are_those_of_the_results():
+    demo = (ROOT / "docs/results/index.md").read_text().partition("## The demo\n")[2].partition("\n## ")[0]
+    table = (ROOT / "README.md").read_text().partition("<!-- demo table -->\n")[2].partition("\n\n")[0]
+    (absmax, default), words = re.findall(r"(\d+) %.*?(\d\.\de-\d\d)", table), " ".join(demo.split())
+    assert f"absmax keeps {absmax[0]}% of that gain at a KL of {absmax[1]} from the tuned model" in words
+    assert f"default keeps {default[0]}% at {default[1]}" in words
+
+
+def test_bytes_for_each_element_are_those_of_the_plan(tmp_path):
+    """The plan of two folders whose largest matrix has a million elements, beside one with half of that."""
+    page = " ".join((ROOT / "docs/folders.md").read_text().split())
+    for recipe, words in (
+        ("default", "{} bytes for each element of the largest matrix"),
+        ("absmax", "{} bytes for each element, and large"),
+    ):
+        taken = []
+        for n in (512, 1024):
+            shape = (1024, n)
+            folder = write_folder(
+                tmp_path / f"{recipe}{n}", [{"model.layers.0.mlp.up_proj.weight": np.zeros(shape, BF16)}]
+            )
+            found = daq.quantize_folder(
+                folder, folder, tmp_path / "out", daq.recipes.RECIPES[recipe], plan_only=True
+            )
+            taken.append(found["memory_bytes"])
+        each = (taken[1] - taken[0]) / (1024 * 512)
+        assert words.format(round(each)) in page, each
 
 
 def test_on_grid_tells_the_two_cases_of_the_readme_apart():
