@@ -7,6 +7,7 @@ the order of the file. Each file runs in a process of its own, in an empty folde
 package is what is imported.
 """
 
+import concurrent.futures
 import os
 import pathlib
 import re
@@ -16,6 +17,7 @@ import tempfile
 import time
 
 BLOCK = re.compile(r"^(<!-- run -->\n)?```(python|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+AT_ONCE = 2  # programs; most of their time goes into compiling, which takes one core
 SHELL = "import subprocess; subprocess.run(['bash', '-euc', {!r}], check=True)\n"
 
 
@@ -38,25 +40,32 @@ def snippets(path: pathlib.Path) -> list[tuple[str, str]]:
     return scripts + [(name, source) for name, source in pages if source]
 
 
-def main(paths: list[str]) -> int:
-    failed = 0
+def run(name: str, source: str) -> tuple[bool, str]:
+    """Whether a program ended well, and what to say of it."""
     commands = os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ["PATH"]])
-    for name, source in [s for p in paths for s in snippets(pathlib.Path(p))]:
-        with tempfile.TemporaryDirectory() as folder:
-            script = pathlib.Path(folder, pathlib.Path(name).stem + "_.py")  # shadows no module
-            script.write_text(source)
-            start = time.monotonic()
-            done = subprocess.run(
-                [sys.executable, "-W", "error::DeprecationWarning:daq_jax", str(script)],
-                cwd=folder,
-                env=os.environ | {"PATH": commands},
-                capture_output=True,
-                text=True,
-            )
-        print(f"{'ok' if done.returncode == 0 else 'FAILED'} {name} ({time.monotonic() - start:.0f} s)")
-        if done.returncode:
-            failed += 1
-            print(done.stdout, done.stderr, sep="\n")
+    with tempfile.TemporaryDirectory() as folder:
+        script = pathlib.Path(folder, pathlib.Path(name).stem + "_.py")  # shadows no module
+        script.write_text(source)
+        start = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-W", "error::DeprecationWarning:daq_jax", str(script)],
+            cwd=folder,
+            env=os.environ | {"PATH": commands},
+            capture_output=True,
+            text=True,
+        )
+    failed = done.returncode != 0
+    line = f"{'FAILED' if failed else 'ok'} {name} ({time.monotonic() - start:.0f} s)"
+    return not failed, "\n".join([line, done.stdout, done.stderr] if failed else [line])
+
+
+def main(paths: list[str]) -> int:
+    programs = [s for p in paths for s in snippets(pathlib.Path(p))]
+    failed = 0
+    with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
+        for ok, said in pool.map(lambda program: run(*program), programs):
+            failed += not ok
+            print(said, flush=True)
     return failed
 
 
