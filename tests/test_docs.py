@@ -172,6 +172,11 @@ def test_the_table_of_native_bases_is_that_of_the_result_files():
         assert cells == line(*of), label
 
 
+def test_the_table_of_formats_lists_those_of_the_command():
+    formats = [name for row in rows_of("folders.md", "Formats") for name in re.findall("`([^`]+)`", row[0])]
+    assert sorted(formats) == sorted([*cli.FORMATS, "--format"])
+
+
 def test_figures_of_memory_and_time_are_those_of_the_result_files():
     read = {p.stem: json.loads(p.read_text()) for p in (ROOT / "benchmarks/results").glob("folders_*.json")}
     said = {row[0]: row[1] for row in rows_of("results/index.md", "Memory and time")}
