@@ -79,6 +79,12 @@ class Recipe:
                 f"Recipe: every part must be hashable ({error}); use frozen dataclasses."
             ) from error
 
+    def __repr__(self) -> str:
+        """The parts that are not those of `Recipe()`; the whole as Python code where its parts are."""
+        parts = [(field, getattr(self, field.name)) for field in dataclasses.fields(self)]
+        own = [f"{field.name}={value!r}" for field, value in parts if value != field.default]
+        return f"Recipe({', '.join(own)})"
+
     def replace(self, **parts: Any) -> "Recipe":
         """This recipe with other parts.
 

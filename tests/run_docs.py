@@ -1,10 +1,14 @@
-"""Runs what the documents promise: every example, and every Python block of a Markdown file.
+"""Runs what the documents promise: every example, and the code of Markdown files.
 
-    python tests/run_docs.py examples README.md
+    python tests/run_docs.py examples README.md docs
 
-Each runs in a process of its own, in an empty folder, so that the installed package is what is imported.
+All Python blocks of a Markdown file are one program, with its shell blocks below a line `<!-- run -->`, in
+the order of the file. Each file runs in a process of its own, in an empty folder, so that the installed
+package is what is imported.
 """
 
+import concurrent.futures
+import os
 import pathlib
 import re
 import subprocess
@@ -12,28 +16,56 @@ import sys
 import tempfile
 import time
 
+BLOCK = re.compile(r"^(<!-- run -->\n)?```(python|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+AT_ONCE = 2  # programs; most of their time goes into compiling, which takes one core
+SHELL = "import subprocess; subprocess.run(['bash', '-euc', {!r}], check=True)\n"
+
+
+def program(markdown: str) -> str:
+    """The blocks of a Markdown file that are to be run, as one Python program; "" if there are none."""
+    found = [
+        block if language == "python" else SHELL.format(block)
+        for run, language, block in BLOCK.findall(markdown)
+        if run or language == "python"
+    ]
+    return "\n".join(found)
+
 
 def snippets(path: pathlib.Path) -> list[tuple[str, str]]:
-    """(name, source) of each script below a folder, or of all Python blocks of a Markdown file as one."""
-    if path.is_dir():
-        return [(str(p), p.read_text()) for p in sorted(path.glob("*.py"))]
-    blocks = re.findall(r"^```python\n(.*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL)
-    return [(str(path), "\n".join(blocks))]
+    """(name, source) of a Markdown file, or of the scripts of a folder and all Markdown files below it."""
+    if not path.is_dir():
+        return [(str(path), program(path.read_text()))]
+    scripts = [(str(p), p.read_text()) for p in sorted(path.glob("*.py"))]
+    pages = [(str(p), program(p.read_text())) for p in sorted(path.rglob("*.md"))]
+    return scripts + [(name, source) for name, source in pages if source]
+
+
+def run(name: str, source: str) -> tuple[bool, str]:
+    """Whether a program ended well, and what to say of it."""
+    commands = os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ["PATH"]])
+    with tempfile.TemporaryDirectory() as folder:
+        script = pathlib.Path(folder, pathlib.Path(name).stem + "_.py")  # shadows no module
+        script.write_text(source)
+        start = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-W", "error::DeprecationWarning:daq_jax", str(script)],
+            cwd=folder,
+            env=os.environ | {"PATH": commands},
+            capture_output=True,
+            text=True,
+        )
+    failed = done.returncode != 0
+    line = f"{'FAILED' if failed else 'ok'} {name} ({time.monotonic() - start:.0f} s)"
+    return not failed, "\n".join([line, done.stdout, done.stderr] if failed else [line])
 
 
 def main(paths: list[str]) -> int:
+    programs = [s for p in paths for s in snippets(pathlib.Path(p))]
     failed = 0
-    for name, source in [s for p in paths for s in snippets(pathlib.Path(p))]:
-        with tempfile.TemporaryDirectory() as folder:
-            script = pathlib.Path(folder, pathlib.Path(name).stem + ".py")
-            script.write_text(source)
-            start = time.monotonic()
-            command = [sys.executable, "-W", "error::DeprecationWarning:daq_jax", str(script)]
-            done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-        print(f"{'ok' if done.returncode == 0 else 'FAILED'} {name} ({time.monotonic() - start:.0f} s)")
-        if done.returncode:
-            failed += 1
-            print(done.stdout, done.stderr, sep="\n")
+    with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
+        for ok, said in pool.map(lambda program: run(*program), programs):
+            failed += not ok
+            print(said, flush=True)
     return failed
 
 

@@ -1,14 +1,19 @@
 """What the documents promise: examples in docstrings run, links lead somewhere, figures named in prose hold.
 
-The README's code and `examples/` are run by `tests/run_docs.py`.
+The code of the README and of `docs/`, and `examples/`, are run by `tests/run_docs.py`; `.ci/run docs` builds
+the site and follows the links between its pages.
 """
 
 import ast
+import collections
 import doctest
+import functools
 import importlib
+import json
 import pathlib
 import pkgutil
 import re
+import shlex
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +21,9 @@ import numpy as np
 import pytest
 
 import daq_jax as daq
+from daq_jax import cli
+from tests.hf_folders import BF16, write_folder
+from tests.run_docs import program
 
 ROOT = pathlib.Path(__file__).parents[1]
 MODULES = ["daq_jax", *(m.name for m in pkgutil.walk_packages(daq.__path__, "daq_jax."))]
@@ -63,10 +71,61 @@ def test_docstring_examples_are_found():
     assert sum(bool(test.examples) for name in MODULES for test in doctests_of(name)) >= 5
 
 
-@pytest.mark.parametrize("name", ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"])
-def test_relative_links_lead_to_files(name):
-    links = re.findall(r"\]\((?!https?:|#)([^)]+)\)", (ROOT / name).read_text())
-    assert [link for link in links if not (ROOT / link).is_file()] == []
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
+of_each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+@of_each_page
+def test_links_lead_to_files(page):
+    """Relative ones, and those to files of this repository, by which a page of the site leads out of it."""
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)(?:#[^)]*)?\)", page.read_text())
+    ours = re.findall(r"github\.com/daq-jax/daq-jax/blob/main/([^)\s#]+)", page.read_text())
+    found = [page.parent / link for link in links] + [ROOT / link for link in ours]
+    assert [path for path in found if not path.is_file()] == []
+
+
+@of_each_page
+def test_commands_on_a_page_are_spelt_as_the_command_line_has_them(page, monkeypatch):
+    """Each `daq-jax` line of a shell block is parsed, and carried out by nobody."""
+    called = []
+
+    def recorded(command):
+        return functools.wraps(command)(lambda *args, **kwargs: called.append(command.__name__))
+
+    monkeypatch.setattr(cli, "COMMANDS", {name: recorded(f) for name, f in cli.COMMANDS.items()})
+    blocks = re.findall(r"^```sh\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith("daq-jax ")]
+    assert [cli.main(shlex.split(line, comments=True)[1:]) for line in lines] == [0] * len(lines)
+    assert called == [line.split()[1] for line in lines]
+
+
+def test_the_program_of_a_page_is_its_python_and_its_marked_shell_in_order():
+    blocks = ("python", "one"), ("sh", "two"), ("run", "three"), ("text", "four"), ("python", "five")
+    fence = {"run": "<!-- run -->\n```sh"}
+    page = "".join(f"{fence.get(kind, f'```{kind}')}\n{code}\n```\ntext\n" for kind, code in blocks)
+    assert re.findall("one|two|three|four|five", program(page)) == ["one", "three", "five"]
+    assert program("```sh\ntwo\n```\n") == ""
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 130
+
+
+def test_every_page_of_the_docs_is_in_the_navigation():
+    listed = re.findall(r"^ +- .*?([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    pages = [str(page.relative_to(ROOT / "docs")) for page in sorted((ROOT / "docs").rglob("*.md"))]
+    assert sorted(listed) == pages
+
+
+def test_files_that_a_page_includes_are_there():
+    included = [
+        name for page in PAGES for name in re.findall(r'^--8<-- "(.*)"$', page.read_text(), re.MULTILINE)
+    ]
+    assert len(included) >= 5
+    assert [name for name in included if not (ROOT / name).is_file()] == []
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
@@ -79,6 +138,88 @@ def test_the_readme_has_one_line_to_try_and_one_to_test():
     for marker, last in (("demo line", "daq-jax demo"), ("test line", "pytest")):
         block = rf"<!-- {marker} -->\n```sh\n(python3 -m venv \.venv && .*{last})\n```\n"
         assert len(re.findall(block, (ROOT / "README.md").read_text())) == 1
+
+
+def rows_of(page: str, heading: str) -> list[list[str]]:
+    """The cells of the rows of the tables under a heading, without bold."""
+    text = (ROOT / "docs" / page).read_text().partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    lines = [line.replace("**", "") for line in text.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_the_table_of_native_bases_is_that_of_the_result_files():
+    """Means over both seeds, of changes stored in float32 at the five largest rates."""
+    found = collections.defaultdict(list)
+    for seed in (0, 1):
+        path = ROOT / f"benchmarks/results/behaviour/native_gpu_seed{seed}.json"
+        for row in json.loads(path.read_text())["rows"]:
+            if row["what"] == "tune" and row["stored"] == "f32" and row["rate"] >= 5e-7:
+                key = row["base_kind"], row["layout"], row["method"]
+                found[key, row["rate"]].append(row["kl"])
+
+    def line(*key):
+        return [f"{np.mean(kl):.1e}" for (of, _), kl in sorted(found.items()) if of == key]
+
+    kinds = {"FP8 blocks": "fp8-block", "MXFP4": "mxfp4", "NVFP4": "nvfp4", "INT4, groups of 32": "int4"}
+    methods = {"AbsMax": "absmax", "default": "default"}
+    methods["stochastic rounding at the base's scale"] = "stochastic"
+    rows = [row for row in rows_of("results/index.md", "Native bases, in short") if ": " in row[0]]
+    assert len(rows) == 16
+    for label, *cells in rows:
+        base, _, method = label.partition(": ")
+        kind = kinds[base]
+        of = ("bf16", kind, "absmax") if method == "floor" else (kind, kind, methods[method])
+        assert cells == line(*of), label
+
+
+def test_the_table_of_formats_lists_those_of_the_command():
+    formats = [name for row in rows_of("folders.md", "Formats") for name in re.findall("`([^`]+)`", row[0])]
+    assert sorted(formats) == sorted([*cli.FORMATS, "--format"])
+
+
+def test_figures_of_memory_and_time_are_those_of_the_result_files():
+    read = {p.stem: json.loads(p.read_text()) for p in (ROOT / "benchmarks/results").glob("folders_*.json")}
+    said = {row[0]: row[1] for row in rows_of("results/index.md", "Memory and time")}
+    peaks = {f"{run['peak_gb']:.2f} GB for both" for run in read["folders_memory"]["runs"]}
+    assert peaks == {said["peak memory, 6 GB and 12 GB of weights, AbsMax, `--memory 2`"]}
+    plan = read["folders_plan"]
+    assert said["plan of a folder of 671B parameters"] == f"half a minute, {plan['peak_gb']:.2f} GB"
+    assert plan["seconds"] < 30
+    ratio = read["folders_speed_cpu"]["ratios"]["folder / in_memory"]
+    label = "folders beside the same tensors in memory, previous default"
+    assert said[label] == f"{ratio:.2f} times as long"
+    seconds = read["folders_speed_h200"]["best_seconds"]["folder"]
+    label = "1.6 GB of tuned weights and their base, previous default"
+    assert said[label].startswith(f"{seconds:.1f} s")
+
+
+def test_figures_of_the_demo_in_the_readme_are_those_of_the_results():
+    demo = (ROOT / "docs/results/index.md").read_text().partition("## The demo\n")[2].partition("\n## ")[0]
+    table = (ROOT / "README.md").read_text().partition("<!-- demo table -->\n")[2].partition("\n\n")[0]
+    (absmax, default), words = re.findall(r"(\d+) %.*?(\d\.\de-\d\d)", table), " ".join(demo.split())
+    assert f"absmax keeps {absmax[0]}% of that gain at a KL of {absmax[1]} from the tuned model" in words
+    assert f"default keeps {default[0]}% at {default[1]}" in words
+
+
+def test_bytes_for_each_element_are_those_of_the_plan(tmp_path):
+    """The plan of two folders whose largest matrix has a million elements, beside one with half of that."""
+    page = " ".join((ROOT / "docs/folders.md").read_text().split())
+    for recipe, words in (
+        ("default", "{} bytes for each element of the largest matrix"),
+        ("absmax", "{} bytes for each element, and large"),
+    ):
+        taken = []
+        for n in (512, 1024):
+            shape = (1024, n)
+            folder = write_folder(
+                tmp_path / f"{recipe}{n}", [{"model.layers.0.mlp.up_proj.weight": np.zeros(shape, BF16)}]
+            )
+            found = daq.quantize_folder(
+                folder, folder, tmp_path / "out", daq.recipes.RECIPES[recipe], plan_only=True
+            )
+            taken.append(found["memory_bytes"])
+        each = (taken[1] - taken[0]) / (1024 * 512)
+        assert words.format(round(each)) in page, each
 
 
 def test_on_grid_tells_the_two_cases_of_the_readme_apart():

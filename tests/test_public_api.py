@@ -1,4 +1,4 @@
-"""The public names: one set in `__all__`, in the README and in docstrings; and a light `import daq_jax`."""
+"""The public names: one set in `__all__`, in the API reference, in docstrings; a light `import daq_jax`."""
 
 import ast
 import inspect
@@ -12,12 +12,8 @@ import pytest
 
 import daq_jax as daq
 
-README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+API = pathlib.Path(__file__).parents[1] / "docs" / "api"
 HEAVY = ("flax", "optax", "orbax", "tyro", "rich", "safetensors", "matplotlib")
-
-
-def section(title: str) -> str:
-    return re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", README, re.MULTILINE | re.DOTALL)[1]
 
 
 def documented(value: object) -> object:
@@ -46,12 +42,22 @@ def test_lazily_loaded_names_are_sorted_and_known_to_type_checkers():
     assert imports == daq._EDGES
 
 
-def test_the_readme_lists_the_public_names_and_the_recipes():
-    table = "\n".join(line for line in section("Public names").splitlines() if line.startswith("|"))
-    assert sorted(re.findall(r"`(\w+)`", table)) == sorted(daq.__all__)
-    assert sorted(re.findall(r"`recipes\.(\w+)`", table)) == sorted(
-        daq.recipes.RECIPES | daq.recipes.DENSITY_RECIPES
-    )
+def names_by_page() -> dict[str, list[str]]:
+    """The names on each page of the API reference: of a section, or in the first cell of a row."""
+    entry = re.compile(r"^(?:::: daq_jax\.|\| `)([\w.]+)", re.MULTILINE)
+    return {page.stem: entry.findall(page.read_text()) for page in API.glob("*.md") if page.stem != "index"}
+
+
+def test_every_public_name_and_recipe_is_on_one_page_of_the_api_reference():
+    names = [name for page in names_by_page().values() for name in page]
+    recipes = [f"recipes.{name}" for name in daq.recipes.RECIPES | daq.recipes.DENSITY_RECIPES]
+    assert sorted(names) == sorted([*daq.__all__, *recipes])
+
+
+def test_the_index_of_the_api_reference_lists_the_names_of_each_page():
+    row = re.compile(r"^\| \[.*?\]\((\w+)\.md\) \| (.*) \|$", re.M)
+    listed = row.findall((API / "index.md").read_text())
+    assert {page: re.findall(r"`([\w.]+)`", names) for page, names in listed} == names_by_page()
 
 
 @pytest.mark.parametrize("name", daq.__all__)

@@ -1,11 +1,13 @@
 """`daq_jax.recipes`: recipes by name. Those of the density wing load when they are first asked for."""
 
+import dataclasses
 import subprocess
 import sys
 
 import pytest
 
 import daq_jax as daq
+from daq_jax.searches.candidates import Released
 
 
 def test_an_unknown_recipe_is_answered_with_close_names_and_all_names():
@@ -34,3 +36,17 @@ def test_the_density_wing_is_loaded_when_it_is_asked_for():
         "assert 'daq_jax.density.recipe' in loaded()",
     )
     subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True)
+
+
+@pytest.mark.parametrize("name", daq.recipes.RECIPES)
+def test_a_recipe_is_shown_by_its_own_parts_and_reads_back(name):
+    recipe = daq.recipes.RECIPES[name]
+    assert len(repr(recipe)) <= 110
+    assert eval(repr(recipe), vars(daq.metrics) | vars(daq) | {"Released": Released}) == recipe
+
+
+def test_replace_changes_one_part_and_leaves_the_recipe_as_it_is():
+    changed = daq.recipes.default.replace(format=daq.int8)
+    assert changed.format == daq.int8
+    assert dataclasses.replace(changed, format=daq.fp8_e4m3fn) == daq.recipes.default
+    assert daq.recipes.default.format == daq.fp8_e4m3fn

@@ -1,5 +1,8 @@
 """The default rules on the layers of Flax, and the rule sets for MaxText's and Tunix's trees."""
 
+import inspect
+import pickle
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -181,3 +184,21 @@ def test_a_stack_on_the_second_axis_has_its_codes_and_its_scales_where_each_belo
         np.testing.assert_array_equal(layer, one[path].dequantize(), err_msg=path)
         first = q[path].scale.shape.index(L)  # the stack leads in the scale, but for experts
         np.testing.assert_array_equal(np.asarray(q[path].scale).take(1, first), one[path].scale, err_msg=path)
+
+
+@pytest.mark.parametrize("name", [name for name in daq.__all__ if name.endswith("_RULES")])
+def test_a_set_of_rules_is_shown_by_its_name_and_printed_as_a_table(name):
+    rules = getattr(daq, name)
+    assert repr(rules) == f"daq_jax.{name}"
+    heading, *lines = str(rules).splitlines()
+    assert heading.split("  ")[0] == "rule"
+    assert [line.endswith(rule.pattern) for line, rule in zip(lines, rules, strict=True)] == [True] * len(
+        rules
+    )
+    again = pickle.loads(pickle.dumps(rules))
+    assert again == rules == tuple(rules)
+    assert repr(again) == repr(rules)
+
+
+def test_the_signature_of_quantize_is_short():
+    assert len(str(inspect.signature(daq.quantize))) < 500

@@ -159,7 +159,8 @@ def linen_apply(model: nn.Module, variables: PyTree, *args: Any, **kwargs: Any) 
     Args:
         model: any Linen module.
         variables: as for `linen_variables`.
-        args, kwargs: passed on to `model.apply`.
+        *args: passed on to `model.apply`.
+        **kwargs: passed on to `model.apply`.
 
     Returns:
         What `model.apply` returns.

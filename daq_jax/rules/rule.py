@@ -102,6 +102,36 @@ def use(pattern: str, recipe: Recipe | None = None, *, matrix: Matrix | None = N
     return Rule(pattern, quantize=True, recipe=recipe, matrix=matrix)
 
 
+class RuleSet(tuple[Rule, ...]):
+    """A tuple of rules that is shown by its name, and printed as a table of what its rules do.
+
+    Attributes:
+        name: public name of the set, such as "DEFAULT_RULES".
+    """
+
+    name: str
+
+    def __new__(cls, name: str, rules: Iterable[Rule]) -> "RuleSet":
+        """A named set of the rules, in their order."""
+        made = super().__new__(cls, rules)
+        made.name = name
+        return made
+
+    def __getnewargs__(self) -> tuple[str, tuple[Rule, ...]]:
+        return self.name, tuple(self)  # for pickle and copy
+
+    def __repr__(self) -> str:
+        return f"daq_jax.{self.name}"
+
+    def __str__(self) -> str:
+        lines = [("rule", "does", "in > out", "pattern")]
+        for rule in self:
+            axes = " > ".join(",".join(map(str, side)) for side in rule.matrix) if rule.matrix else ""
+            lines.append((rule.shown(), "quantize" if rule.quantize else "keep", axes, rule.pattern))
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
 def check_rules(rules: Any) -> None:
     """Raises DaqError unless `rules` is a sequence of rules, with the form that was probably meant."""
     if isinstance(rules, Rule):

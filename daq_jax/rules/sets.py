@@ -3,7 +3,7 @@
 A pattern may end in `(/value)?$`: some checkpoints store the value of each `nnx.Variable` under that name.
 """
 
-from daq_jax.rules.rule import Rule
+from daq_jax.rules.rule import Rule, RuleSet
 from daq_jax.tilings import Matrix
 
 _END = r"(/value)?$"
@@ -39,28 +39,36 @@ _KEPT: tuple[Rule, ...] = (
     _keep(r"(?i)depthwise", "depthwise convolution"),
 )
 
-DEFAULT_RULES: tuple[Rule, ...] = (
-    *_KEPT,
-    # Attention of Flax: [D, heads, hd] into the heads, [heads, hd, D] out of them.
-    _kernel(r"(^|/)(query|key|value)/kernel", ((-3,), (-2, -1)), "Flax: into heads"),
-    _kernel(r"(^|/)out/kernel", ((-3, -2), (-1,)), "Flax: out of heads"),
-    # Convolutions: [height, width, in, out], or [width, in, out].
-    _kernel(r"(?i)conv\w*/kernel", ((-4, -3, -2), (-1,)), "Flax: convolution", ndim=4),
-    _kernel(r"(?i)conv\w*/kernel", ((-3, -2), (-1,)), "Flax: convolution"),
+DEFAULT_RULES = RuleSet(
+    "DEFAULT_RULES",
+    (
+        *_KEPT,
+        # Attention of Flax: [D, heads, hd] into the heads, [heads, hd, D] out of them.
+        _kernel(r"(^|/)(query|key|value)/kernel", ((-3,), (-2, -1)), "Flax: into heads"),
+        _kernel(r"(^|/)out/kernel", ((-3, -2), (-1,)), "Flax: out of heads"),
+        # Convolutions: [height, width, in, out], or [width, in, out].
+        _kernel(r"(?i)conv\w*/kernel", ((-4, -3, -2), (-1,)), "Flax: convolution", ndim=4),
+        _kernel(r"(?i)conv\w*/kernel", ((-3, -2), (-1,)), "Flax: convolution"),
+    ),
 )
 
 # MaxText stacks layers along the second axis of every weight, and blocks of layers along the third: axes are
 # counted from the front where they stand before the stacks. Weights end in `kernel`, but for experts.
-MAXTEXT_RULES: tuple[Rule, ...] = (
-    _keep(r"(^|/)(gate|conv1d)/kernel" + _END, "router or depthwise convolution"),
-    _kernel(r"(^|/)(query|key|value|wq_b|wkv_b|qkv_proj)/kernel", ((0,), (-2, -1)), "MaxText: into heads"),
-    _kernel(r"(^|/)attention/attention/out/kernel", ((0,), (-1,)), "MaxText: out of heads, merged"),
-    _kernel(r"(^|/)out/kernel", ((0, -2), (-1,)), "MaxText: out of heads"),
-    _kernel(r"(^|/)(wi(_\d)?|wo|wq_a|wkv_a|in_proj\w*|out_proj)/kernel", ((0,), (-1,)), "MaxText: dense"),
-    *DEFAULT_RULES,
-    _kernel(r"/kernel", ((0,), (-1,)), "MaxText: dense"),
-    _keep(r"^(?!.*(/kernel|(^|/)w[io](_\d)?)(/value)?$)", "MaxText: no kernel"),
-    _kernel(r"(^|/)w[io](_\d)?", ((-2,), (-1,)), "MaxText: experts"),
+MAXTEXT_RULES = RuleSet(
+    "MAXTEXT_RULES",
+    (
+        _keep(r"(^|/)(gate|conv1d)/kernel" + _END, "router or depthwise convolution"),
+        _kernel(
+            r"(^|/)(query|key|value|wq_b|wkv_b|qkv_proj)/kernel", ((0,), (-2, -1)), "MaxText: into heads"
+        ),
+        _kernel(r"(^|/)attention/attention/out/kernel", ((0,), (-1,)), "MaxText: out of heads, merged"),
+        _kernel(r"(^|/)out/kernel", ((0, -2), (-1,)), "MaxText: out of heads"),
+        _kernel(r"(^|/)(wi(_\d)?|wo|wq_a|wkv_a|in_proj\w*|out_proj)/kernel", ((0,), (-1,)), "MaxText: dense"),
+        *DEFAULT_RULES,
+        _kernel(r"/kernel", ((0,), (-1,)), "MaxText: dense"),
+        _keep(r"^(?!.*(/kernel|(^|/)w[io](_\d)?)(/value)?$)", "MaxText: no kernel"),
+        _kernel(r"(^|/)w[io](_\d)?", ((-2,), (-1,)), "MaxText: experts"),
+    ),
 )
 
 # Heads as einsums of Gemma hold them, [heads, D, hd], with key and value or all three in front of that.
@@ -70,29 +78,40 @@ _EINSUMS = (
 )
 
 # Google DeepMind's `gemma`. The two orders of `gating_einsum` are told apart by `linear` beside it.
-GEMMA_RULES: tuple[Rule, ...] = (*_EINSUMS, *DEFAULT_RULES)
+GEMMA_RULES = RuleSet("GEMMA_RULES", (*_EINSUMS, *DEFAULT_RULES))
 
 # Tunix: heads as [D, heads, hd] and [heads, hd, D], and in its Gemma as above.
-TUNIX_RULES: tuple[Rule, ...] = (
-    _kernel(r"(^|/)[qkv]_proj/w", ((-3,), (-2, -1)), "Tunix: into heads"),
-    _kernel(r"(^|/)o_proj/w", ((-3, -2), (-1,)), "Tunix: out of heads"),
-    *_EINSUMS,
-    *DEFAULT_RULES,  # feed-forward layers and experts, [E, in, out], are plain
+TUNIX_RULES = RuleSet(
+    "TUNIX_RULES",
+    (
+        _kernel(r"(^|/)[qkv]_proj/w", ((-3,), (-2, -1)), "Tunix: into heads"),
+        _kernel(r"(^|/)o_proj/w", ((-3, -2), (-1,)), "Tunix: out of heads"),
+        *_EINSUMS,
+        *DEFAULT_RULES,  # feed-forward layers and experts, [E, in, out], are plain
+    ),
 )
 
 # Hugging Face and PyTorch: `weight` is [out, in], of convolutions [out, in, ...], and of GPT-2 [in, out].
-HF_RULES: tuple[Rule, ...] = (
-    *_KEPT,
-    _kernel(r"(?i)conv\w*[./]weight", ((1, 2, 3), (0,)), "PyTorch: convolution", ndim=4),
-    _kernel(r"(?i)conv\w*[./]weight", ((1, 2), (0,)), "PyTorch: convolution"),
-    _kernel(r"(^|[./])h[./]\d+[./]\w+[./]c_(attn|fc|proj)[./]weight", ((-2,), (-1,)), "GPT-2: dense", ndim=2),
-    _kernel(r"(^|[./])weight", ((-1,), (-2,)), "PyTorch: dense", ndim=2),
+HF_RULES = RuleSet(
+    "HF_RULES",
+    (
+        *_KEPT,
+        _kernel(r"(?i)conv\w*[./]weight", ((1, 2, 3), (0,)), "PyTorch: convolution", ndim=4),
+        _kernel(r"(?i)conv\w*[./]weight", ((1, 2), (0,)), "PyTorch: convolution"),
+        _kernel(
+            r"(^|[./])h[./]\d+[./]\w+[./]c_(attn|fc|proj)[./]weight", ((-2,), (-1,)), "GPT-2: dense", ndim=2
+        ),
+        _kernel(r"(^|[./])weight", ((-1,), (-2,)), "PyTorch: dense", ndim=2),
+    ),
 )
 
 # Keras, as `{v.path: v.value for v in model.variables}`.
-KERAS_RULES: tuple[Rule, ...] = (
-    _kernel(r"(^|/)attention_output/kernel", ((-3, -2), (-1,)), "Keras: out of heads"),
-    *DEFAULT_RULES,
+KERAS_RULES = RuleSet(
+    "KERAS_RULES",
+    (
+        _kernel(r"(^|/)attention_output/kernel", ((-3, -2), (-1,)), "Keras: out of heads"),
+        *DEFAULT_RULES,
+    ),
 )
 
 # No model has use for all rules of a set, so an unused one is not warned of.

@@ -80,7 +80,10 @@ class Trials:
         """The trials of a pair of weights.
 
         Args:
-            tiles, metric, rounding, scales: as the attributes.
+            tiles: the base and the tuned weights, cut into tiles.
+            metric: what scores a candidate.
+            rounding: what chooses the codes that are scored.
+            scales: which scales may be stored.
             stored_base: the scale of each tile that the base was stored with, or None.
         """
         absmax = functools.partial(absmax_scale, axes=tiles.axes, largest=tiles.format.largest)
