@@ -191,7 +191,7 @@ def test_packed_int4_needs_whole_groups_of_inputs_and_has_no_form_for_fused_expe
         "l.down_proj.weight": "no whole number of groups of 128: 320 inputs",
         "l.q_proj.weight": "no whole number of groups of 128: 320 inputs",
         "l.k_proj.weight": "servers fuse it with a weight that is kept: l.q_proj.weight",
-        "l.mlp.experts.down_proj": "fused experts, which packed int4 has no form for",
+        "l.mlp.experts.down_proj": "fused experts, which int4-group has no form for",
     }
     four = plan_of(tmp_path / "4", tensors, format="int4-group", tp=4)
     assert set(four["quantized"]) == {"l.up_proj.weight"}
