@@ -4,8 +4,8 @@ Each subcommand is a function whose keyword arguments are its options; `COMMANDS
 What a command needs is imported when it runs, so that `daq-jax --help` answers at once.
 
 Exit status: 0 done, 1 failed or the gate is not met, 2 wrong usage, 3 there is a gate and no figures to hold
-against it, 130 stopped by Ctrl-C. A fault of the
-caller or of the disk is one line on stderr; any other exception is a fault of the library and is shown whole.
+against it, 130 stopped by Ctrl-C. A fault of the caller or of the disk is one line on stderr; any other
+exception is a fault of the library and is shown whole.
 """
 
 import contextlib
@@ -21,16 +21,11 @@ import tyro
 
 from daq_jax.errors import CannotJudge, DaqError, refuse
 from daq_jax.io.disk.compilation_cache import enable_compilation_cache
+from daq_jax.io.hf.layouts import AS_BASE, LAYOUTS
 from daq_jax.recipes import DENSITY_RECIPES, RECIPES
 from daq_jax.version import __version__
 
-# The layouts of `daq_jax.io.hf.layouts`, which takes long to import, and that of the base.
-FORMATS = (
-    *("as-base", "fp8-block", "fp8-block-ue8m0", "fp8-channel", "int8-channel", "int4-group", "int4-group32"),
-    *("int4-group64", "int8-group32", "mxfp4", "mxfp8", "nvfp4", "nvfp4-modelopt", "gpt-oss"),
-)
-
-
+FORMATS = (AS_BASE, *LAYOUTS)
 Patterns = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="PATTERN")]
 
 
@@ -209,7 +204,9 @@ def compare(
             found = compare_folders(base, tuned, out, details=html is not None, tell=tell)
             faults = faults_of_folder(base, tuned, out) if floors else []
         except (OSError, DaqError) as error:
-            raise CannotJudge(str(error)) if floors else error from error
+            if not floors:
+                raise
+            raise CannotJudge(str(error)) from error
     if html and page:
         html.write_text(page(found, title=f"What {out.name} kept"), encoding="utf-8")
     if json:

@@ -41,18 +41,23 @@ DTYPES = {"F8_E4M3": E4M3, "F8_E8M0": E8M0, "BF16": BF16}
 DTYPES |= {"U8": "<u1", "I8": "<i1", "I32": "<i4", "I64": "<i8", "F32": "<f4"}
 
 
-def read_tensors(path: pathlib.Path) -> Tensors:
-    """What the files of a folder hold, read from the definition of the format."""
+def stored(path: pathlib.Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """Dtype, shape and bytes of every tensor of a folder, read from the definition of the format."""
     found = {}
     for file in sorted(path.glob("*.safetensors")):
-        data = file.read_bytes()
-        start = 8 + int.from_bytes(data[:8], "little")
-        for name, entry in json.loads(data[8:start]).items():
+        raw = file.read_bytes()
+        start = 8 + int.from_bytes(raw[:8], "little")
+        for name, entry in json.loads(raw[8:start]).items():
             if name != "__metadata__":
-                first, last = entry["data_offsets"]
-                flat = np.frombuffer(data[start + first : start + last], DTYPES[entry["dtype"]])
-                found[name] = flat.reshape(entry["shape"]).copy()
+                a, b = (start + x for x in entry["data_offsets"])
+                found[name] = entry["dtype"], tuple(entry["shape"]), raw[a:b]
     return found
+
+
+def read_tensors(path: pathlib.Path) -> Tensors:
+    """What the files of a folder hold."""
+    read = stored(path).items()
+    return {n: np.frombuffer(raw, DTYPES[kind]).reshape(shape).copy() for n, (kind, shape, raw) in read}
 
 
 def llama(seed: int = 0, layers: int = 2, width: int = 128, inner: int = 128) -> Tensors:

@@ -52,7 +52,8 @@ def refuse_low(found: Comparison, floors: Mapping[str, float]) -> str:
     """
     said, missed = [], []
     for name, bound in floors.items():
-        figure, less = name.removeprefix(_WORST), name.removeprefix(_WORST) in _LESS_IS_BETTER
+        figure = name.removeprefix(_WORST)
+        less = figure in _LESS_IS_BETTER
         value, where = _worst(found, figure, less) if name != figure else (getattr(found.total, figure), "")
         words = f"{name} is {value:.4g}{where}, needed {'at most' if less else 'at least'} {bound:g}"
         said.append(words)

@@ -41,10 +41,10 @@ def enable_compilation_cache(path: str | os.PathLike[str] | None = None) -> Path
     found = _setting("jax_compilation_cache_dir")
     if path is None and found:
         return Path(found)
-    folder = _own_folder() if path is None else Path(path)
     try:
+        folder = _own_folder() if path is None else Path(path)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError:
+    except (OSError, RuntimeError):  # the latter where a user has no home
         if path is None:
             return None
         raise

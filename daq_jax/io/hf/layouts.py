@@ -357,7 +357,7 @@ def why_not_blocks(name: str, shape: Sequence[int], tp: int, kv_heads: int | Non
     return ""
 
 
-def why_not_groups(name: str, shape: Sequence[int], tp: int, group: int = GROUP) -> str:
+def why_not_groups(name: str, shape: Sequence[int], tp: int, group: int) -> str:
     """Why a weight `[..., out, in]` cannot be cut into whole groups on each of `tp` devices; "" if it can."""
     inputs = shape[-1]
     if inputs % group:

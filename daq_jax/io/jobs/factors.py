@@ -10,12 +10,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from daq_jax.io.hf.bands import MOST_ELEMENTS, bands
 from daq_jax.io.hf.folders import Folder
 from daq_jax.io.hf.layouts import Layout, fused_with
 from daq_jax.qtensor import QTensor
 
 _LARGEST = 448.0  # of FP8 (e4m3), in which scales are stored over the factor
-_READ = 2**24  # elements read at a time
 
 
 def shared_factors(base: Folder, tuned: Folder, layout: Layout, names: Sequence[str]) -> dict[str, float]:
@@ -65,11 +65,9 @@ def _stored(folder: Folder, name: str, divides: bool) -> float | None:
 def _largest(folder: Folder, name: str) -> float:
     """The largest magnitude of a weight; infinity where it is not finite."""
     tensor = folder.tensors[name]
-    rows, each = tensor.shape[0], math.prod(tensor.shape[1:])
-    step = max(_READ // max(each, 1) // tensor.band_step, 1) * tensor.band_step
     largest = 0.0
-    for start in range(0, rows, step):
-        band = folder.read(name, slice(start, min(start + step, rows)))
+    for rows in bands(tensor.shape, tensor.band_step, most=MOST_ELEMENTS):
+        band = folder.read(name, rows)
         values = np.asarray(band.dequantize(np.float32) if isinstance(band, QTensor) else band)
         size = float(np.abs(values).max()) if values.size else 0.0
         largest = max(largest, size if math.isfinite(size) else math.inf)

@@ -8,7 +8,7 @@ import numpy as np
 from daq_jax.io.hf.adapters import open_tuned
 from daq_jax.io.hf.bands import MOST_ELEMENTS, bands
 from daq_jax.io.hf.folders import Folder, open_safetensors
-from daq_jax.io.jobs.leftovers import dropped_of
+from daq_jax.io.jobs.leftovers import FLOATS, dropped_of, same_bytes
 from daq_jax.qtensor import QTensor
 
 
@@ -48,9 +48,10 @@ def _fault(name: str, tuned: Folder, quantized: Folder) -> str:
         return f"is {found.shape} in place of {wanted.shape}"
     if found.coding is not None:
         return ""  # its figures tell
-    if found.dtype is None or wanted.dtype is None:
-        same = [x.tobytes() for x in tuned.chunks(name)] == [x.tobytes() for x in quantized.chunks(name)]
-        return "" if same else "is altered"
+    if wanted.coding is None and same_bytes(tuned, name, quantized, name):
+        return ""
+    if found.spec.dtype not in FLOATS:  # no number may be rounded to a code that has no scale
+        return f"is altered, as {found.spec.dtype} without a scale"
     where = bands(wanted.shape, wanted.band_step, most=MOST_ELEMENTS) if wanted.shape else [slice(None)]
     share = max((_altered(tuned, quantized, name, band) for band in where), default=0.0)
     return f"is altered, in up to {100 * share:.2g} % of the elements of a part of it" if share else ""

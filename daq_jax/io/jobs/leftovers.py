@@ -33,17 +33,19 @@ def dropped_of(tuned: Folder) -> dict[str, str]:
     """
     found = {n: why for n in tuned.tensors if (why := scale_without_use(n))}
     head, tables = "lm_head.weight", [n for n in tuned.tensors if n.endswith("embed_tokens.weight")]
-    if is_tied(tuned) and head in tuned.tensors and len(tables) == 1 and _same(tuned, head, tables[0]):
+    if not (is_tied(tuned) and head in tuned.tensors and len(tables) == 1):
+        return found
+    if same_bytes(tuned, head, tuned, tables[0]):
         found[head] = f"tied to {tables[0]!r}, which is stored once"
     return found
 
 
-def _same(folder: Folder, one: str, other: str) -> bool:
-    """Whether two tensors are the same to the byte."""
-    a, b = folder.tensors[one], folder.tensors[other]
+def same_bytes(folder: Folder, name: str, other: Folder, its_name: str) -> bool:
+    """Whether two tensors that are not quantized are the same to the byte."""
+    a, b = folder.tensors[name], other.tensors[its_name]
     if a.spec != b.spec or a.coding or b.coding:
         return False
-    pairs = zip(folder.chunks(one), folder.chunks(other), strict=True)
+    pairs = zip(folder.chunks(name), other.chunks(its_name), strict=True)
     return all(np.array_equal(x, y) for x, y in pairs)
 
 

@@ -1,6 +1,7 @@
 """Programs that one process compiled are read by the next, from a folder of the user's own."""
 
 import os
+import pathlib
 import stat
 import subprocess
 import sys
@@ -64,3 +65,14 @@ def test_no_folder_is_no_fault_unless_it_was_asked_for(tmp_path, config, monkeyp
     assert daq.enable_compilation_cache() is None
     with pytest.raises(OSError, match="file"):
         daq.enable_compilation_cache(tmp_path / "file" / "below")
+
+
+def test_a_user_without_a_home_has_no_cache(config, monkeypatch):
+    jax.config.update("jax_compilation_cache_dir", None)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def no_home() -> None:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(pathlib.Path, "home", no_home)
+    assert daq.enable_compilation_cache() is None

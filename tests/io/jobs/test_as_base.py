@@ -11,7 +11,7 @@ from rich.console import Console
 
 import daq_jax as daq
 from tests.cases import rng_for
-from tests.hf_folders import BF16, CONFIG, E4M3, Tensors, normal, write_folder
+from tests.hf_folders import BF16, CONFIG, E4M3, Tensors, normal, stored, write_folder
 from tests.native_folders import BY_LAYOUT, Native, gpt_oss, mxfp4_pack, natives, nvfp4_modelopt, packed
 
 ABSMAX = daq.recipes.absmax
@@ -30,19 +30,6 @@ def as_tuned(native: Native, weight: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 def rest() -> Tensors:
     return {"lm_head.weight": normal(5, 32, 64).astype(BF16), "model.norm.weight": normal(6, 64).astype(BF16)}
-
-
-def stored(path: pathlib.Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    """Dtype, shape and bytes of every tensor."""
-    found = {}
-    for file in sorted(path.glob("*.safetensors")):
-        raw = file.read_bytes()
-        start = 8 + int.from_bytes(raw[:8], "little")
-        for name, entry in json.loads(raw[8:start]).items():
-            if name != "__metadata__":
-                a, b = (start + x for x in entry["data_offsets"])
-                found[name] = entry["dtype"], tuple(entry["shape"]), raw[a:b]
-    return found
 
 
 def folders(

@@ -51,6 +51,7 @@ FAULTS = {
     "zero": np.zeros_like,
     "reversed": lambda x: x[::-1].copy(),
     "one bit": lambda x: np.where(np.arange(96) == 7, np.nextafter(x, np.float32(9)), x),
+    "codes": lambda x: x.astype(np.uint8),
     "other shape": lambda x: x[:-1].copy(),
 }
 
