@@ -1,28 +1,30 @@
 """Working through a weight part by part, so that a CPU finds what it needs in its cache.
 
 An accelerator takes all tiles at once. On a CPU that is slow and needs several float32 copies of the weight,
-so tiles are taken in up to eight parts, one after another. A loop of the compiled program would be shorter,
-but XLA's CPU code for nested loops was four times slower.
+so tiles are taken in up to eight parts, by a loop of the compiled program.
 """
 
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array
 
 from daq_jax.tiles import Tiles
 
 _IN_CACHE = 2**18  # elements of a part, where that does not make too many
-_MOST_PARTS = 8  # each is compiled on its own
+_MOST_PARTS = 8
 
 
 def in_parts(function: Callable[..., Array], tiles: Tiles, *per_tile: Any, step: int = 1) -> Array:
     """`function(tiles, *per_tile)`, computed part by part.
+
+    All parts are of one size, and the last overlaps the one before it where they do not fit. Where parts must
+    begin at multiples of `step` that do not allow this, a shorter rest follows.
 
     Args:
         function: its result has one value for each tile, or for each element, in the shape of those.
@@ -30,31 +32,54 @@ def in_parts(function: Callable[..., Array], tiles: Tiles, *per_tile: Any, step:
         per_tile: arrays, or None, with one value for each tile.
         step: parts begin at multiples of this number of tiles.
     """
-    axis, edges = _split(tiles, step)
-    function = jax.jit(function)  # parts of one size are traced once
-    results: list[Array] = []
-    for start, stop in itertools.pairwise(edges):
-        wait = _zero_after(results[-1]) if results else 0
+    axis, length, size, step = _split(tiles, step)
+    if size == length:
+        return function(tiles, *per_tile)
+    function = jax.jit(function)  # traced once for the loop and for the shape of its result
 
-        def cut(x: Array, start: Any = start + wait, size: int = stop - start) -> Array:
-            return lax.dynamic_slice_in_dim(x, start, size, axis)
+    def part(start: Any, size: int) -> Array:
+        def cut(x: Array) -> Array:
+            return _from_bits(lax.dynamic_slice_in_dim(_bits(x), start, size, axis), x.dtype)
 
-        results.append(function(*jax.tree.map(cut, (tiles, *per_tile))))
-    return jnp.concatenate(results, axis) if len(results) > 1 else results[0]
+        return function(*jax.tree.map(cut, (tiles, *per_tile)))
+
+    def put(i: Any, done: Array) -> Array:
+        start = jnp.minimum(i * size, length - size)
+        return lax.dynamic_update_slice_in_dim(done, _bits(part(start, size)), start, axis)
+
+    one = jax.eval_shape(lambda: part(0, size))
+    shape = [length if a == axis else n for a, n in enumerate(one.shape)]
+    # Of the weight, and so inside `shard_map` as device-varying as the loop makes them.
+    zeros = jnp.zeros_like(tiles.stored_tuned[tuple(map(slice, shape))], one.dtype)
+    overlaps = (length - size) % step == 0
+    number = -(-length // size) if overlaps else length // size
+    done = lax.fori_loop(0, number, put, _bits(zeros))
+    if number * size < length:
+        rest = _bits(part(number * size, length - number * size))
+        done = lax.dynamic_update_slice_in_dim(done, rest, number * size, axis)
+    return _from_bits(done, one.dtype)
 
 
-def _zero_after(x: Array) -> Array:
-    """Zero, but the compiler cannot know: what starts there waits for `x`, and then takes over its memory."""
-    first = x[(0,) * x.ndim].astype(jnp.float32)
-    return (first >= float(jnp.finfo(jnp.float32).max)).astype(jnp.int32)
+def _bits(x: Array) -> Array:
+    """Numbers of a narrow float dtype as their bits; any others as they are.
+
+    CPUs have no such dtypes. XLA would widen a whole weight before the loop, and a whole result and back for
+    each of its parts.
+    """
+    bits = jnp.finfo(x.dtype).bits if jnp.issubdtype(x.dtype, jnp.floating) else 32
+    return lax.bitcast_convert_type(x, f"uint{bits}") if bits < 32 else x
 
 
-def _split(tiles: Tiles, step: int) -> tuple[int, list[int]]:
-    """The axis over tiles to split along, the longest, and the edges of the parts."""
+def _from_bits(x: Array, dtype: np.dtype) -> Array:
+    """The inverse of `_bits`."""
+    return x if x.dtype == dtype else lax.bitcast_convert_type(x, dtype)
+
+
+def _split(tiles: Tiles, step: int) -> tuple[int, int, int, int]:
+    """The axis over tiles to split along, the longest; its length; that of a part; the step."""
     lengths = [1 if i in tiles.axes else n for i, n in enumerate(tiles.shape)]
     longest = max(lengths)
     axis = lengths.index(longest)
     step = step if axis in tiles.grid else 1  # matrices of a batch have nothing to do with one another
     parts = max(1, min(-(-math.prod(tiles.shape) // _IN_CACHE), _MOST_PARTS, longest // step))
-    edges = [longest * i // parts // step * step for i in range(parts)]
-    return axis, [*edges, longest]
+    return axis, longest, min(longest, -(-longest // (parts * step)) * step), step
