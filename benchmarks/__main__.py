@@ -7,6 +7,7 @@ from pathlib import Path
 
 MODULES = {
     "speed": "benchmarks.speed.study",
+    "native_speed": "benchmarks.speed.native",
     "scaling": "benchmarks.speed.scaling",
     "behaviour": "benchmarks.behaviour.study",
     "native_bases": "benchmarks.behaviour.native.study",

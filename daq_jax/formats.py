@@ -109,6 +109,10 @@ def codes_are_values(number: Format) -> bool:
         return bool(jnp.all(number.encode(values).astype(jnp.float32) == values))
 
 
+# A search rounds in many places: tracing one is work for the host, and none for the program.
+_traced_once = functools.partial(jax.jit, static_argnums=0)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Cast(Format):
     """A format whose codes are numbers of their storage dtype, so that coding is a cast."""
@@ -181,6 +185,7 @@ class SmallFloat(_Cast):
         size = units * lax.bitcast_convert_type(power << 23, jnp.float32)
         return jnp.where((bits >> width) & 1, -size, size)
 
+    @_traced_once
     def round(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Nearest value of the format, ties to even, after clipping to its largest; NaN stays NaN."""
         x = jnp.clip(x, -self.largest, self.largest)
@@ -189,11 +194,13 @@ class SmallFloat(_Cast):
         shift = self._unit(x) * (1.5 * 2.0**23)
         return (x + shift) - shift
 
+    @_traced_once
     def floor(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Largest value not above each number, after clipping."""
         x, nearest = jnp.clip(x, -self.largest, self.largest), self.round(x)
         return jnp.where(nearest > x, nearest - self._unit(x), nearest)
 
+    @_traced_once
     def ceil(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Smallest value not below each number, after clipping."""
         x, nearest = jnp.clip(x, -self.largest, self.largest), self.round(x)

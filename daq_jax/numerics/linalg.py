@@ -51,11 +51,15 @@ def leading_directions(
 
     Subspace iteration from a fixed random start. In float32, at the machine's default matmul precision.
     """
-    right = jax.random.normal(jax.random.key(0), (matrix.shape[-1], rank), jnp.float32)
-    left = right
-    for _ in range(_ITERATIONS):
-        left = _orthonormalized(matrix @ right)
-        right = _orthonormalized(matrix.mT @ left)
+
+    def turn(_: Array, sides: tuple[Array, Array]) -> tuple[Array, Array]:
+        left = _orthonormalized(matrix @ sides[1])
+        return left, _orthonormalized(matrix.mT @ left)
+
+    start = jax.random.normal(jax.random.key(0), (matrix.shape[-1], rank), jnp.float32)
+    # Zeros of products, and so inside `shard_map` as device-varying as the loop makes them.
+    zeros = [jnp.zeros_like(x[..., :1] * start[:1]) for x in (matrix, matrix.mT)]
+    left, right = lax.fori_loop(0, _ITERATIONS, turn, (zeros[0], zeros[1] + start))
     return _orthonormalized(left), _orthonormalized(right)
 
 
