@@ -12,6 +12,7 @@ import contextlib
 import importlib
 import io
 import json as json_format
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -277,6 +278,9 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0
     if words and not words[0].startswith("-"):
         enable_compilation_cache()
+        os.environ.setdefault(
+            "OPENBLAS_NUM_THREADS", "1"
+        )  # matrices of 128 x 128: threads only wait, 8 ms each
     try:
         tyro.extras.subcommand_cli_from_dict(
             COMMANDS,

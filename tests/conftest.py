@@ -9,6 +9,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 )
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # threads of tests side by side wait for one another
 # Programs are kept from one run to the next; many tests start processes, which share them.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / "build" / "compiled"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")

@@ -4,7 +4,7 @@
 
 The base lies on the grid of the format, stored in bfloat16, and the change has rank 16 and 2 % of the size of
 the weights. Before a recipe is timed its answer is checked: without change the codes are those of the base,
-and the size of the kept change along the true one is within 2 % of 1 for recipes that promise that. The
+and the size of the kept change along the true one is within 5 % of 1 for recipes that promise that. The
 calls are eager, their look for NaN included, and compilation apart. Writes `native_speed_DEVICE.json` and
 `.md`.
 """
@@ -30,12 +30,12 @@ GRIDS: dict[str, dict[str, Any]] = {
     "FP4 groups of 32": {
         "format": daq.fp4_e2m1,
         "tiling": daq.Group(32),
-        "scales": daq.PowerOfTwo(rule="floor"),
+        "scales": daq.PowerOfTwo("floor", daq.fp4_e2m1),
     },
     "INT4 groups of 32": {"format": daq.int4, "tiling": daq.Group(32)},
 }
 RANK, SIZE = 16, 0.02
-WITHIN = 0.02  # of 1, the projection of a recipe that keeps changes
+WITHIN = 0.05  # of 1, the projection of a recipe that keeps changes
 
 
 def pair(shape: tuple[int, int], grid: dict[str, Any]) -> tuple[jax.Array, jax.Array]:

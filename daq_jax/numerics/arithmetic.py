@@ -95,7 +95,7 @@ def power_below(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def reciprocal_power(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`1 / power_below(x)`, but never below 2^-126. By its bits: no machine rounds it, and it costs no division.
+    """`1 / power_below(x)`, but never below 2^-126; by its bits, which no machine rounds.
 
     2^127 for zero and for what is below 2^-126; 2^-126 for what is not finite.
     """
