@@ -278,9 +278,8 @@ def main(args: Sequence[str] | None = None) -> int:
         return 0
     if words and not words[0].startswith("-"):
         enable_compilation_cache()
-        os.environ.setdefault(
-            "OPENBLAS_NUM_THREADS", "1"
-        )  # matrices of 128 x 128: threads only wait, 8 ms each
+        # The default inverts matrices of 128 x 128, and threads waited 8 ms for each other at each.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         tyro.extras.subcommand_cli_from_dict(
             COMMANDS,
