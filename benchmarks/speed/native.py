@@ -14,7 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,31 +38,40 @@ RANK, SIZE = 16, 0.02
 WITHIN = 0.05  # of 1, the projection of a recipe that keeps changes
 
 
-def pair(shape: tuple[int, int], grid: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
-    """A native base and its tune, bfloat16 `[in, out]`."""
+class Native(NamedTuple):
+    """A native base and its tune, bfloat16 `[in, out]`, and the codes that the base was made of."""
+
+    base: jax.Array
+    tuned: jax.Array
+    codes: jax.Array
+
+
+def pair(shape: tuple[int, int], grid: dict[str, Any]) -> Native:
+    """A native base and its tune."""
     rng = np.random.default_rng(0)
     weight = jnp.asarray(rng.standard_normal(shape, np.float32) * 0.02)
     change = rng.standard_normal((shape[0], RANK), np.float32) @ rng.standard_normal(
         (RANK, shape[1]), np.float32
     )
-    codes = daq.quantize({"w": weight}, {"w": weight}, daq.Recipe(**grid), rules=())
-    base = codes["w"].dequantize(jnp.bfloat16)
+    made = daq.quantize({"w": weight}, {"w": weight}, daq.Recipe(**grid), rules=())["w"]
+    base = made.dequantize(jnp.bfloat16)
     change *= SIZE * float(jnp.linalg.norm(base.astype(jnp.float32))) / np.linalg.norm(change)
-    return base, (base.astype(jnp.float32) + change).astype(jnp.bfloat16)
+    return Native(base, (base.astype(jnp.float32) + change).astype(jnp.bfloat16), made.codes)
 
 
-def check(name: str, recipe: daq.Recipe, base: jax.Array, tuned: jax.Array) -> dict[str, float]:
-    """The projection of what is kept, and the share of codes of the base that no change gives back.
+def check(name: str, recipe: daq.Recipe, native: Native) -> dict[str, float]:
+    """The projection of what is kept, and the share of the base's codes that come back without change.
 
     Raises:
         SystemExit: if either is not what the recipe promises.
     """
-    before, after = (np.asarray(x, np.float64) for x in (base, tuned))
-    kept = np.asarray(daq.quantize({"w": base}, {"w": tuned}, recipe, rules=())["w"].dequantize(jnp.float32))
+    base = {"w": native.base}
+    before, after = (np.asarray(x, np.float64) for x in (native.base, native.tuned))
+    kept = np.asarray(daq.quantize(base, {"w": native.tuned}, recipe, rules=())["w"].dequantize(jnp.float32))
     d = after - before
     projection = float(np.sum((kept - before) * d) / np.sum(d * d))
-    same = daq.quantize({"w": base}, {"w": base}, recipe, rules=())["w"].dequantize(jnp.bfloat16)
-    given_back = float(np.mean(np.asarray(same) == np.asarray(base)))
+    same = daq.quantize(base, base, recipe, rules=())["w"].codes
+    given_back = float(np.mean(np.asarray(same) == np.asarray(native.codes)))
     if name == "default" and (abs(projection - 1) > WITHIN or given_back < 1):
         raise SystemExit(
             f"{name}: WRONG: projection {projection:.4f}, {given_back:.4%} of the base given back"
@@ -72,13 +81,13 @@ def check(name: str, recipe: daq.Recipe, base: jax.Array, tuned: jax.Array) -> d
 
 def measure(grid: str, name: str, shape: tuple[int, int], repeats: int) -> dict[str, Any]:
     """One row of the table."""
-    base, tuned = pair(shape, GRIDS[grid])
+    native = pair(shape, GRIDS[grid])
     recipe = RECIPES[name].replace(**GRIDS[grid])
-    call = functools.partial(daq.quantize, {"w": base}, {"w": tuned}, recipe, rules=())
+    call = functools.partial(daq.quantize, {"w": native.base}, {"w": native.tuned}, recipe, rules=())
     start, busy = time.perf_counter(), time.process_time()
     jax.block_until_ready(call())
     first, first_busy = time.perf_counter() - start, time.process_time() - busy
-    row = {"grid": grid, "recipe": name, "shape": shape, **check(name, recipe, base, tuned)}
+    row = {"grid": grid, "recipe": name, "shape": shape, **check(name, recipe, native)}
     times = common.seconds(call, repeats)
     queued = common.queued_seconds(functools.partial(call, check_finite=False), repeats)
     return row | {
@@ -100,7 +109,7 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "first call s": lambda r: f"{r['first_call_seconds']:.2g}",
     "first call, CPU s": lambda r: f"{r['first_call_cpu_seconds']:.2g}",
     "projection": lambda r: f"{r['projection']:.3f}",
-    "base given back": lambda r: f"{r['given_back']:.2%}",
+    "codes of the base given back": lambda r: f"{r['given_back']:.2%}",
 }
 
 
