@@ -193,6 +193,19 @@ def test_figures_of_memory_and_time_are_those_of_the_result_files():
     assert said[label].startswith(f"{seconds:.1f} s")
 
 
+def test_figures_of_speed_are_those_of_the_result_file():
+    report = json.loads((ROOT / "benchmarks/results/speed_h200.json").read_text())
+    measured = {(row["workload"], row["recipe"]): row for row in report["rows"]}
+    said = rows_of("results/speed.md", "One GPU")[1:]
+    table = [row for row in said if row[0].startswith("`") and "`, `" in row[0]]
+    assert len(table) == 10
+    for label, *cells in table:
+        row = measured[tuple(label.strip("`").split("`, `"))]
+        rates = [row[x] / 1e9 for x in ("elements_per_second", "elements_per_second_queued")]
+        figures = [*rates, row["floor_elements_per_second"] / 1e9, row.get("times_faster")]
+        assert cells == ["-" if x is None else f"{x:.3g}" for x in figures], label
+
+
 def test_figures_of_the_demo_in_the_readme_are_those_of_the_results():
     demo = (ROOT / "docs/results/index.md").read_text().partition("## The demo\n")[2].partition("\n## ")[0]
     table = (ROOT / "README.md").read_text().partition("<!-- demo table -->\n")[2].partition("\n\n")[0]
