@@ -23,7 +23,8 @@ Sources: arXiv:2209.05433 (FP8), OCP Microscaling Formats v1.0 (FP4), arXiv:2305
 import dataclasses
 import functools
 import math
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Protocol, TypeVar, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -109,8 +110,12 @@ def codes_are_values(number: Format) -> bool:
         return bool(jnp.all(number.encode(values).astype(jnp.float32) == values))
 
 
-# A search rounds in many places: tracing one is work for the host, and none for the program.
-_traced_once = functools.partial(jax.jit, static_argnums=0)
+_Method = TypeVar("_Method", bound=Callable[..., Array])
+
+
+def _traced_once(method: _Method) -> _Method:
+    """A method that is traced once for each shape: a search rounds in many places."""
+    return cast(_Method, jax.jit(method, static_argnums=0))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,13 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.core import Tracer
 from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
-from daq_jax.cpu_parts import in_parts
+from daq_jax.cpu_parts import in_parts_on_cpu
 from daq_jax.metrics import as_metric
 from daq_jax.numerics.arithmetic import is_finite, is_staged
 from daq_jax.numerics.kernel_choice import kernel_or_plain, may_take_kernels
@@ -233,7 +232,6 @@ def _codes(tiles: Tiles, scale: Array, rounding: Rounding) -> Array:
         values = jnp.where(values == 0, jnp.copysign(values, tiles.tuned), values)
         return tiles.format.encode(values)
 
-    if rounding.scope == "matrix" or not tiles.machine.one_device:
+    if rounding.scope == "matrix":
         return encode(tiles, scale)
-    on_cpu = functools.partial(in_parts, encode, step=rounding.alignment(tiles))
-    return lax.platform_dependent(tiles, scale, cpu=on_cpu, default=encode)
+    return in_parts_on_cpu(encode, tiles, scale, step=rounding.alignment(tiles))

@@ -9,15 +9,13 @@ the second moments `x' x`.
 """
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from daq_jax.cpu_parts import in_parts
+from daq_jax.cpu_parts import in_parts_on_cpu
 from daq_jax.errors import DaqError, check_whole_numbers
 from daq_jax.formats import weights_of
 from daq_jax.numerics.arithmetic import divide, power_below
@@ -85,9 +83,9 @@ class UnbiasedFeedback(Rounding):
     def __call__(self, tiles: Tiles, scale: Array) -> Array:
         """The value of each element's code; see `Rounding`."""
         moved = jnp.any(tiles.change != 0, tiles.axes, keepdims=True)  # a tile without change is left alone
-        as_stored = _in_parts_on_cpu(_as_stored, tiles, scale, step=1)
+        as_stored = in_parts_on_cpu(_as_stored, tiles, scale, step=1)
         rounding = self.scored_as()
-        gain = _in_parts_on_cpu(rounding.gains, tiles, scale, step=rounding.alignment(tiles))
+        gain = in_parts_on_cpu(rounding.gains, tiles, scale, step=rounding.alignment(tiles))
         dithered = moved & as_stored
         gain = jnp.where(dithered, 1, gain)
         tiles, gain = lax.optimization_barrier((tiles, gain))
@@ -114,13 +112,3 @@ def _as_stored(tiles: Tiles, scale: Array) -> Array:
     error = weights_of(tiles.format.round(divide(tiles.tuned, scale)), scale) - tiles.tuned
     excess = jnp.sum(error * error - _AS_STORED * step * step, tiles.axes, keepdims=True)
     return jnp.all(bits & 0xFFFF == 0, tiles.axes, keepdims=True) & (excess < 0)
-
-
-def _in_parts_on_cpu(
-    function: Callable[[Tiles, Array], Array], tiles: Tiles, scale: Array, *, step: int
-) -> Array:
-    """`function(tiles, scale)`; on a CPU part by part: at once it takes more float32 copies of the weight."""
-    if not tiles.machine.one_device:
-        return function(tiles, scale)
-    on_cpu = functools.partial(in_parts, function, step=step)
-    return lax.platform_dependent(tiles, scale, cpu=on_cpu, default=function)

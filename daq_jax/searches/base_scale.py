@@ -1,10 +1,13 @@
 """The search that keeps the grid of the base: its own scale, and clips what has grown beyond it."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from daq_jax.cpu_parts import in_parts
 from daq_jax.errors import DaqError
 from daq_jax.formats import weights_of
 from daq_jax.grids.fitting import fitted_scale
@@ -71,30 +74,36 @@ class BaseScale(Search):
     def __call__(self, trials: Trials) -> Array:
         """One scale per tile."""
         tiles, absmax = trials.tiles, trials.scales(trials.absmax)
-        if trials.stored_base is not None:
-            scale, known = trials.scales(usable(trials.stored_base)), True
-        else:
-            dtype = tiles.stored_base.dtype
-            scale = fitted_scale(tiles.base, tiles.axes, tiles.format, dtype, trials.scales)
-            known = is_native(tiles, scale)
-        kept = jnp.any(tiles.base != 0, axis=tiles.axes, keepdims=True) & ~_clips_too_much(
-            trials, scale, absmax
-        )
-        scale = jnp.where(known & (kept | ~trials.changed), scale, absmax)
+        stored = None if trials.stored_base is None else trials.scales(usable(trials.stored_base))
+        on_grid = functools.partial(_on_grid, trials.scales)
         if self.off_grid is None:
-            return scale
+            return on_grid(tiles, absmax, stored)[0]
+        alone = tiles.machine.scores_at_once or not tiles.machine.one_device
+        scale, known = on_grid(tiles, absmax, stored) if alone else in_parts(on_grid, tiles, absmax, stored)
         beside = trials.scales(usable(self.off_grid * trials.absmax))
         ratio = divide(beside, scale)
-        may_leave = (
-            known & trials.changed & (ratio != power_below(ratio))
-        )  # an octave on the grid is the same
+        changed = known & trials.changed
+        may_leave = changed & (ratio != power_below(ratio))  # an octave on the grid is the same
         beside = jnp.where(may_leave, beside, scale)
-        return jnp.where(_errs_less(tiles, beside, scale, known & trials.changed), beside, scale)
+        return jnp.where(_errs_less(tiles, beside, scale, changed), beside, scale)
 
 
-def _clips_too_much(trials: Trials, scale: Array, absmax: Array) -> Array:
+def _on_grid(
+    storable: Callable[[Array], Array], tiles: Tiles, absmax: Array, stored: Array | None
+) -> tuple[Array, Array]:
+    """The scale of each tile, if it keeps its grid or has none, and whether its base lies on a grid."""
+    changed = jnp.any(tiles.change != 0, axis=tiles.axes, keepdims=True)
+    scale, known = stored, jnp.ones_like(changed)
+    if scale is None:
+        scale = fitted_scale(tiles.base, tiles.axes, tiles.format, tiles.stored_base.dtype, storable)
+        known = is_native(tiles, scale)
+    kept = jnp.any(tiles.base != 0, axis=tiles.axes, keepdims=True) & ~_clips_too_much(tiles, scale, absmax)
+    return jnp.where(known & (kept | ~changed), scale, absmax), known
+
+
+def _clips_too_much(tiles: Tiles, scale: Array, absmax: Array) -> Array:
     """Whether clipping at `scale` errs more than nearest rounding at `absmax`, in squares, tile by tile."""
-    tiles, unit = trials.tiles, 1 / absmax  # squares of weights might leave float32
+    unit = 1 / absmax  # squares of weights might leave float32
     beyond = jnp.maximum(jnp.abs(tiles.tuned) - tiles.format.largest * scale, 0)
     error = weights_of(Nearest()(tiles, absmax), absmax) - tiles.tuned
     return tiles.total((beyond * unit) ** 2) > tiles.total((error * unit) ** 2)
