@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tests.hf_folders import BF16, E4M3, E8M0, Tensors
+from tests.hf_folders import BF16, E4M3, E8M0, Tensors, normal
 
 LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -239,3 +239,23 @@ def natives(outputs: int, inputs: int) -> dict[str, Native]:
 
 
 BY_LAYOUT = list(natives(128, 128))
+
+
+def low_rank(seed: int, like: np.ndarray, size: float) -> np.ndarray:
+    """A change of rank 8, of a size relative to that of the weights."""
+    *batch, outputs, inputs = like.shape
+    change = normal(seed, *batch, outputs, 8) @ normal(seed + 1, *batch, 8, inputs)
+    return size * np.linalg.norm(like) / np.linalg.norm(change) * change
+
+
+def kept_of(change: np.ndarray, kept: np.ndarray) -> tuple[float, float]:
+    """Projection, and error along the eight leading directions of a change."""
+    projection = np.sum(change * kept) / np.sum(change * change)
+    error, size = 0.0, 0.0
+    for d, q in zip(
+        change.reshape(-1, *change.shape[-2:]), kept.reshape(-1, *change.shape[-2:]), strict=True
+    ):
+        u, s, v = np.linalg.svd(d, full_matrices=False)
+        error += np.linalg.norm(u[:, :8].T @ (q - d) @ v[:8].T) ** 2
+        size += np.linalg.norm(s[:8]) ** 2
+    return projection, (error / size) ** 0.5

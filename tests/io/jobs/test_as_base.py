@@ -12,7 +12,17 @@ from rich.console import Console
 import daq_jax as daq
 from tests.cases import rng_for
 from tests.hf_folders import BF16, CONFIG, E4M3, Tensors, normal, stored, write_folder
-from tests.native_folders import BY_LAYOUT, Native, gpt_oss, mxfp4_pack, natives, nvfp4_modelopt, packed
+from tests.native_folders import (
+    BY_LAYOUT,
+    Native,
+    gpt_oss,
+    kept_of,
+    low_rank,
+    mxfp4_pack,
+    natives,
+    nvfp4_modelopt,
+    packed,
+)
 
 ABSMAX = daq.recipes.absmax
 
@@ -56,26 +66,6 @@ def test_what_tuning_left_alone_keeps_the_bytes_of_the_base(layout, dtype, tmp_p
     assert config["quantization_config"] == native.config
 
 
-def low_rank(seed: int, like: np.ndarray, size: float) -> np.ndarray:
-    """A change of rank 8, of a size relative to that of the weights."""
-    *batch, outputs, inputs = like.shape
-    change = normal(seed, *batch, outputs, 8) @ normal(seed + 1, *batch, 8, inputs)
-    return size * np.linalg.norm(like) / np.linalg.norm(change) * change
-
-
-def kept_of(change: np.ndarray, kept: np.ndarray) -> tuple[float, float]:
-    """Projection, and error along the eight leading directions of a change."""
-    projection = np.sum(change * kept) / np.sum(change * change)
-    error, size = 0.0, 0.0
-    for d, q in zip(
-        change.reshape(-1, *change.shape[-2:]), kept.reshape(-1, *change.shape[-2:]), strict=True
-    ):
-        u, s, v = np.linalg.svd(d, full_matrices=False)
-        error += np.linalg.norm(u[:, :8].T @ (q - d) @ v[:8].T) ** 2
-        size += np.linalg.norm(s[:8]) ** 2
-    return projection, (error / size) ** 0.5
-
-
 QUICK = ("gpt-oss", "nvfp4-pack", "int4-g32 I32")
 
 
@@ -93,7 +83,6 @@ def test_a_low_rank_change_is_kept(layout, tmp_path):
     assert {n: x[:2] for n, x in found.items()} == {n: x[:2] for n, x in stored(paths[0]).items()}
     result = {n: np.frombuffer(found[n][2], x.dtype).reshape(x.shape) for n, x in base.items()}
     projection, error = kept_of(change, native.decode(result) - before)
-    print(layout, projection, error)
     assert 0.9 < projection < 1.1
     assert error < 0.15
     assert 0 < report["identity"]["moved_codes"] < 1
