@@ -124,8 +124,9 @@ def markdown(report: dict[str, Any]) -> str:
         "# Back into 4-bit formats: what tools keep of a change\n",
         f"{common.provenance(report)}; {report['cpu']}, {report['cpu_cores']} cores; peers: {used}.\n",
         f"{weights}; change of {100 * report['size']:g} % of the weights, the tuned model in bfloat16. "
-        f"Projection: 1 keeps the change at its size. Error: along the {_DIRECTIONS} leading directions of the "
-        "change. Scales moved: those that are not the base's. Time and memory are those of a whole process.\n",
+        f"Projection: 1 keeps the change at its size. Error: along the {_DIRECTIONS} leading directions of "
+        "the change. Scales moved: those that are not the base's. Time and memory are those of a whole "
+        "process.\n",
     ]
     for form in dict.fromkeys(row["base"] for row in report["rows"]):
         for tune in dict.fromkeys(row["tune"] for row in report["rows"]):
