@@ -13,8 +13,9 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from benchmarks.native_peers.folders import BASES, TUNES, Base, make
 from benchmarks.native_peers.installed import INSTALLED, VERSIONS
 from benchmarks.native_peers.rules import RULES
 from tests.hf_folders import read_tensors
+from tests.native_folders import Native
 
 OURS = "daq-jax, the default"
 AGAIN = "daq-jax, programs compiled before"
@@ -50,24 +52,54 @@ def carry_out(rule: str, pair: tuple[Path, Path], out: Path, cache: Path) -> dic
     return timed("-c", _COMMAND, "quantize", *pair, out, **kept)
 
 
-def kept(base: Base, before: Path, tuned: Path, out: Path, width: int) -> dict[str, float]:
-    """What is left of the change, over all matrices.
+class Change(NamedTuple):
+    """The change of a weight by tuning.
+
+    Attributes:
+        native: names and decoder of the weight.
+        weight: the weight before tuning, `[out, in]` float64.
+        change: the change, `[out, in]` float64.
+        left: its leading directions among the outputs, `[out, 8]`.
+        right: its leading directions among the inputs, `[8, in]`.
+        size: norm of the change along these.
+    """
+
+    native: Native
+    weight: np.ndarray
+    change: np.ndarray
+    left: np.ndarray
+    right: np.ndarray
+    size: float
+
+
+def changes(base: Base, before: Path, tuned: Path, width: int) -> list[Change]:
+    """The change of every weight."""
+    found, old = [], read_tensors(before)
+    for name, new in read_tensors(tuned).items():
+        native = base.native(name, width, width)
+        weight = native.decode(old).astype(np.float64)
+        change = new.astype(np.float64) - weight
+        u, s, v = np.linalg.svd(change, full_matrices=False)
+        leading = u[:, :_DIRECTIONS], v[:_DIRECTIONS], float(np.linalg.norm(s[:_DIRECTIONS]))
+        found.append(Change(native, weight, change, *leading))
+    return found
+
+
+def kept(wanted: Sequence[Change], before: Path, out: Path) -> dict[str, float]:
+    """What is left of the changes, over all matrices.
 
     Returns:
         `projection` `<d, q> / <d, d>`, `subspace` `|U'(q - d)V| / |U'dV|` with the leading directions `U` and
         `V` of `d`, and `moved_scales`, the share of the scales that are not those of the base.
     """
-    old, new, found = (read_tensors(path) for path in (before, tuned, out))
+    old, found = read_tensors(before), read_tensors(out)
     along = size = error = directions = moved = scales = 0.0
-    for name in new:
-        native = base.native(name, width, width)
-        weight = native.decode(old)
-        d, q = (x.astype(np.float64) - weight for x in (new[name].astype(np.float32), native.decode(found)))
+    for each in wanted:
+        d, q = each.change, each.native.decode(found) - each.weight
         along, size = along + (d * q).sum(), size + (d * d).sum()
-        u, s, v = np.linalg.svd(d, full_matrices=False)
-        error += ((u[:, :_DIRECTIONS].T @ (q - d) @ v[:_DIRECTIONS].T) ** 2).sum()
-        directions += (s[:_DIRECTIONS] ** 2).sum()
-        stored = [x[native.scale].astype(np.float32) for x in (old, found)]
+        error += ((each.left.T @ (q - d) @ each.right.T) ** 2).sum()
+        directions += each.size**2
+        stored = [x[each.native.scale].astype(np.float32) for x in (old, found)]
         moved, scales = moved + (stored[0] != stored[1]).sum(), scales + stored[0].size
     return {
         "projection": float(along / size),
@@ -101,9 +133,10 @@ def peers(
         rules = [rule for rule in (*RULES, *INSTALLED) if rule.startswith(form.split()[0])]
         for tune in list(TUNES)[: 1 if quick else None]:
             pair = make(here, base, tune, size, matrices, width)
+            wanted = changes(base, *pair, width)
             for rule in (*rules, OURS, AGAIN):
                 cost = carry_out(rule, pair, here / "out", here.with_name("native_peers_programs"))
-                what = kept(base, *pair, here / "out", width)
+                what = kept(wanted, pair[0], here / "out")
                 rows.append(
                     {"base": form, "tune": tune, "rule": rule.partition(": ")[2] or rule} | what | cost
                 )
