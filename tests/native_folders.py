@@ -219,6 +219,16 @@ def v4_experts(name: str, outputs: int, inputs: int) -> Native:
     return Native(name, make, decode, config, name, scale)
 
 
+def deepseek_v4(width: int = 128, inner: int = 128) -> list[Native]:
+    """The quantized weights of a layer of DeepSeek V4: experts in FP4 and the others in FP8."""
+    attention = {"wq_a": (width, inner), "wo_b": (inner, width)}
+    found = [fp8(f"layers.0.attn.{name}.weight", *size, "v4") for name, size in attention.items()]
+    found.append(fp8("layers.0.ffn.shared_experts.w1.weight", width, inner, "v4"))
+    shapes = {"w1": (width, inner), "w2": (inner, width), "w3": (width, inner)}
+    experts = [(f"layers.0.ffn.experts.{e}.{n}.weight", size) for e in range(2) for n, size in shapes.items()]
+    return found + [v4_experts(name, *size) for name, size in experts]
+
+
 def natives(outputs: int, inputs: int) -> dict[str, Native]:
     """Every layout by name, of matrices of one size."""
     size, expert = (outputs, inputs), "model.layers.1.mlp.experts.0.up_proj.weight"

@@ -24,11 +24,11 @@ from daq_jax.io.disk.links import refuse_links
 from daq_jax.io.hf.architectures import part_of, turns_experts
 from daq_jax.io.hf.bands import rows_per_tile
 from daq_jax.io.hf.codings import HF_MATRIX, Coding
-from daq_jax.io.hf.layouts import is_matrix
 from daq_jax.io.hf.lora_config import CONFIG as ADAPTER_CONFIG
 from daq_jax.io.hf.methods import QUANTIZATION_FILE, refuse_unknown
 from daq_jax.io.hf.recognition import find_codings
 from daq_jax.io.hf.tensor_files import TensorReader, TensorSpec, read_json
+from daq_jax.io.hf.weight_names import is_matrix
 from daq_jax.qtensor import QTensor
 from daq_jax.tilings import Matrix
 

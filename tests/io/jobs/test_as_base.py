@@ -11,10 +11,11 @@ from rich.console import Console
 
 import daq_jax as daq
 from tests.cases import rng_for
-from tests.hf_folders import BF16, CONFIG, E4M3, Tensors, normal, stored, write_folder
+from tests.hf_folders import BF16, CONFIG, E4M3, Tensors, in_shards, normal, stored, write_folder
 from tests.native_folders import (
     BY_LAYOUT,
     Native,
+    deepseek_v4,
     gpt_oss,
     kept_of,
     low_rank,
@@ -123,6 +124,31 @@ def test_one_expert_that_changed_leaves_the_bytes_of_the_other(tmp_path):
     np.testing.assert_array_equal(found[0], base[native.codes][0])
     assert (found[1] != base[native.codes][1]).any()
     assert report["identity"]["untouched"] == 0
+
+
+@pytest.mark.parametrize("dtype", [np.dtype(np.float32), BF16], ids=str)
+def test_experts_in_4_bits_beside_fp8_keep_their_bytes_and_a_change_moves_its_own_tensor(dtype, tmp_path):
+    """DeepSeek V4: `.scale` of blocks and of groups under one config."""
+    made = deepseek_v4()
+    base = {k: x for i, n in enumerate(made) for k, x in n.make(rng_for(f"v4 {i}")).items()}
+    how = {"quantization_config": made[0].config, "expert_dtype": "fp4", "model_type": "deepseek_v4"}
+    before = write_folder(tmp_path / "base", in_shards(base | rest(), 2), CONFIG | how)
+    weights = {n.name: n.decode(base) for n in made}
+    after = {name: x.astype(dtype) for name, x in weights.items()} | rest()
+    kind = CONFIG | {"model_type": "deepseek_v4"}
+    same = write_folder(tmp_path / "same", [after], kind)
+    report = daq.quantize_folder(before, same, tmp_path / "out", ABSMAX, memory_gb=2)
+    assert (report["identity"]["tensors"], report["identity"]["untouched"]) == (len(made), len(made))
+    assert stored(tmp_path / "out") == stored(before)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (written["expert_dtype"], written["quantization_config"]) == ("fp4", made[0].config)
+    for moved in (made[0], made[-1]):
+        more = {moved.name: (1.3 * weights[moved.name]).astype(dtype)}
+        changed = write_folder(tmp_path / moved.name, [after | more], kind)
+        report = daq.quantize_folder(before, changed, tmp_path / f"{moved.name} out", ABSMAX, memory_gb=2)
+        assert report["identity"]["untouched"] == len(made) - 1
+        found, wanted = stored(tmp_path / f"{moved.name} out"), stored(before)
+        assert {n for n in wanted if found[n] != wanted[n]} <= {moved.codes, moved.scale}
 
 
 def test_one_folder_holds_several_codings_and_the_audit_is_printed(tmp_path):

@@ -24,6 +24,14 @@ COMMON = {"num_hidden_layers": 1, "vocab_size": 64, "max_position_embeddings": 6
 LLAMA = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "num_attention_heads": 4}
 OSS = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
 OSS |= {"head_dim": 32, "num_local_experts": 2, "num_experts_per_tok": 2}
+V4 = {"hidden_size": WIDTH, "moe_intermediate_size": WIDTH, "head_dim": WIDTH, "num_attention_heads": 1}
+V4 |= {"q_lora_rank": WIDTH, "o_lora_rank": WIDTH, "o_groups": 1, "n_routed_experts": 2}
+V4 |= {
+    "num_experts_per_tok": 2,
+    "layer_types": ["sliding_attention"],
+    "mlp_layer_types": ["moe"],
+    "hc_mult": 2,
+}
 
 OF_WEIGHT: dict[str, Callable[[str], Native]] = {
     "mxfp4": lambda name: native_folders.mxfp4_pack(name, WIDTH, WIDTH),
@@ -66,6 +74,15 @@ def case_of(layout: str) -> Case:
             native_folders.gpt_oss(f"{where}.down_proj", 2, 64, 64),
         )
         return Case(layout, "GptOss", OSS, natives, natives[0].config)
+    if layout == "deepseek-v4":
+        attention = [f"attn.{name}" for name in ("wq_a", "wq_b", "wkv", "wo_a", "wo_b")]
+        plain = [*attention, *(f"ffn.shared_experts.w{i}" for i in (1, 2, 3))]
+        experts = [f"ffn.experts.{e}.w{i}" for e in (0, 1) for i in (1, 2, 3)]
+        natives = tuple(native_folders.fp8(f"model.layers.0.{x}.weight", WIDTH, WIDTH, "v4") for x in plain)
+        natives += tuple(
+            native_folders.v4_experts(f"model.layers.0.{x}.weight", WIDTH, WIDTH) for x in experts
+        )
+        return Case(layout, "DeepseekV4", V4, natives, natives[0].config | {"expert_dtype": "fp4"})
     modules = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
     natives = tuple(OF_WEIGHT[layout](f"model.layers.0.{module}.weight") for module in modules)
     how = {"quantization_status": "compressed"} | natives[0].config
@@ -107,17 +124,17 @@ def logits(model) -> np.ndarray:
         return model.eval()(torch.arange(48).reshape(2, 24)).logits.float().numpy()
 
 
-def decoded(out: pathlib.Path, case: Case):
+def decoded(out: pathlib.Path, case: Case, config: dict):
     """The model with the weights of a folder as the decoders of the tests read them."""
     import torch
+    import transformers
 
     read = read_tensors(out)
-    model = case.model()
-    state = {name: x for name, x in read.items() if name in model.state_dict()}
-    state |= {n.name: laid_out(n, n.decode(read)) for n in case.natives}
-    assert state.keys() == model.state_dict().keys()
-    model.load_state_dict({n: torch.from_numpy(np.asarray(x, np.float32)) for n, x in state.items()})
-    return model
+    parts = {part for n in case.natives for part in n.make(rng_for("names"))}
+    state = {name: x for name, x in read.items() if name not in parts}
+    state |= {n.name: laid_out(n, n.decode(read)).astype(np.float32) for n in case.natives}
+    path = write_folder(out.with_name("decoded"), [state], config)
+    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
 
 
 def dequantizing(case: Case):
@@ -125,13 +142,13 @@ def dequantizing(case: Case):
 
     if case.layout == "gpt-oss":
         return transformers.Mxfp4Config(dequantize=True)
-    fine = case.layout.startswith("fp8-block")
+    fine = case.layout.startswith(("fp8-block", "deepseek"))
     kind = transformers.FineGrainedFP8Config if fine else transformers.CompressedTensorsConfig
     return kind(dequantize=True)
 
 
 @pytest.mark.parametrize("fresh", [True, False], ids=["target", "as-base"])
-@pytest.mark.parametrize("layout", [*OF_WEIGHT, "gpt-oss"])
+@pytest.mark.parametrize("layout", [*OF_WEIGHT, "gpt-oss", "deepseek-v4"])
 def test_transformers_dequantizes_to_what_the_definitions_say(layout, fresh, tmp_path):
     import torch
     import transformers
@@ -149,7 +166,7 @@ def test_transformers_dequantizes_to_what_the_definitions_say(layout, fresh, tmp
         out, quantization_config=dequantizing(case), dtype=torch.float32, output_loading_info=True
     )
     assert not any(told.values()), told
-    ours = decoded(out, case)
+    ours = decoded(out, case, json.loads((tuned / "config.json").read_text()))
     precision = ROUNDED if not fresh and layout.startswith(("nvfp4", "int")) else 1e-6
     for name, weight in ours.state_dict().items():
         np.testing.assert_allclose(loaded.state_dict()[name], weight, rtol=precision, err_msg=name)

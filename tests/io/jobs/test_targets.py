@@ -13,7 +13,8 @@ from daq_jax.io.hf.folders import open_folder
 from daq_jax.io.hf.layouts import LAYOUTS
 from tests import native_folders
 from tests.hf_folders import BF16, CONFIG, Tensors, normal, read_tensors, write_folder
-from tests.native_folders import Native, gpt_oss, kept_of, low_rank, packed
+from tests.hf_folders import stored as raw
+from tests.native_folders import Native, deepseek_v4, gpt_oss, kept_of, low_rank, packed
 
 WEIGHT = "model.layers.1.mlp.experts.0.up_proj.weight"
 EXPERTS = "model.layers.0.mlp.experts.gate_up_proj"
@@ -155,6 +156,64 @@ def test_experts_of_gpt_oss_become_blocks_and_the_rest_is_kept(tmp_path):
     assert written == {"quant_method": "mxfp4", "modules_to_not_convert": skipped}
     with pytest.raises(daq.DaqError, match="models of type 'gpt_oss'"):
         daq.quantize_folder(*pair(tmp_path / "other", [WEIGHT]), tmp_path / "no", format="gpt-oss")
+
+
+def plain_of_v4() -> Tensors:
+    """What DeepSeek V4 does not quantize."""
+    shapes = {
+        "embed.weight": (300, 256),
+        "head.weight": (300, 256),
+        "norm.weight": (256,),
+        "layers.0.ffn.gate.weight": (2, 256),
+        "layers.0.attn.compressor.wkv.weight": (128, 256),
+        "layers.0.attn.indexer.weights_proj.weight": (128, 256),
+        "layers.0.attn.indexer.compressor.wgate.weight": (128, 256),
+    }
+    return {name: (0.02 * normal(i, *shape)).astype(BF16) for i, (name, shape) in enumerate(shapes.items())}
+
+
+V4 = CONFIG | {"model_type": "deepseek_v4", "vocab_size": 300, "n_routed_experts": 2}
+
+
+def test_deepseek_v4_gets_experts_in_4_bits_beside_fp8_by_its_own_names(tmp_path):
+    made, plain = deepseek_v4(), plain_of_v4()
+    example = {k: x for n in made for k, x in n.make(np.random.default_rng(0)).items()}
+    before, after = (
+        {n.name: (0.02 * normal(i, *n.decode(example).shape)).astype(BF16) for i, n in enumerate(made)}
+        | plain
+        for _ in range(2)
+    )
+    after |= {n.name: (before[n.name].astype(np.float32) * 1.01).astype(BF16) for n in made}
+    base, tuned = (write_folder(tmp_path / x, [t], V4) for x, t in (("base", before), ("tuned", after)))
+    out = tmp_path / "out"
+    report = daq.quantize_folder(base, tuned, out, daq.recipes.absmax, format="deepseek-v4", memory_gb=2)
+    stored = read_tensors(out)
+    assert {n: (x.dtype, x.shape) for n, x in stored.items()} == {
+        n: (x.dtype, x.shape) for n, x in (example | plain).items()
+    }
+    assert report["kept"].keys() == plain.keys()
+    for native in made:
+        wanted = after[native.name].astype(np.float32)
+        error = np.sqrt(np.mean((native.decode(stored) - wanted) ** 2)) / wanted.std()
+        assert 0.01 < error < (0.14 if ".experts." in native.name else 0.04)
+    config = json.loads((out / "config.json").read_text())
+    assert config["expert_dtype"] == "fp4"
+    how = config["quantization_config"]
+    assert (how["quant_method"], how["scale_fmt"], how["weight_block_size"]) == ("fp8", "ue8m0", [128, 128])
+    assert "layers.0.attn.indexer.weights_proj" in how["modules_to_not_convert"]
+    # The result is a base of its own: what is left alone comes back byte for byte.
+    again = daq.quantize_folder(out, out, tmp_path / "again", memory_gb=2)
+    assert again["identity"]["untouched"] == len(made)
+    assert raw(tmp_path / "again") == raw(out)
+
+
+def test_deepseek_v4_is_a_format_of_its_models_alone(tmp_path):
+    from daq_jax.io.jobs.options import Output, Run, refuse_for_orbax
+
+    with pytest.raises(daq.DaqError, match="models of type 'deepseek_v4'"):
+        daq.quantize_folder(*pair(tmp_path, [WEIGHT]), tmp_path / "no", format="deepseek-v4")
+    with pytest.raises(daq.DaqError, match="an Orbax checkpoint has one format"):
+        refuse_for_orbax(Output(format="deepseek-v4"), Run())
 
 
 def test_modelopt_gets_its_own_file_beside_the_config(tmp_path):
