@@ -1,6 +1,6 @@
-"""One rule on one pair of folders, as a process of its own.
+"""One rule on one pair of folders, as a process of its own that prints its peak memory in bytes at the end.
 
-python -m benchmarks.native_peers.one RULE BASE TUNED OUT
+It is called by `study`, with the name of a rule and three folders, or with the words of `daq-jax`.
 """
 
 import sys
@@ -13,6 +13,12 @@ from benchmarks.native_peers.rules import RULES
 from tests.hf_folders import read_tensors, write_folder
 
 
+def peak() -> int:
+    """Peak memory of this program; unlike `ru_maxrss`, without that of the process that started it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
 def main(name: str, base: str, tuned: str, out: str) -> None:
     """Writes what a rule makes of a tuned model, in the layout of its base."""
     rule, before, found = (RULES | INSTALLED)[name], read_tensors(Path(base)), {}
@@ -23,4 +29,10 @@ def main(name: str, base: str, tuned: str, out: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if sys.argv[1] == "quantize":
+        from daq_jax import cli
+
+        assert cli.main(sys.argv[1:]) == 0
+    else:
+        main(*sys.argv[1:])
+    print(f"\n{peak()}")

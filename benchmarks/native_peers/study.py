@@ -28,28 +28,23 @@ from tests.native_folders import Native
 
 OURS = "daq-jax, the default"
 AGAIN = "daq-jax, programs compiled before"
-_COMMAND = "import sys; from daq_jax.cli import main; sys.exit(main(sys.argv[1:]))"
 _DIRECTIONS = 8
 
 
-def timed(*words: str | Path, **more: str) -> dict[str, float]:
-    """Seconds and peak memory of Python with these words, as a process of its own."""
-    start = time.monotonic()
-    process = subprocess.Popen(
-        [sys.executable, *map(str, words)], cwd=common.ROOT, env=os.environ | more, stdout=subprocess.DEVNULL
-    )
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{words[0]} ... ended with {status}")
-    return {"seconds": time.monotonic() - start, "peak_gb": usage.ru_maxrss * 1024 / 1e9}
-
-
 def carry_out(rule: str, pair: tuple[Path, Path], out: Path, cache: Path) -> dict[str, float]:
-    """Runs a rule, or the command of the library with its programs kept in `cache`."""
-    if rule not in (OURS, AGAIN):
-        return timed("-m", "benchmarks.native_peers.one", rule, *pair, out)
+    """Runs a rule, or the command of the library with its programs kept in `cache`; its time and memory."""
+    words = ["quantize"] if rule in (OURS, AGAIN) else [rule]
     kept = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    return timed("-c", _COMMAND, "quantize", *pair, out, **kept)
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.native_peers.one", *words, *map(str, pair), str(out)],
+        cwd=common.ROOT,
+        env=os.environ | kept,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return {"seconds": time.monotonic() - start, "peak_gb": int(done.stdout.split()[-1]) / 1e9}
 
 
 class Change(NamedTuple):
@@ -135,7 +130,7 @@ def peers(
             pair = make(here, base, tune, size, matrices, width)
             wanted = changes(base, *pair, width)
             for rule in (*rules, OURS, AGAIN):
-                cost = carry_out(rule, pair, here / "out", here.with_name("native_peers_programs"))
+                cost = carry_out(rule, pair, here / "out", here / "programs")
                 what = kept(wanted, pair[0], here / "out")
                 rows.append(
                     {"base": form, "tune": tune, "rule": rule.partition(": ")[2] or rule} | what | cost
@@ -143,7 +138,6 @@ def peers(
                 print(rows[-1])
                 shutil.rmtree(here / "out")
             shutil.rmtree(here)
-    shutil.rmtree(here.with_name("native_peers_programs"), ignore_errors=True)
     how = {"matrices": matrices, "width": width, "size": size, "peers": VERSIONS, "rows": rows}
     report = common.environment() | how
     common.write(common.results(out, quick) / "native_peers.json", report, markdown(report))
