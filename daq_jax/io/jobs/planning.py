@@ -6,6 +6,7 @@ A plan is data: the shards of the result, and for each shard its tensors with wh
 
 import collections
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -135,7 +136,7 @@ class Plan:
         """Every tensor of the result."""
         return [task for shard in self.shards for task in shard.tasks]
 
-    @property
+    @functools.cached_property
     def nbytes(self) -> int:
         """Bytes of the result's shards."""
         return sum(shard.nbytes for shard in self.shards)
