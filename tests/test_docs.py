@@ -185,6 +185,10 @@ def test_figures_of_memory_and_time_are_those_of_the_result_files():
     plan = read["folders_plan"]
     assert said["plan of a folder of 671B parameters"] == f"half a minute, {plan['peak_gb']:.2f} GB"
     assert plan["seconds"] < 30
+    plan = read["folders_plan_as_base"]
+    size = f"{plan['parameters'] / 1e12:.1f}T parameters with {plan['packed']:,} weights in MXFP4"
+    label = f"plan of a folder of {size}"
+    assert said[label] == f"{plan['seconds']:.0f} s, {plan['peak_gb']:.2f} GB"
     ratio = read["folders_speed_cpu"]["ratios"]["folder / in_memory"]
     label = "folders beside the same tensors in memory, previous default"
     assert said[label] == f"{ratio:.2f} times as long"
@@ -204,6 +208,27 @@ def test_figures_of_speed_are_those_of_the_result_file():
         rates = [row[x] / 1e9 for x in ("elements_per_second", "elements_per_second_queued")]
         figures = [*rates, row["floor_elements_per_second"] / 1e9, row.get("times_faster")]
         assert cells == ["-" if x is None else f"{x:.3g}" for x in figures], label
+
+
+def test_figures_of_other_tools_are_those_of_the_result_file():
+    found = json.loads((ROOT / "benchmarks/results/native_peers.json").read_text())["rows"]
+    short = {"MXFP4": "mxfp4", "NVFP4": "nvfp4", "INT4, groups of 32": "int4 group 32"}
+    rules = {
+        "the rule of OCP": "floor",
+        "to nearest at": "base's scales",
+        "the default": "daq-jax, the default",
+    }
+    table = rows_of("as-base.md", "What other tools keep of such tunes")[1:14]
+    for base, tool, *cells in table:
+        rule = next((rule for start, rule in rules.items() if tool.startswith(start)), tool.split()[0])
+        one, two = (r for r in found if (r["base"], r["rule"]) == (short[base], rule))
+        assert (one["tune"], two["tune"]) == ("rank 16", "dense")
+        assert cells == [
+            f"{one['projection']:.2f} / {two['projection']:.2f}",
+            f"{one['subspace']:.3f} / {two['subspace']:.3f}",
+            f"{100 * one['moved_scales']:.0f} %",
+        ]
+    assert len(table) == 13
 
 
 def test_figures_of_the_demo_in_the_readme_are_those_of_the_results():
