@@ -234,9 +234,13 @@ def test_figures_of_other_tools_are_those_of_the_result_file():
 def test_figures_of_the_demo_in_the_readme_are_those_of_the_results():
     demo = (ROOT / "docs/results/index.md").read_text().partition("## The demo\n")[2].partition("\n## ")[0]
     table = (ROOT / "README.md").read_text().partition("<!-- demo table -->\n")[2].partition("\n\n")[0]
-    (absmax, default), words = re.findall(r"(\d+) %.*?(\d\.\de-\d\d)", table), " ".join(demo.split())
-    assert f"absmax keeps {absmax[0]}% of that gain at a KL of {absmax[1]} from the tuned model" in words
-    assert f"default keeps {default[0]}% at {default[1]}" in words
+    figures, words = re.findall(r"(\d+) %.*?(\d\.\de-\d\d)", table), " ".join(demo.split())
+    for base, absmax, default in zip(("FP8", "MXFP4"), figures[:2], figures[2:], strict=True):
+        said = words.partition(f" {base}: tuning moved")[2]
+        found = re.search(
+            r"absmax keeps (\d+)% of that gain at a KL of (\S+) from .*? keeps (\d+)% at (\S+),", said
+        )
+        assert found.groups() == (*absmax, *default)
 
 
 def test_bytes_for_each_element_are_those_of_the_plan(tmp_path):
