@@ -3,7 +3,7 @@
 | base | weights |
 |---|---|
 | like gpt-oss | stacks of experts in MXFP4, `_blocks` and `_scales`; the rest in bfloat16 |
-| like Kimi K2 | experts one by one in INT4, groups of 32; the rest in bfloat16 |
+| like Kimi K3 | experts one by one in MXFP4 by the names of compressed-tensors; the rest in bfloat16 |
 | like DeepSeek V4 | experts one by one in MXFP4, the other layers in FP8 blocks, `.scale` as exponents |
 
 Each base is made from random weights by `--format`, and tuned by a LoRA adapter of rank 2, or in bfloat16 for
@@ -92,11 +92,11 @@ def main() -> None:
     base = base_of(here / "gpt-oss", "gpt-oss", "gpt_oss", stack)
     back("like gpt-oss", base, tuned_of(base.parent, base))
 
-    base = base_of(here / "kimi", "int4-group32", "kimi_k2", {f"{m}.weight": (N, N) for m in KIMI})
-    back("like Kimi K2", base, adapter_of(base.parent, KIMI[:2]))  # one weight is left alone
+    base = base_of(here / "kimi", "mxfp4", "kimi_k3", {f"{m}.weight": (N, N) for m in KIMI})
+    back("like Kimi K3", base, adapter_of(base.parent, KIMI[:2]))  # one weight is left alone
 
     base = base_of(here / "v4", "deepseek-v4", "deepseek_v4", {f"{m}.weight": (N, N) for m in V4})
-    back("like DeepSeek V4", base, adapter_of(base.parent, V4[:3]))
+    back("like DeepSeek V4", base, adapter_of(base.parent, V4[1:]))  # experts alone
 
 
 if __name__ == "__main__":
