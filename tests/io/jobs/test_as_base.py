@@ -1,5 +1,6 @@
 """Back into the format of the base: byte for byte where nothing changed, and the change kept where it did."""
 
+import dataclasses
 import io
 import json
 import pathlib
@@ -10,6 +11,9 @@ import pytest
 from rich.console import Console
 
 import daq_jax as daq
+from daq_jax.io.jobs.options import Output, Run
+from daq_jax.io.jobs.quantize_folders import open_job
+from tests import stores
 from tests.cases import rng_for
 from tests.hf_folders import BF16, CONFIG, E4M3, Tensors, in_shards, normal, stored, write_folder
 from tests.native_folders import (
@@ -149,6 +153,32 @@ def test_experts_in_4_bits_beside_fp8_keep_their_bytes_and_a_change_moves_its_ow
         assert report["identity"]["untouched"] == len(made) - 1
         found, wanted = stored(tmp_path / f"{moved.name} out"), stored(before)
         assert {n for n in wanted if found[n] != wanted[n]} <= {moved.codes, moved.scale}
+
+
+class Stopped(BaseException):
+    """Stands for whatever ends a process."""
+
+
+def test_a_stopped_run_and_two_processes_write_what_one_run_writes(tmp_path):
+    """Files, report and audit: units that an earlier process wrote count as well."""
+    made = deepseek_v4()
+    base = {k: x for i, n in enumerate(made) for k, x in n.make(rng_for(f"stopped {i}")).items()}
+    how = {"quantization_config": made[0].config, "model_type": "deepseek_v4"}
+    before = write_folder(tmp_path / "base", in_shards(base | rest(), 3), CONFIG | how)
+    after = {n.name: n.decode(base) * (1 if i % 2 else np.float32(1.2)) for i, n in enumerate(made)}
+    tuned = write_folder(tmp_path / "tuned", [after | rest()], CONFIG | {"model_type": "deepseek_v4"})
+    whole = daq.quantize_folder(before, tuned, tmp_path / "whole", ABSMAX, memory_gb=2)
+    job = before, tuned, tmp_path / "stopped", ABSMAX, Output(), Run(memory_gb=2), Console(quiet=True)
+    with pytest.raises(Stopped), open_job(*job) as opened:
+        dataclasses.replace(opened, store=stores.Stopped(opened.store, at=2, error=Stopped)).run()
+    found = [daq.quantize_folder(before, tuned, tmp_path / "stopped", ABSMAX, memory_gb=2)]
+    for i in (1, 2):
+        shared = daq.quantize_folder(before, tuned, tmp_path / "two", ABSMAX, memory_gb=2, shard=(i, 2))
+    found.append(shared)
+    for name, report in zip(("stopped", "two"), found, strict=True):
+        assert stored(tmp_path / name) == stored(tmp_path / "whole")
+        assert report["identity"] == whole["identity"]
+        assert report["identity"]["untouched"] == len(made) // 2
 
 
 def test_one_folder_holds_several_codings_and_the_audit_is_printed(tmp_path):
