@@ -15,6 +15,7 @@ MODULES = {
     "density": "benchmarks.density.study",
     "density_layer": "benchmarks.density.layer",
     "folders": "benchmarks.folders.study",
+    "native_peers": "benchmarks.native_peers.study",
     "flax_models": "benchmarks.flax_models",
     "inspection": "benchmarks.inspection",
     "comparison_sums": "benchmarks.comparison_sums",

@@ -9,14 +9,15 @@ the same at length, and `python -m benchmarks behaviour --size gpu` with 25M par
 import jax
 
 import daq_jax as daq
-from daq_jax.demo.study import Study, make_pair, measure
+from daq_jax.demo.study import GRIDS, Study, make_pairs, measure
 from daq_jax.demo.texts import load_text
 
 study = Study(base_steps=400, tune_steps=100)
 lincoln, macbeth = (load_text(name, held_out=study.held_out) for name in ("lincoln", "macbeth"))
-pair = make_pair(study, lincoln, macbeth, jax.random.key(0), lambda *progress: None)
+fp8 = {"FP8": GRIDS["FP8"]}
+pair = make_pairs(study, fp8, lincoln, macbeth, jax.random.key(0), lambda *progress: None)["FP8"]
 recipes = {"AbsMax": daq.recipes.absmax, "default": daq.recipes.default}
-found = measure(recipes, pair, study, lincoln, macbeth, lambda *progress: None)
+found = measure(recipes, "FP8", pair, study, lincoln, macbeth, lambda *progress: None)
 
 print(f"Tuning moved the weights by {found.relative_change:.2%}.")
 gained = found.base.second_loss - found.tuned.second_loss

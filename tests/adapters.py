@@ -51,3 +51,33 @@ def product(tensors: Tensors, module: str) -> np.ndarray:
 def merged(weight: np.ndarray, change: np.ndarray, scale: float) -> np.ndarray:
     """Float32 weights after tuning."""
     return (weight.astype(np.float64) + scale * change).astype(np.float32)
+
+
+EXPERTS = "model.layers.0.mlp.experts"
+
+
+def expert_factors(experts: int, outputs: int, inputs: int, seed: int):
+    """A [E r, in] and B [out, r E], and the change of each expert [E, out, in], as peft defines them."""
+    a, b = factors(seed, outputs, inputs, 4 * experts)
+    each = a.astype(np.float64).reshape(experts, 4, inputs)
+    other = b.astype(np.float64).reshape(outputs, 4, experts)
+    return a, b, np.einsum("ore,eri->eoi", other, each)
+
+
+def expert_adapter(hidden: int = 96, inner: int = 64, experts: int = 3, *, older: bool = False):
+    """An adapter of gate_up_proj [E, 2 inner, hidden] and down_proj [E, hidden, inner]."""
+    found, changes = {}, {}
+    shapes = {"gate_up_proj": (2 * inner, hidden), "down_proj": (hidden, inner)}
+    for i, (name, (outputs, inputs)) in enumerate(shapes.items()):
+        if older:  # peft took every stack for [E, in, out]
+            a, b, change = expert_factors(experts, inputs, outputs, 20 + 2 * i)
+            change = np.swapaxes(change, 1, 2)
+        else:
+            a, b, change = expert_factors(experts, outputs, inputs, 20 + 2 * i)
+        wrapped = f"{PREFIX}{EXPERTS}{'.base_layer' if name == 'gate_up_proj' else ''}"
+        found |= {f"{wrapped}.lora_A.weight": a, f"{wrapped}.lora_B.weight": b}
+        changes[name] = change
+    return found, changes
+
+
+EXPERT_TARGETS = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}

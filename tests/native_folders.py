@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tests.hf_folders import BF16, E4M3, E8M0, Tensors
+from tests.hf_folders import BF16, E4M3, E8M0, Tensors, normal
 
 LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -219,6 +219,16 @@ def v4_experts(name: str, outputs: int, inputs: int) -> Native:
     return Native(name, make, decode, config, name, scale)
 
 
+def deepseek_v4(width: int = 128, inner: int = 128) -> list[Native]:
+    """The quantized weights of a layer of DeepSeek V4: experts in FP4 and the others in FP8."""
+    attention = {"wq_a": (width, inner), "wo_b": (inner, width)}
+    found = [fp8(f"layers.0.attn.{name}.weight", *size, "v4") for name, size in attention.items()]
+    found.append(fp8("layers.0.ffn.shared_experts.w1.weight", width, inner, "v4"))
+    shapes = {"w1": (width, inner), "w2": (inner, width), "w3": (width, inner)}
+    experts = [(f"layers.0.ffn.experts.{e}.{n}.weight", size) for e in range(2) for n, size in shapes.items()]
+    return found + [v4_experts(name, *size) for name, size in experts]
+
+
 def natives(outputs: int, inputs: int) -> dict[str, Native]:
     """Every layout by name, of matrices of one size."""
     size, expert = (outputs, inputs), "model.layers.1.mlp.experts.0.up_proj.weight"
@@ -239,3 +249,23 @@ def natives(outputs: int, inputs: int) -> dict[str, Native]:
 
 
 BY_LAYOUT = list(natives(128, 128))
+
+
+def low_rank(seed: int, like: np.ndarray, size: float) -> np.ndarray:
+    """A change of rank 8, of a size relative to that of the weights."""
+    *batch, outputs, inputs = like.shape
+    change = normal(seed, *batch, outputs, 8) @ normal(seed + 1, *batch, 8, inputs)
+    return size * np.linalg.norm(like) / np.linalg.norm(change) * change
+
+
+def kept_of(change: np.ndarray, kept: np.ndarray) -> tuple[float, float]:
+    """Projection, and error along the eight leading directions of a change."""
+    projection = np.sum(change * kept) / np.sum(change * change)
+    error, size = 0.0, 0.0
+    for d, q in zip(
+        change.reshape(-1, *change.shape[-2:]), kept.reshape(-1, *change.shape[-2:]), strict=True
+    ):
+        u, s, v = np.linalg.svd(d, full_matrices=False)
+        error += np.linalg.norm(u[:, :8].T @ (q - d) @ v[:8].T) ** 2
+        size += np.linalg.norm(s[:8]) ** 2
+    return projection, (error / size) ** 0.5

@@ -185,6 +185,10 @@ def test_figures_of_memory_and_time_are_those_of_the_result_files():
     plan = read["folders_plan"]
     assert said["plan of a folder of 671B parameters"] == f"half a minute, {plan['peak_gb']:.2f} GB"
     assert plan["seconds"] < 30
+    plan = read["folders_plan_as_base"]
+    size = f"{plan['parameters'] / 1e12:.1f}T parameters with {plan['packed']:,} weights in MXFP4"
+    label = f"plan of a folder of {size}"
+    assert said[label] == f"{plan['seconds']:.0f} s, {plan['peak_gb']:.2f} GB"
     ratio = read["folders_speed_cpu"]["ratios"]["folder / in_memory"]
     label = "folders beside the same tensors in memory, previous default"
     assert said[label] == f"{ratio:.2f} times as long"
@@ -206,12 +210,37 @@ def test_figures_of_speed_are_those_of_the_result_file():
         assert cells == ["-" if x is None else f"{x:.3g}" for x in figures], label
 
 
+def test_figures_of_other_tools_are_those_of_the_result_file():
+    found = json.loads((ROOT / "benchmarks/results/native_peers.json").read_text())["rows"]
+    short = {"MXFP4": "mxfp4", "NVFP4": "nvfp4", "INT4, groups of 32": "int4 group 32"}
+    rules = {
+        "the rule of OCP": "floor",
+        "to nearest at": "base's scales",
+        "the default": "daq-jax, the default",
+    }
+    table = rows_of("as-base.md", "What other tools keep of such tunes")[1:14]
+    for base, tool, *cells in table:
+        rule = next((rule for start, rule in rules.items() if tool.startswith(start)), tool.split()[0])
+        one, two = (r for r in found if (r["base"], r["rule"]) == (short[base], rule))
+        assert (one["tune"], two["tune"]) == ("rank 16", "dense")
+        assert cells == [
+            f"{one['projection']:.2f} / {two['projection']:.2f}",
+            f"{one['subspace']:.3f} / {two['subspace']:.3f}",
+            f"{100 * one['moved_scales']:.0f} %",
+        ]
+    assert len(table) == 13
+
+
 def test_figures_of_the_demo_in_the_readme_are_those_of_the_results():
     demo = (ROOT / "docs/results/index.md").read_text().partition("## The demo\n")[2].partition("\n## ")[0]
     table = (ROOT / "README.md").read_text().partition("<!-- demo table -->\n")[2].partition("\n\n")[0]
-    (absmax, default), words = re.findall(r"(\d+) %.*?(\d\.\de-\d\d)", table), " ".join(demo.split())
-    assert f"absmax keeps {absmax[0]}% of that gain at a KL of {absmax[1]} from the tuned model" in words
-    assert f"default keeps {default[0]}% at {default[1]}" in words
+    figures, words = re.findall(r"(\d+) %.*?(\d\.\de-\d\d)", table), " ".join(demo.split())
+    for base, absmax, default in zip(("FP8", "MXFP4"), figures[:2], figures[2:], strict=True):
+        said = words.partition(f" {base}: tuning moved")[2]
+        found = re.search(
+            r"absmax keeps (\d+)% of that gain at a KL of (\S+) from .*? keeps (\d+)% at (\S+),", said
+        )
+        assert found.groups() == (*absmax, *default)
 
 
 def test_bytes_for_each_element_are_those_of_the_plan(tmp_path):

@@ -27,11 +27,12 @@ class Model:
     def shards(self) -> Iterator[dict[str, TensorSpec]]:
         """The tensors, dealt out in order."""
         shard: dict[str, TensorSpec] = {}
+        filled = 0
         for name, spec in self.tensors.items():
-            if sum(x.nbytes for x in shard.values()) + spec.nbytes > SHARD:
+            if filled + spec.nbytes > SHARD:
                 yield shard
-                shard = {}
-            shard[name] = spec
+                shard, filled = {}, 0
+            shard[name], filled = spec, filled + spec.nbytes
         yield shard
 
 
@@ -85,6 +86,39 @@ def deepseek(layers: int) -> Model:
             tensors[f"{block}.mlp.gate.weight"] = TensorSpec("BF16", (experts, width))
     quantized = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     return Model(tensors, {"torch_dtype": "bfloat16", "quantization_config": quantized})
+
+
+def kimi(layers: int) -> tuple[Model, Model]:
+    """A base as Kimi K3 ships, MXFP4 experts by the names of compressed-tensors, and its tune in bfloat16.
+
+    Sizes are made up so that 92 layers have 2.8T parameters and 247,296 packed weights.
+    """
+    width, experts, inner = 7168, 896, 1568
+    base: dict[str, TensorSpec] = {}
+    tuned: dict[str, TensorSpec] = {}
+
+    def put(name: str, *shape: int) -> None:
+        base[f"{name}.weight"] = tuned[f"{name}.weight"] = TensorSpec("BF16", shape)
+
+    put("lm_head", 163840, width)
+    put("model.embed_tokens", 163840, width)
+    for i in range(layers):
+        block = f"model.layers.{i}"
+        for word in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            put(f"{block}.self_attn.{word}", width, width)
+        put(f"{block}.mlp.gate", experts, width)
+        for e in range(experts):
+            for word, shape in {"gate": (inner, width), "up": (inner, width), "down": (width, inner)}.items():
+                name = f"{block}.mlp.experts.{e}.{word}_proj.weight"
+                rows, columns = shape
+                base[f"{name}_packed"] = TensorSpec("U8", (rows, columns // 2))
+                base[f"{name}_scale"] = TensorSpec("U8", (rows, columns // 32))
+                tuned[name] = TensorSpec("BF16", shape)
+    weights = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True}
+    quantized = {"quant_method": "compressed-tensors", "format": "mxfp4-pack-quantized"}
+    quantized |= {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}}
+    config = {"model_type": "kimi_k3", "torch_dtype": "bfloat16"}
+    return Model(base, config | {"quantization_config": quantized}), Model(tuned, config)
 
 
 def make(path: Path, model: Model, seed: int | None) -> Path:

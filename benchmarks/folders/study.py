@@ -2,12 +2,13 @@
 
     python -m benchmarks folders memory --disk DIR     # 6 GB and 12 GB of tuned weights under --memory 2
     python -m benchmarks folders plan --disk DIR       # headers of 671B parameters over sparse files
+    python -m benchmarks folders plan-as-base --disk DIR     # of 2.8T parameters in MXFP4
     python -m benchmarks folders speed --disk DIR      # beside the same tensors in memory, and beside a copy
     python -m benchmarks folders speed --disk DIR --recipe default --layers 8     # on a GPU
 
-Each prints its figures and writes them to `folders_memory.json`, `folders_plan.json` or
-`folders_speed_DEVICE.json`. Folders are made below DIR and removed. Peak memory is that of a process of its
-own, as the system counts it (`ru_maxrss`).
+Each prints its figures and writes them to `folders_memory.json`, `folders_plan.json`,
+`folders_plan_as_base.json` or `folders_speed_DEVICE.json`. Folders are made below DIR and removed. Peak
+memory is that of a process of its own, as the system counts it (`ru_maxrss`).
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ import jax
 
 import daq_jax as daq
 from benchmarks import common
-from benchmarks.folders.models import WIDTH, deepseek, llama, make
+from benchmarks.folders.models import WIDTH, deepseek, kimi, llama, make
 from daq_jax.io.hf.folders import open_folder
 from daq_jax.io.hf.layouts import LAYOUTS
 
@@ -89,6 +90,25 @@ def plan(*, disk: Path, layers: int = 61, out: Path | None = None, quick: bool =
     shutil.rmtree(here)
     figures = {"parameters": parameters, "tensors": len(model.tensors), **found}
     note(common.results(out, quick) / "folders_plan.json", figures)
+
+
+def plan_as_base(*, disk: Path, layers: int = 92, out: Path | None = None, quick: bool = False) -> None:
+    """Time and memory of the plan of a folder of 2.8T parameters with 247,296 weights in MXFP4.
+
+    Args:
+        disk: where to make the folders; they take little of it, as their files are sparse.
+        layers: of the model.
+        out: folder for the results; None for `benchmarks/results`.
+        quick: one layer, to see that it runs.
+    """
+    here, models = disk / "folders_plan_as_base", kimi(1 if quick else layers)
+    base, tuned = (make(here / word, m, None) for word, m in zip(("base", "tuned"), models, strict=True))
+    parameters = sum(spec.size for spec in models[1].tensors.values())
+    packed = sum(name.endswith("_packed") for name in models[0].tensors)
+    found = run("quantize", base, tuned, here / "out", "--plan", "--memory", "8")
+    shutil.rmtree(here)
+    figures = {"parameters": parameters, "packed": packed, **found}
+    note(common.results(out, quick) / "folders_plan_as_base.json", figures)
 
 
 def speed(
@@ -190,4 +210,4 @@ def note(path: Path, figures: dict[str, Any]) -> None:
     common.write(path, report)
 
 
-COMMANDS = {"memory": memory, "plan": plan, "speed": speed}
+COMMANDS = {"memory": memory, "plan": plan, "plan-as-base": plan_as_base, "speed": speed}

@@ -1,7 +1,7 @@
 """A study in words: progress while it runs, then a table and one sentence on what its figures mean."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from rich.box import HORIZONTALS
 from rich.console import Console
@@ -33,33 +33,35 @@ def _show(pattern: str, figure: float | None) -> str:
     return "" if figure is None else pattern.format(figure)
 
 
-def table_of(result: Result) -> Table:
-    """One row for the base, one for the tuned model, one for each recipe."""
+def kept(result: Result, row: Row) -> float:
+    """The share of the tuning's gain on the second text that a model keeps; NaN without a gain."""
+    gain = result.base.second_loss - result.tuned.second_loss
+    return (result.base.second_loss - row.second_loss) / gain if gain else float("nan")
+
+
+def table_of(results: Sequence[Result]) -> Table:
+    """One row for the bases, one for the tuned models, one for each recipe; the bases side by side."""
     table = Table(
         box=HORIZONTALS,  # without vertical lines all columns fit in a terminal of 80
         padding=0,
-        title=f"What quantization keeps of a tune that moved the weights by {result.relative_change:.2%}",
-        caption="loss, KL: nats per byte of held-out text; KL: from the tuned model\n"
+        title="What quantization to the grid of the base keeps of a tune",
+        caption=f"kept: of what the tune gained on {results[0].second}\n"
+        "KL: nats per byte, from the tuned model\n"
         "projection: 1 keeps the change at its size, 0 erases it",
     )
     table.add_column("recipe", no_wrap=True)
-    headers: list[tuple[str, Callable[[Row], str]]] = [
-        ("sign\nrate", lambda row: _show("{:.1%}", row.sign_rate)),
-        ("cosine", lambda row: _show("{:.3f}", row.cosine)),
-        ("projection", lambda row: _show("{:.2f}", row.projection)),
-        ("mse", lambda row: _show("{:.1e}", row.mse)),
-        (f"{result.first}\nloss", lambda row: f"{row.first_loss:.3f}"),
-        (f"{result.second}\nloss", lambda row: f"{row.second_loss:.3f}"),
-        ("KL", lambda row: f"{row.divergence:.1e}"),
+    headers: list[tuple[str, Callable[[Result, Row], str]]] = [
+        ("sign\nrate", lambda result, row: _show("{:.0%}", row.sign_rate)),
+        ("pro-\njection", lambda result, row: _show("{:.2f}", row.projection)),
+        ("\nkept", lambda result, row: _show("{:.0%}", kept(result, row))),
+        ("\nKL", lambda result, row: f"{row.divergence:.1e}"),
     ]
-    for header, _ in headers:
-        table.add_column(header, justify="right")
-    for row in (result.base, result.tuned, *result.recipes):
-        table.add_row(
-            row.name,
-            *(show(row) for _, show in headers),
-            end_section=row == result.tuned,
-        )
+    for result in results:
+        for i, (header, _) in enumerate(headers):
+            table.add_column(f"{'' if i else result.grid}\n{header}", justify="right")
+    for rows in zip(*((r.base, r.tuned, *r.recipes) for r in results), strict=True):
+        cells = (show(r, row) for r, row in zip(results, rows, strict=True) for _, show in headers)
+        table.add_row(rows[0].name, *cells, end_section=rows[0] == results[0].tuned)
     return table
 
 
@@ -67,18 +69,15 @@ def sentence_of(result: Result) -> str:
     """What the figures mean for the first and the last recipe, in one sentence."""
     gain = result.base.second_loss - result.tuned.second_loss
     if gain <= 0:
-        return f"Tuning gained nothing on {result.second} here, so there was nothing to keep."
-
-    def kept(row: Row) -> str:
-        return f"{(result.base.second_loss - row.second_loss) / gain:.0%}"
-
+        return f"{result.grid}: tuning gained nothing on {result.second}, so there was nothing to keep."
     first, last = result.recipes[0], result.recipes[-1]
     low, high = sorted((first.divergence, last.divergence))
     word = "less" if last.divergence == low else "more"
     times = f", {high / low:.1f} times {word}" if low > 0 else ""
     return (
-        f"Tuning gained {gain:.3f} nats per byte on {result.second}: "
-        f"{first.name} keeps {kept(first)} of that gain at a KL of {first.divergence:.1e} "
-        f"from the tuned model, {last.name} keeps {kept(last)} "
+        f"{result.grid}: tuning moved the weights by {result.relative_change:.2%} and gained {gain:.3f} nats "
+        f"per byte on {result.second}: "
+        f"{first.name} keeps {kept(result, first):.0%} of that gain at a KL of {first.divergence:.1e} "
+        f"from the tuned model, {last.name} keeps {kept(result, last):.0%} "
         f"at {last.divergence:.1e}{times}."
     )

@@ -1,7 +1,7 @@
-"""A study: make a real pair of weights, quantize it by several recipes, measure what each one keeps.
+"""A study: make real pairs of weights, quantize them by several recipes, measure what each one keeps.
 
-The base is first rounded to FP8, as a model that ships in FP8 is: there AbsMax rounds a small change
-straight back to the base. Figures come back as plain numbers; `report.py` shows them.
+The base is first rounded to a grid, as a model that ships in FP8 or in MXFP4 is: there AbsMax rounds a small
+change straight back to the base. Figures come back as plain numbers; `report.py` shows them.
 """
 
 import dataclasses
@@ -31,7 +31,13 @@ from daq_jax.errors import DaqError
 
 Tell = Callable[[str, int, int], None]  # (what is being done, how much of it is done, how much there is)
 
-# The closing sentence compares the first with the last.
+# The grids of the bases, by name, as the parts of a recipe that say them.
+GRIDS: Mapping[str, daq.Recipe] = {
+    "FP8": daq.recipes.absmax,
+    "MXFP4": daq.Recipe(format=daq.fp4_e2m1, tiling=daq.Group(32), scales=daq.PowerOfTwo()),
+}
+
+# The closing sentences compare the first with the last.
 RECIPES: Mapping[str, daq.Recipe] = {
     "absmax": daq.recipes.absmax,
     "mse": daq.recipes.mse,
@@ -52,7 +58,7 @@ class Study:
 
     model: ModelSize = ModelSize()
     batch: int = 8  # sequences in a step
-    base_steps: int = 800
+    base_steps: int = 500
     base_rate: float = 2e-3  # the highest learning rate
     tune_steps: int = 150
     tune_rate: float = 2e-5
@@ -92,8 +98,9 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a study found."""
+    """What a study found on a base."""
 
+    grid: str  # that the base lies on
     first: str  # name of the text that the base learned
     second: str  # name of the text of the tuning
     relative_change: float  # |tuned - base| / |base| over the quantized weights
@@ -102,9 +109,14 @@ class Result:
     recipes: tuple[Row, ...]
 
 
-def fp8_native(params: Params) -> Params:
-    """The weights as a model that ships in FP8 has them: e4m3, blocks of 128x128, dequantized to bfloat16."""
-    return to_dtype(daq.dequantize(daq.quantize(params, params, daq.recipes.absmax)), jnp.bfloat16)
+def on_grid(params: Params, grid: daq.Recipe) -> Params:
+    """The weights as a model that ships on a grid has them, dequantized to bfloat16."""
+    return to_dtype(daq.dequantize(daq.quantize(params, params, grid)), jnp.bfloat16)
+
+
+def of_grid(recipe: daq.Recipe, grid: daq.Recipe) -> daq.Recipe:
+    """A recipe with the format, the tiles and the scales of a grid."""
+    return recipe.replace(format=grid.format, tiling=grid.tiling, scales=grid.scales)
 
 
 def learn(
@@ -122,17 +134,22 @@ def learn(
     return state.params
 
 
-def make_pair(study: Study, first: Text, second: Text, key: Array, tell: Tell) -> Pair:
-    """Trains a base on the first text, rounds it to FP8, and tunes all of its weights on the second."""
+def make_pairs(
+    study: Study, grids: Mapping[str, daq.Recipe], first: Text, second: Text, key: Array, tell: Tell
+) -> dict[str, Pair]:
+    """Trains a base on the first text, rounds it to each grid, and tunes each of these on the second."""
     length = max(len(first.train), len(second.train))
     # Repeat the shorter text, so that both have one shape and share one compiled program.
     first, second = (text._replace(train=np.resize(text.train, length)) for text in (first, second))
     params_key, base_key, tune_key = jax.random.split(key, 3)
     params = make_params(study.model, params_key)
     params = learn(params, first, study.base_steps, study.base_rate, base_key, study, tell)
-    base = fp8_native(params)
-    tuned = learn(base, second, study.tune_steps, study.tune_rate, tune_key, study, tell)
-    return Pair(base, to_dtype(tuned, jnp.bfloat16))
+    pairs = {}
+    for name, grid in grids.items():
+        base, text = on_grid(params, grid), second._replace(name=f"{second.name} from {name}")
+        tuned = learn(base, text, study.tune_steps, study.tune_rate, tune_key, study, tell)
+        pairs[name] = Pair(base, to_dtype(tuned, jnp.bfloat16))
+    return pairs
 
 
 def relative_change(pair: Pair, quantized: Params) -> float:
@@ -147,9 +164,15 @@ def relative_change(pair: Pair, quantized: Params) -> float:
 
 
 def measure(
-    recipes: Mapping[str, daq.Recipe], pair: Pair, study: Study, first: Text, second: Text, tell: Tell
+    recipes: Mapping[str, daq.Recipe],
+    grid: str,
+    pair: Pair,
+    study: Study,
+    first: Text,
+    second: Text,
+    tell: Tell,
 ) -> Result:
-    """Quantizes the pair by each recipe and measures what is kept of the tuned model."""
+    """Quantizes a pair to the grid of its base by each recipe, and measures what each one keeps."""
     first_text, second_text = jnp.asarray(first.held_out), jnp.asarray(second.held_out)
     reference = to_dtype(pair.tuned, jnp.float32)
 
@@ -165,16 +188,17 @@ def measure(
 
     rows: list[Row] = []
     for done, (name, recipe) in enumerate(recipes.items()):
-        tell("quantize and judge", done, len(recipes))
-        quantized = daq.quantize(*pair, recipe)
+        tell(f"quantize to {grid} and judge", done, len(recipes))
+        quantized = daq.quantize(*pair, of_grid(recipe, GRIDS[grid]))
         figures = daq.compare(*pair, quantized).total.to_dict()
         change = {word: figures[word] for word in ("sign_rate", "cosine", "projection", "mse")}
         rows.append(row(name, daq.dequantize(quantized, dtype=jnp.float32), **change))
-    tell("quantize and judge", len(recipes), len(recipes))
+    tell(f"quantize to {grid} and judge", len(recipes), len(recipes))
     return Result(
+        grid,
         first.name,
         second.name,
-        relative_change(pair, daq.quantize(*pair, daq.recipes.absmax)),
+        relative_change(pair, daq.quantize(*pair, GRIDS[grid])),
         row("base", pair.base),
         row("tuned", pair.tuned),
         tuple(rows),

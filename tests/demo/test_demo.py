@@ -155,7 +155,8 @@ def test_an_fp8_native_base_lies_on_the_e4m3_grid_and_is_stored_in_bfloat16():
     kernel = np.random.default_rng(0).normal(size=(128, 256)).astype(np.float32)
     values = [m / 8 * 2.0**-6 for m in range(8)]
     values += [(1 + m / 8) * 2.0 ** (e - 7) for e in range(1, 16) for m in range(8)][:-1]  # the last is NaN
-    native = study.fp8_native({"up_proj": {"kernel": jnp.asarray(kernel)}, "norm": {"scale": jnp.ones(4)}})
+    params = {"up_proj": {"kernel": jnp.asarray(kernel)}, "norm": {"scale": jnp.ones(4)}}
+    native = study.on_grid(params, study.GRIDS["FP8"])
     assert {leaf.dtype for leaf in jax.tree.leaves(native)} == {jnp.dtype(jnp.bfloat16)}
     for tile, before in zip(
         np.split(np.asarray(native["up_proj"]["kernel"], np.float64), 2, 1),
@@ -165,6 +166,15 @@ def test_an_fp8_native_base_lies_on_the_e4m3_grid_and_is_stored_in_bfloat16():
         codes = np.abs(tile) / (np.abs(before).max() / 448)
         distance = np.abs(codes[..., None] - np.array(values)).min(-1)
         assert (distance <= 2.0**-8 * codes).all()  # bfloat16 keeps 8 bits
+
+
+def test_an_mxfp4_native_base_is_a_4_bit_float_times_a_power_of_two_for_each_32_inputs():
+    kernel = np.random.default_rng(0).normal(size=(64, 16)).astype(np.float32)
+    native = study.on_grid({"up_proj": {"kernel": jnp.asarray(kernel)}}, study.GRIDS["MXFP4"])
+    found = np.asarray(native["up_proj"]["kernel"], np.float64).reshape(2, 32, 16)
+    power = 2.0 ** np.ceil(np.log2(np.abs(kernel.reshape(2, 32, 16)).max(1, keepdims=True) / 6))
+    assert set(np.unique(np.abs(found / power))) <= {0, 0.5, 1, 1.5, 2, 3, 4, 6}
+    assert np.abs(found - kernel.reshape(2, 32, 16)).max() <= power.max()
 
 
 def test_relative_change_counts_quantized_weights_only():
@@ -194,23 +204,25 @@ def tiny_run():
 def test_a_run_returns_plain_json_with_a_row_for_each_recipe(tiny_run):
     found, _ = tiny_run
     assert json.loads(json.dumps(found, allow_nan=False)) == found
-    assert [row["name"] for row in found["recipes"]] == list(TWO_RECIPES)
-    assert found["tuned"]["divergence"] == 0
-    assert found["tuned"]["second_loss"] < found["base"]["second_loss"] < math.log(256)
-    assert 0 < found["relative_change"] < 0.1
-    for row in found["recipes"]:
-        assert 0 < row["sign_rate"] <= 1
-        assert row["divergence"] > 0
-    one, two = found["recipes"]
-    assert one == two | {"name": "one"}
+    assert [base["grid"] for base in found["bases"]] == ["FP8", "MXFP4"]
+    for base in found["bases"]:
+        assert [row["name"] for row in base["recipes"]] == list(TWO_RECIPES)
+        assert base["tuned"]["divergence"] == 0
+        assert base["tuned"]["second_loss"] < base["base"]["second_loss"] < math.log(256)
+        assert 0 < base["relative_change"] < 0.1
+        for row in base["recipes"]:
+            assert 0 <= row["sign_rate"] <= 1
+            assert row["divergence"] > 0
+        one, two = base["recipes"]
+        assert one == two | {"name": "one"}
 
 
 def test_without_a_terminal_a_run_prints_plain_lines_then_table_and_sentence(tiny_run):
     found, shown = tiny_run
     assert "train on Lincoln: 10/20\n" in shown
     assert "\x1b" not in shown
-    assert all(name in shown for name in TWO_RECIPES)
-    assert " ".join(shown.split()).endswith(found["sentence"])
+    assert all(name in shown for name in (*TWO_RECIPES, "FP8", "MXFP4"))
+    assert " ".join(shown.split()).endswith(" ".join(base["sentence"] for base in found["bases"]))
 
 
 def test_equal_seeds_give_equal_figures_and_json_prints_nothing(tiny_run):
@@ -235,7 +247,8 @@ def test_all_matrices_of_the_layers_are_quantized_and_nothing_else():
 def test_the_table_fits_in_a_terminal_of_80_columns():
     console = Console(file=io.StringIO(), width=80)
     row = study.Row("a_name_of_20_letters", *(0.123456789,) * 7)
-    console.print(report.table_of(study.Result("Lincoln", "Macbeth", 0.01, row, row, (row,))))
+    results = [study.Result(grid, "Lincoln", "Macbeth", 0.01, row, row, (row,)) for grid in study.GRIDS]
+    console.print(report.table_of(results))
     assert "projection" in console.file.getvalue()
     assert "…" not in console.file.getvalue()
 
@@ -243,14 +256,15 @@ def test_the_table_fits_in_a_terminal_of_80_columns():
 def result_with(base: float, tuned: float, *recipes: tuple[str, float, float]) -> study.Result:
     rows = tuple(study.Row(name, 1.0, loss, divergence) for name, loss, divergence in recipes)
     return study.Result(
-        "A", "B", 0.01, study.Row("base", 1.0, base, 0.3), study.Row("tuned", 1.0, tuned, 0.0), rows
+        "FP8", "A", "B", 0.01, study.Row("base", 1.0, base, 0.3), study.Row("tuned", 1.0, tuned, 0.0), rows
     )
 
 
 def test_the_sentence_compares_the_first_recipe_with_the_last():
     result = result_with(3.0, 2.0, ("x", 2.75, 0.4), ("y", 9.0, 9.0), ("z", 1.9, 0.1))
     assert report.sentence_of(result) == (
-        "Tuning gained 1.000 nats per byte on B: x keeps 25% of that gain at a KL of 4.0e-01 "
+        "FP8: tuning moved the weights by 1.00% and gained 1.000 nats per byte on B: "
+        "x keeps 25% of that gain at a KL of 4.0e-01 "
         "from the tuned model, z keeps 110% at 1.0e-01, 4.0 times less."
     )
     swapped = dataclasses.replace(result, recipes=result.recipes[::-1])

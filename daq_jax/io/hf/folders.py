@@ -24,11 +24,11 @@ from daq_jax.io.disk.links import refuse_links
 from daq_jax.io.hf.architectures import part_of, turns_experts
 from daq_jax.io.hf.bands import rows_per_tile
 from daq_jax.io.hf.codings import HF_MATRIX, Coding
-from daq_jax.io.hf.layouts import is_matrix
 from daq_jax.io.hf.lora_config import CONFIG as ADAPTER_CONFIG
 from daq_jax.io.hf.methods import QUANTIZATION_FILE, refuse_unknown
 from daq_jax.io.hf.recognition import find_codings
 from daq_jax.io.hf.tensor_files import TensorReader, TensorSpec, read_json
+from daq_jax.io.hf.weight_names import is_matrix
 from daq_jax.qtensor import QTensor
 from daq_jax.tilings import Matrix
 
@@ -229,24 +229,16 @@ class HuggingFaceFolder(Folder):
         codings = find_codings(specs, self._stored, self.config, self.path)
         weight_of = {coding.codes: name for name, coding in codings.items()}
         beside = {part for coding in codings.values() for part in coding.specs} - weight_of.keys()
+        turns = turns_experts(self.config)
         found: dict[str, Tensor] = {}
         for stored in (name for name in specs if name not in beside):
             name, spec = weight_of.get(stored, stored), specs[stored]
             coding = codings.get(name)
             if coding is not None and coding.shape != spec.shape:
                 spec = TensorSpec("I8", coding.shape)  # as it is read
-            found[name] = self._turned(Tensor(name, spec, self._file_of[stored], coding, HF_MATRIX))
+            tensor = Tensor(name, spec, self._file_of[stored], coding, HF_MATRIX)
+            found[name] = _turned(tensor) if turns else tensor
         return found
-
-    def _turned(self, tensor: Tensor) -> Tensor:
-        """A tensor; a stack of experts that is stored `[experts, in, out]` as it is read."""
-        if not turns_experts(self.config) or len(tensor.shape) != 3 or not is_matrix(tensor.name, 3):
-            return tensor
-        if tensor.coding:
-            return dataclasses.replace(tensor, turned=True)
-        experts, inputs, outputs = tensor.shape
-        spec = TensorSpec(tensor.spec.dtype, (experts, outputs, inputs))
-        return dataclasses.replace(tensor, spec=spec, copied=tensor.spec, turned=True)
 
     def _stored(self, name: str, band: slice = slice(None)) -> np.ndarray:
         return self._readers[self._file_of[name]].read(name, band)
@@ -283,6 +275,17 @@ class HuggingFaceFolder(Folder):
         """See `Folder.close`."""
         for reader in self._readers.values():
             reader.close()
+
+
+def _turned(tensor: Tensor) -> Tensor:
+    """A tensor; a stack of experts that is stored `[experts, in, out]` as it is read."""
+    if len(tensor.shape) != 3 or not is_matrix(tensor.name, 3):
+        return tensor
+    if tensor.coding:
+        return dataclasses.replace(tensor, turned=True)
+    experts, inputs, outputs = tensor.shape
+    spec = TensorSpec(tensor.spec.dtype, (experts, outputs, inputs))
+    return dataclasses.replace(tensor, spec=spec, copied=tensor.spec, turned=True)
 
 
 def _dtype_of(config: Mapping[str, Any]) -> np.dtype:
@@ -342,11 +345,15 @@ def _weight_map(index: Path) -> dict[str, str]:
     found = read_json(index, "the index").get("weight_map")
     if not isinstance(found, dict) or not found:
         raise DaqError(f"{index}: `weight_map` must be an object of tensor names and file names.")
+    there: set[str] = set()  # each file is looked for once
     for name, file in found.items():
+        if isinstance(file, str) and file in there:
+            continue
         if not isinstance(file, str) or set(file) & set("/\\\0") or not file.endswith(".safetensors"):
             raise DaqError(
                 f"{index}: tensor {name!r} is said to be in {file!r}; needed a .safetensors file in it."
             )
         if not (index.parent / file).is_file():
             raise DaqError(f"{index}: tensor {name!r} is in {file!r}, which is not in the folder.")
+        there.add(file)
     return found

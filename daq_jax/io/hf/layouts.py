@@ -1,4 +1,4 @@
-"""What Hugging Face folders call things: formats that servers load, which weights they fuse, what they skip.
+"""Layouts of quantized weights in Hugging Face folders, as servers load them.
 
 | layout | codes, after the weight's name | scale |
 |---|---|---|
@@ -13,6 +13,8 @@
 | `nvfp4` | `_packed`, U8 `[out, in / 2]` | `_scale`, F8_E4M3 `[out, in / 16]`, over `_global_scale` |
 | `nvfp4-modelopt` | U8 `[out, in / 2]` | `_scale`, F8_E4M3 `[out, in / 16]`, times `_scale_2` |
 | `gpt-oss` | `_blocks`, U8 `[experts, out, in / 32, 16]` | `_scales`, U8 `[experts, out, in / 32]` |
+| `deepseek-v4` | F8_E4M3 `[out, in]` | `.scale`, F8_E8M0 `[out / 128, in / 128]` |
+| its experts | I8 `[out, in / 2]` | `.scale`, F8_E8M0 `[out, in / 32]` |
 
 Those of blocks are DeepSeek's, which transformers reads; of channels, integers, `mxfp` and `nvfp4`, those of
 compressed-tensors. A weight is `code * scale` in all; `packing` tells how codes are packed. Experts may be
@@ -23,8 +25,7 @@ nothing else, has one for fused experts.
 
 import dataclasses
 import functools
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from daq_jax.io.hf.codings import Coding, Exponents, Floats, ScaleStorage, TwoLe
 from daq_jax.io.hf.compressed_tensors import compressed_config, how_quantized
 from daq_jax.io.hf.packed_int4 import packed_config
 from daq_jax.io.hf.packing import Nibbles, Packing, Plain, Words
+from daq_jax.io.hf.weight_names import NOT_SPLIT, SPLIT_BY_INPUT, is_expert, last_component
 from daq_jax.tilings import Block, Channel, Group, Tiling
 
 AS_BASE = "as-base"  # in place of the name of a layout: each weight as its base is stored
@@ -60,7 +62,8 @@ class Layout:
         tiling: which elements share a scale.
         config: makes the `quantization_config`, given the names of the modules that are not quantized.
         packing: how the codes are stored.
-        scale: end of the name of a scale, after the name of its weight.
+        scale: end of the name of a scale, after the name of its weight; if it begins with a dot, after that
+            of the module.
         codes: end of the name of the codes, after the name of their weight.
         storage: how the scales are stored, where they have no factor.
         factor: end of the name of the factor that all scales of a weight share; "" where there is none.
@@ -68,8 +71,11 @@ class Layout:
         lists_shape: whether the shape of a weight is stored, too.
         narrow_scales: whether servers hold scales in the model's own dtype, not in float32.
         beside: makes the `hf_quant_config.json`, given as `config` is; empty for none.
-        model_type: the only type of model that is stored so, of which experts alone are quantized; "" for
-            any.
+        model_type: the only type of model that is stored so; "" for any.
+        only_experts: whether experts alone are quantized.
+        experts: the layout of experts, where they have another.
+        plain: pattern of the names of weights that models of this type are not quantized in; "" for none.
+        says: what else the config of such a model says.
     """
 
     name: str
@@ -86,6 +92,14 @@ class Layout:
     narrow_scales: bool = False
     beside: Config = _no_config
     model_type: str = ""
+    only_experts: bool = False
+    experts: "Layout | None" = None
+    plain: str = ""
+    says: tuple[tuple[str, str], ...] = ()
+
+    def of(self, name: str) -> "Layout":
+        """The layout of one weight: this one, or that of experts."""
+        return self.experts if self.experts is not None and is_expert(name) else self
 
     def coding(self, name: str, shape: tuple[int, ...], factor: float = 1.0) -> Coding:
         """How a weight `[..., out, in]` is stored; `factor` is that of its scales, if they have one."""
@@ -95,7 +109,8 @@ class Layout:
             constants[name + self.factor] = np.full((1,) if self.divides else (), factor, np.float32)
         if self.lists_shape:
             constants[f"{name}_shape"] = np.asarray(shape, np.int64)
-        codes, scale, grid = name + self.codes, name + self.scale, scale_grid(shape, self.tiling)
+        module = name.removesuffix(".weight") if self.scale.startswith(".") else name
+        codes, scale, grid = name + self.codes, module + self.scale, scale_grid(shape, self.tiling)
         how = codes, self.packing, scale, grid, storage
         return Coding(shape, self.format, self.tiling, *how, constants=constants)
 
@@ -111,7 +126,8 @@ class Layout:
         Returns:
             The reason; "" if it can be stored.
         """
-        return ""
+        single = (self.codes and not self.only_experts) or self.scale.startswith(".")
+        return f"fused experts, which {self.name} has no form for" if len(shape) > 2 and single else ""
 
 
 class BlockLayout(Layout):
@@ -119,7 +135,7 @@ class BlockLayout(Layout):
 
     def why_not(self, name: str, shape: Sequence[int], tp: int, kv_heads: int | None) -> str:
         """See `Layout.why_not`."""
-        return why_not_blocks(name, shape, tp, kv_heads)
+        return super().why_not(name, shape, tp, kv_heads) or why_not_blocks(name, shape, tp, kv_heads)
 
 
 class GroupLayout(Layout):
@@ -131,9 +147,8 @@ class GroupLayout(Layout):
 
     def why_not(self, name: str, shape: Sequence[int], tp: int, kv_heads: int | None) -> str:
         """See `Layout.why_not`."""
-        if len(shape) > 2 and self.codes and not self.model_type:
-            return f"fused experts, which {self.name} has no form for"
-        return why_not_groups(name, shape, tp, self.tiling.tile(*shape[:-3:-1])[0])
+        group = self.tiling.tile(*shape[:-3:-1])[0]
+        return super().why_not(name, shape, tp, kv_heads) or why_not_groups(name, shape, tp, group)
 
 
 def _fine_grained(skipped: Sequence[str], **more: Any) -> dict[str, Any]:
@@ -199,6 +214,10 @@ _MX4 = _of_groups(4, _MX, "mxfp4-pack-quantized", "torch.uint8")
 _MX8 = _of_groups(8, _MX, "mxfp8-quantized", "torch.uint8")
 _NV4 = _of_groups(4, _NV, "nvfp4-pack-quantized", "torch.float8_e4m3fn", "tensor_group")
 _UE8M0 = functools.partial(_fine_grained, scale_fmt="ue8m0")
+_V4 = functools.partial(_UE8M0, expert_dtype="fp4")
+_V4_EXPERTS = GroupLayout(
+    "deepseek-v4", fp4_e2m1, Group(_MX), _no_config, Nibbles("I8"), ".scale", storage=Exponents("F8_E8M0")
+)
 LAYOUTS: dict[str, Layout] = {
     layout.name: layout
     for layout in (
@@ -249,6 +268,20 @@ LAYOUTS: dict[str, Layout] = {
             "_blocks",
             Exponents("U8"),
             model_type="gpt_oss",
+            only_experts=True,
+        ),
+        BlockLayout(
+            "deepseek-v4",
+            fp8_e4m3fn,
+            Block(BLOCK, BLOCK),
+            _V4,
+            _FP8,
+            ".scale",
+            storage=Exponents("F8_E8M0"),
+            model_type="deepseek_v4",
+            experts=_V4_EXPERTS,
+            plain=r"\.(compressor\.\w+|weights_proj)\.weight$",  # transformers 5.24, deepseek_v4
+            says=(("expert_dtype", "fp4"),),
         ),
     )
 }
@@ -300,54 +333,16 @@ TARGETS: dict[str, Target] = {
     ),
 }
 
-# Modules that servers multiply as one, so that they share one decision; the last parts of their names.
-_FUSED = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("query", "key", "value"),
-    ("gate_proj", "up_proj"),
-    ("w1", "w3"),
-    ("q_a_proj", "kv_a_proj_with_mqa"),
-    ("in_proj_qkv", "in_proj_z"),
-    ("in_proj_qkvz", "in_proj_ba"),
-)
-_FUSED_EXPERTS = re.compile(r"(^|\.)experts\.(gate_up_proj|down_proj)$")
-_EXPERTS = re.compile(r"^(?P<module>(.*\.)?experts)\.(\d+\.\w+\.weight|gate_up_proj|down_proj)$")
-# Their inputs are divided among the devices of a server; of all others, the outputs.
-_SPLIT_BY_INPUT = ("o_proj", "out_proj", "down_proj", "w2", "dense", "c_proj", "fc2", "dense_4h_to_h")
-_NOT_SPLIT = ("q_a_proj", "kv_a_proj_with_mqa")
-
-
-def module_of(name: str) -> str:
-    """The module that a weight belongs to, as skip lists name it."""
-    if _FUSED_EXPERTS.search(name):
-        return name.rpartition(".")[0]
-    return name.removesuffix(".weight")
-
-
-def is_matrix(name: str, ndim: int) -> bool:
-    """Whether a tensor is the weight of a linear layer, or of a stack of experts, by its name and axes."""
-    return (ndim == 2 and name.endswith(".weight")) or (ndim == 3 and bool(_FUSED_EXPERTS.search(name)))
-
-
-def fused_with(name: str) -> str:
-    """A label that a weight shares with all others that servers fuse it with."""
-    experts = _EXPERTS.match(name)
-    if experts:
-        return experts["module"]
-    parent, _, last = name.removesuffix(".weight").rpartition(".")
-    group = next((g for g in _FUSED if last in g), (last,))
-    return f"{parent}.{'+'.join(group)}"
-
 
 def why_not_blocks(name: str, shape: Sequence[int], tp: int, kv_heads: int | None) -> str:
     """Why a weight `[..., out, in]` cannot be cut into whole blocks on each of `tp` devices; "" if it can."""
     *_, outputs, inputs = shape
     if outputs % BLOCK or inputs % BLOCK:
         return f"not a multiple of {BLOCK} x {BLOCK}: {outputs} x {inputs}"
-    last = _last_component(name)
-    if tp == 1 or last in _NOT_SPLIT:
+    last = last_component(name)
+    if tp == 1 or last in NOT_SPLIT:
         return ""
-    by_input = last in _SPLIT_BY_INPUT
+    by_input = last in SPLIT_BY_INPUT
     # Heads of keys and values are copied, not cut, where there are more devices than heads.
     parts = min(tp, kv_heads or tp) if last in ("k_proj", "v_proj", "key", "value") else tp
     whole, axis = (inputs, "inputs") if by_input else (outputs, "outputs")
@@ -362,22 +357,6 @@ def why_not_groups(name: str, shape: Sequence[int], tp: int, group: int) -> str:
     inputs = shape[-1]
     if inputs % group:
         return f"no whole number of groups of {group}: {inputs} inputs"
-    if _last_component(name) in _SPLIT_BY_INPUT and inputs % (tp * group):
+    if last_component(name) in SPLIT_BY_INPUT and inputs % (tp * group):
         return f"no whole number of groups of {group} on each device: {inputs} inputs over {tp} devices"
     return ""
-
-
-def _last_component(name: str) -> str:
-    """Last component of the name of the layer that a weight belongs to."""
-    return module_of(name).rpartition(".")[2] if not name.endswith("_proj") else name.rpartition(".")[2]
-
-
-def skipped_modules(kept: Iterable[str]) -> set[str]:
-    """Full names of the modules that are not quantized, as the file has them.
-
-    Args:
-        kept: names of the two-dimensional weights and fused experts that stay as they are.
-    """
-    kept = list(kept)
-    names = {module_of(name) for name in kept}
-    return names | {match["module"] for name in kept if (match := _EXPERTS.match(name))}

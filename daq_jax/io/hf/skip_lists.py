@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from daq_jax.io.hf.layouts import skipped_modules
+from daq_jax.io.hf.weight_names import skipped_modules
 
 _HEAD = "lm_head"
 _RENAMES = (

@@ -11,6 +11,7 @@ Source: the format as https://github.com/huggingface/safetensors describes it.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -86,12 +87,12 @@ class TensorSpec:
         """The dtype in memory; None for 4-bit and 6-bit floats, which are copied but not read."""
         return _RANKED[self.dtype]
 
-    @property
+    @functools.cached_property
     def size(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
 
-    @property
+    @functools.cached_property
     def nbytes(self) -> int:
         """Number of bytes, rounded up to whole ones."""
         known = self.numpy_dtype
@@ -136,7 +137,8 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
 
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
-        json.dumps(value, ensure_ascii=False).encode("utf-8")  # no lone surrogates
+        if b"\\u" in data:  # no other way to write a lone surrogate
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
         raise DaqError(f"{where} is not valid JSON: {reason}.") from error
@@ -185,12 +187,18 @@ def _entry(where: str, raw: Any, start: int) -> Entry:
         raise DaqError(f"{where}: unknown dtype {dtype!r}; known are {', '.join(_RANKED)}.")
     if not _is_whole(shape) or len(shape) > _MOST_AXES or math.prod(max(n, 1) for n in shape) >= 2**60:
         raise DaqError(f"{where}: its shape must be a list of whole numbers; got {_short(shape)}.")
-    spec = TensorSpec(dtype, tuple(shape))
+    spec = _spec(dtype, tuple(shape))
     if not _is_whole(offsets) or len(offsets) != 2 or offsets[1] - offsets[0] != spec.nbytes:
         raise DaqError(
             f"{where}: {dtype} {spec.shape} takes {spec.nbytes} bytes but its offsets are {_short(offsets)}."
         )
     return Entry(spec, start + offsets[0])
+
+
+@functools.lru_cache(maxsize=4096)
+def _spec(dtype: str, shape: tuple[int, ...]) -> TensorSpec:
+    """One spec for all tensors of a shape: a large folder has many tensors and few shapes."""
+    return TensorSpec(dtype, shape)
 
 
 def _is_whole(value: Any) -> bool:

@@ -5,6 +5,7 @@ config are those of the tuned model.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,8 +14,9 @@ from jaxtyping import Array
 
 from daq_jax import recipes
 from daq_jax.errors import refuse
+from daq_jax.formats import Format
 from daq_jax.io.hf.architectures import part_of
-from daq_jax.io.hf.codings import Coding
+from daq_jax.io.hf.codings import Coding, ScaleStorage
 from daq_jax.io.hf.folders import Folder, Tensor
 from daq_jax.io.hf.layouts import AS_BASE
 from daq_jax.io.hf.methods import QUANTIZATION_KEYS, quantizes_cache, uses_static_inputs
@@ -36,6 +38,7 @@ from daq_jax.roundings.rounding import Rounding
 from daq_jax.scales import AnyScale
 from daq_jax.searches.search import Search
 from daq_jax.searches.trials import Trials
+from daq_jax.tilings import Tiling
 
 _KEYS = (*QUANTIZATION_KEYS, "expert_dtype", "scale_fmt")  # what a config says of codes
 
@@ -63,10 +66,10 @@ class OfBase(Search):
         return trials.base
 
 
-def recipe_as_base(recipe: Recipe, coding: Coding) -> Recipe:
-    """A recipe for a weight in the coding of its base."""
-    recipe = recipe.replace(format=coding.full_format, tiling=coding.tiling, scales=coding.storage.rule)
-    if coding.storage.has_factor and recipe.search == recipes.default.search:
+def recipe_as_base(recipe: Recipe, number: Format, tiling: Tiling, storage: ScaleStorage) -> Recipe:
+    """A recipe for a weight in the coding of its base: its format, its tiling, and how it stores scales."""
+    recipe = recipe.replace(format=number, tiling=tiling, scales=storage.rule)
+    if storage.has_factor and recipe.search == recipes.default.search:
         # The rule of such scales has the factor in it, and would be compiled anew for each. Without another
         # scale than that of the base it is not needed.
         return recipe.replace(search=OfBase(), scales=AnyScale())
@@ -99,6 +102,7 @@ def plan_as_base(
     _refuse_lacking(base, tuned, dropped)
     stored = dtype or stored_dtype(tuned)
     working = dtype or tuned.working_dtype or stored
+    recipe_for = functools.cache(functools.partial(recipe_as_base, recipe))
     tasks = []
     for name, before in base.tensors.items():
         after = tuned.tensors.get(name)
@@ -110,7 +114,8 @@ def plan_as_base(
         elif before.coding is None:
             tasks.append(kept_task(after, "not quantized in base", recipe, stored, working))
         else:
-            tasks.append(_coded_task(before, before.coding, after, recipe, dtype or working, memory))
+            own = recipe_for(before.coding.full_format, before.coding.tiling, before.coding.storage)
+            tasks.append(_coded_task(before, before.coding, after, own, dtype or working, memory))
     files = {name: tensor.file for name, tensor in base.tensors.items()}
     config = config_as_base(base.config, tuned.config)
     return Plan(
@@ -123,7 +128,7 @@ def _coded_task(
 ) -> Task:
     if after.coding is None and after.dtype is not None:
         dtype = after.dtype
-    task = quantized_task(after, before, recipe_as_base(recipe, coding), coding, dtype, memory)
+    task = quantized_task(after, before, recipe, coding, dtype, memory)
     return dataclasses.replace(task, as_base=True)
 
 

@@ -12,7 +12,8 @@ import numpy as np
 
 from daq_jax.io.hf.bands import MOST_ELEMENTS, bands
 from daq_jax.io.hf.folders import Folder
-from daq_jax.io.hf.layouts import Layout, fused_with
+from daq_jax.io.hf.layouts import Layout
+from daq_jax.io.hf.weight_names import fused_with
 from daq_jax.qtensor import QTensor
 
 _LARGEST = 448.0  # of FP8 (e4m3), in which scales are stored over the factor

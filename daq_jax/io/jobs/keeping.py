@@ -13,7 +13,8 @@ from typing import Any
 from daq_jax.errors import DaqError, refuse
 from daq_jax.io.hf.architectures import turns_linear_layers
 from daq_jax.io.hf.folders import Folder, Tensor
-from daq_jax.io.hf.layouts import Layout, fused_with, is_matrix
+from daq_jax.io.hf.layouts import Layout
+from daq_jax.io.hf.weight_names import fused_with, is_matrix
 from daq_jax.rules import DEFAULT_RULES, first_match
 
 TOWER = "in a vision or audio tower, or a projector"
@@ -158,14 +159,16 @@ class _Reasons:
             return "stored [in, out], which servers do not read quantized"
         if 0 in shape:
             return "empty"
-        if self._layout.model_type and not tensor.turned:
+        if self._layout.only_experts and not tensor.turned:
             return f"no experts, which alone are quantized in {self._layout.name}"
-        if tensor.turned and not self._layout.model_type:
+        if tensor.turned and not self._layout.only_experts:
             return "experts stored [in, out], which servers do not read quantized"
         if why := self._role(name, shape) or self._choice.why_kept(name):
             return why
+        if self._layout.plain and re.search(self._layout.plain, name):
+            return f"not quantized in models of type {self._layout.model_type}"
         heads = self._config.get("num_key_value_heads")
-        return self._layout.why_not(
+        return self._layout.of(name).why_not(
             name, shape, self._tp, heads if type(heads) is int and heads > 0 else None
         )
 

@@ -8,8 +8,8 @@ import numpy as np
 from daq_jax.errors import refuse
 from daq_jax.io.hf.architectures import part_of
 from daq_jax.io.hf.folders import Folder, Tensor
-from daq_jax.io.hf.layouts import is_matrix
 from daq_jax.io.hf.methods import QUANTIZATION_KEYS
+from daq_jax.io.hf.weight_names import is_matrix
 
 FLOATS = ("BF16", "F16", "F32")
 # How names end of scales that quantize activations, not weights; and of packed codes of any quantizer.

@@ -171,6 +171,11 @@ def refuse_for_orbax(output: Output, run: Run) -> None:
             f"--format {output.layout.name} is for Hugging Face folders: Orbax checkpoints have no place for "
             "the factor that all scales of a weight share."
         )
+    if output.layout.experts is not None:
+        raise DaqError(
+            f"--format {output.layout.name} is for Hugging Face folders: an Orbax checkpoint has one format. "
+            "Pass another one, or quantize in Python with a rule for the experts."
+        )
     words = [f"--{n.replace('_', '-')} ({_NOT_FOR_ORBAX[n]})" for n, value in given.items() if value]
     if words:
         raise DaqError(

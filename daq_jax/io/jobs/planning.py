@@ -6,6 +6,7 @@ A plan is data: the shards of the result, and for each shard its tensors with wh
 
 import collections
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,13 +17,14 @@ from daq_jax.errors import DaqError, refuse
 from daq_jax.io.hf.bands import can_be_cut, rows_per_tile
 from daq_jax.io.hf.codings import Coding
 from daq_jax.io.hf.folders import Folder, Tensor
-from daq_jax.io.hf.layouts import Layout, is_matrix
+from daq_jax.io.hf.layouts import Layout
 from daq_jax.io.hf.skip_lists import skip_list
 from daq_jax.io.hf.tensor_files import TensorSpec, plan_file
+from daq_jax.io.hf.weight_names import is_matrix
 from daq_jax.io.jobs.factors import shared_factors
 from daq_jax.io.jobs.keeping import ALL, Choice, kept_of
 from daq_jax.io.jobs.leftovers import FLOATS, dropped_of, refuse_unread, unquantized
-from daq_jax.io.jobs.options import MissingBase
+from daq_jax.io.jobs.options import MissingBase, in_layout
 from daq_jax.io.jobs.other_names import renamed
 from daq_jax.recipe import Recipe
 from daq_jax.roundings.nearest import Nearest
@@ -134,7 +136,7 @@ class Plan:
         """Every tensor of the result."""
         return [task for shard in self.shards for task in shard.tasks]
 
-    @property
+    @functools.cached_property
     def nbytes(self) -> int:
         """Bytes of the result's shards."""
         return sum(shard.nbytes for shard in self.shards)
@@ -216,11 +218,12 @@ def make_plan(
             tasks.append(kept_task(tensor, kept[name], recipe, stored, dtype))
         else:
             partner = None if name in problems else base.tensors[name]
-            coding = layout.coding(name, tensor.shape, factors.get(name, 1.0))
-            own = recipe.replace(scales=coding.storage.rule) if layout.factor else recipe
+            coding = layout.of(name).coding(name, tensor.shape, factors.get(name, 1.0))
+            own = recipe if layout.of(name) is layout else in_layout(recipe, layout.of(name))
+            own = own.replace(scales=coding.storage.rule) if layout.factor else own
             tasks.append(quantized_task(tensor, partner, own, coding, dtype, memory))
     skipped = skip_list((n for n in kept if is_matrix(n, len(tuned.tensors[n].shape))), tuned.config)
-    config = unquantized(tuned.config) | {"quantization_config": layout.config(skipped)}
+    config = unquantized(tuned.config) | {"quantization_config": layout.config(skipped)} | dict(layout.says)
     beside = layout.beside(skipped)
     plan = Plan(in_shards(tasks), recipe, layout.name, dtype, config, beside, dropped, memory_of(tasks))
     if not any(task.quantize for task in plan.tasks):

@@ -10,7 +10,17 @@ import daq_jax as daq
 from daq_jax.io.hf.adapters import open_tuned
 from daq_jax.io.hf.architectures import turns_experts, turns_linear_layers
 from daq_jax.io.hf.folders import open_folder
-from tests.adapters import CONFIG, PREFIX, factors, lora, merged, product, write_adapter
+from tests.adapters import (
+    CONFIG,
+    EXPERT_TARGETS,
+    EXPERTS,
+    PREFIX,
+    expert_adapter,
+    lora,
+    merged,
+    product,
+    write_adapter,
+)
 from tests.hf_folders import BF16, E4M3, llama, normal, spread, to_fp8, write_folder
 from tests.hf_folders import CONFIG as MODEL
 
@@ -120,42 +130,12 @@ def test_embeddings_heads_biases_and_whole_modules(tmp_path):
             assert stored_bytes.tobytes() == adapter[PREFIX + stored].astype(BF16).tobytes()
 
 
-EXPERTS = "model.layers.0.mlp.experts"
-
-
-def expert_factors(experts: int, outputs: int, inputs: int, seed: int):
-    """A [E r, in] and B [out, r E], and the change of each expert [E, out, in], as peft defines them."""
-    a, b = factors(seed, outputs, inputs, 4 * experts)
-    each = a.astype(np.float64).reshape(experts, 4, inputs)
-    other = b.astype(np.float64).reshape(outputs, 4, experts)
-    return a, b, np.einsum("ore,eri->eoi", other, each)
-
-
-def expert_adapter(hidden: int = 96, inner: int = 64, experts: int = 3, *, older: bool = False):
-    """An adapter of gate_up_proj [E, 2 inner, hidden] and down_proj [E, hidden, inner]."""
-    found, changes = {}, {}
-    shapes = {"gate_up_proj": (2 * inner, hidden), "down_proj": (hidden, inner)}
-    for i, (name, (outputs, inputs)) in enumerate(shapes.items()):
-        if older:  # peft took every stack for [E, in, out]
-            a, b, change = expert_factors(experts, inputs, outputs, 20 + 2 * i)
-            change = np.swapaxes(change, 1, 2)
-        else:
-            a, b, change = expert_factors(experts, outputs, inputs, 20 + 2 * i)
-        wrapped = f"{PREFIX}{EXPERTS}{'.base_layer' if name == 'gate_up_proj' else ''}"
-        found |= {f"{wrapped}.lora_A.weight": a, f"{wrapped}.lora_B.weight": b}
-        changes[name] = change
-    return found, changes
-
-
-TARGETS = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
-
-
 @pytest.mark.parametrize("older", [False, True])
 def test_stacks_of_experts(older, tmp_path):
     adapter, changes = expert_adapter(older=older)
     shapes = {"gate_up_proj": (3, 128, 96), "down_proj": (3, 96, 64)}
     base = {f"{EXPERTS}.{n}": (0.02 * normal(1, *s)).astype(BF16) for n, s in shapes.items()}
-    with opened(tmp_path, base, adapter, **TARGETS) as tuned:
+    with opened(tmp_path, base, adapter, **EXPERT_TARGETS) as tuned:
         for name, change in changes.items():
             expected = merged(base[f"{EXPERTS}.{name}"], change, 1.5)
             np.testing.assert_array_equal(tuned.read(f"{EXPERTS}.{name}"), expected)
@@ -167,7 +147,7 @@ def test_stacks_of_experts_that_are_stored_in_out(tmp_path):
     adapter, changes = expert_adapter(hidden=96, inner=96)
     shapes = {"gate_up_proj": (3, 96, 192), "down_proj": (3, 96, 96)}
     base = {f"{EXPERTS}.{n}": (0.02 * normal(1, *s)).astype(BF16) for n, s in shapes.items()}
-    with opened(tmp_path, base, adapter, MODEL | {"model_type": "gpt_oss"}, **TARGETS) as tuned:
+    with opened(tmp_path, base, adapter, MODEL | {"model_type": "gpt_oss"}, **EXPERT_TARGETS) as tuned:
         for name, change in changes.items():
             expected = merged(np.swapaxes(base[f"{EXPERTS}.{name}"], 1, 2), change, 1.5)
             np.testing.assert_array_equal(tuned.read(f"{EXPERTS}.{name}"), expected)
@@ -185,7 +165,7 @@ def test_a_stack_of_experts_on_a_base_that_holds_them_one_by_one(names, tmp_path
         for e in range(3)
         for n, s in shapes.items()
     }
-    with opened(tmp_path, base, adapter, **TARGETS) as tuned:
+    with opened(tmp_path, base, adapter, **EXPERT_TARGETS) as tuned:
         for e in range(3):
             halves = {gate: changes["gate_up_proj"][e, :64], up: changes["gate_up_proj"][e, 64:]}
             for name, change in (halves | {down: changes["down_proj"][e]}).items():

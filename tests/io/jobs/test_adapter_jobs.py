@@ -15,8 +15,19 @@ from daq_jax.io.hf.folders import open_folder
 from daq_jax.io.jobs.options import Output, Run
 from daq_jax.io.jobs.quantize_folders import open_job
 from tests import stores
-from tests.adapters import PREFIX, lora, merged, product, write_adapter
-from tests.hf_folders import BF16, CONFIG, in_shards, llama, normal, spread, to_fp8, write_folder
+from tests.adapters import (
+    EXPERT_TARGETS,
+    EXPERTS,
+    PREFIX,
+    expert_adapter,
+    lora,
+    merged,
+    product,
+    write_adapter,
+)
+from tests.cases import rng_for
+from tests.hf_folders import BF16, CONFIG, in_shards, llama, normal, spread, stored, to_fp8, write_folder
+from tests.native_folders import gpt_oss, natives
 
 ABSMAX = daq.recipes.absmax
 MODULES = {f"model.layers.{i}.self_attn.{w}_proj": (128, 128) for i in (0, 1) for w in "qkvo"} | {
@@ -90,6 +101,50 @@ def test_an_adapter_gives_the_codes_of_the_merged_folder(stored, layout, recipe,
     total = daq.compare_folders(base, adapter, tmp_path / "a").total.to_dict()
     assert total.pop("counts") == reports[0]["total"].pop("counts")
     assert total == pytest.approx(reports[0]["total"], rel=1e-6)
+
+
+FOUR_BITS = ("mxfp4-pack", "nvfp4-pack", "nvfp4-modelopt", "int4-g32 I32", "v4 experts")
+
+
+def native_folders_of(path, layout: str):
+    """A base in a layout, an adapter, and the float32 folder of the two merged."""
+    if layout == "gpt-oss":
+        adapter, changes = expert_adapter(hidden=64, inner=64, experts=2)
+        made = [gpt_oss(f"{EXPERTS}.{name}", *change.shape) for name, change in changes.items()]
+        config, targets = CONFIG | {"model_type": "gpt_oss"}, EXPERT_TARGETS
+    else:
+        made, targets = [natives(128, 128)[layout]], {}
+        module = made[0].name.removesuffix(".weight")
+        adapter, config = lora({module: (128, 128)}), CONFIG
+        changes = {module: product(adapter, module)}
+    base = {n: x for i, native in enumerate(made) for n, x in native.make(rng_for(f"{layout} {i}")).items()}
+    tuned = {}
+    for native, change in zip(made, changes.values(), strict=True):
+        weight = merged(native.decode(base), change, 1.5)
+        tuned[native.name] = np.ascontiguousarray(weight.swapaxes(-1, -2)) if native.turned else weight
+    return (
+        write_folder(path / "base", [base], config | {"quantization_config": made[0].config}),
+        write_adapter(path / "adapter", adapter, **targets),
+        write_folder(path / "merged", [tuned], config),
+    )
+
+
+@pytest.mark.parametrize(
+    ("layout", "recipe"),
+    [
+        *((layout, ABSMAX) for layout in (*FOUR_BITS, "gpt-oss")),
+        pytest.param("int4-g32 I32", daq.recipes.default, marks=pytest.mark.slow),
+        pytest.param("gpt-oss", daq.recipes.default, marks=pytest.mark.slow),
+    ],
+)
+def test_an_adapter_on_a_base_of_4_bits_gives_the_bytes_of_the_merged_folder(layout, recipe, tmp_path):
+    base, adapter, whole = native_folders_of(tmp_path, layout)
+    for tuned, out in ((adapter, "a"), (whole, "b")):
+        report = daq.quantize_folder(base, tuned, tmp_path / out, recipe, memory_gb=2)
+        assert report["format"] == "as-base"
+        assert report["identity"]["untouched"] == 0
+    assert stored(tmp_path / "a") == stored(tmp_path / "b")
+    assert stored(tmp_path / "a").keys() == stored(base).keys()
 
 
 def test_what_is_kept_is_stored_in_the_dtype_of_the_base(tmp_path):

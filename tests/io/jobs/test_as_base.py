@@ -1,5 +1,6 @@
 """Back into the format of the base: byte for byte where nothing changed, and the change kept where it did."""
 
+import dataclasses
 import io
 import json
 import pathlib
@@ -10,9 +11,23 @@ import pytest
 from rich.console import Console
 
 import daq_jax as daq
+from daq_jax.io.jobs.options import Output, Run
+from daq_jax.io.jobs.quantize_folders import open_job
+from tests import stores
 from tests.cases import rng_for
-from tests.hf_folders import BF16, CONFIG, E4M3, Tensors, normal, stored, write_folder
-from tests.native_folders import BY_LAYOUT, Native, gpt_oss, mxfp4_pack, natives, nvfp4_modelopt, packed
+from tests.hf_folders import BF16, CONFIG, E4M3, Tensors, in_shards, normal, stored, write_folder
+from tests.native_folders import (
+    BY_LAYOUT,
+    Native,
+    deepseek_v4,
+    gpt_oss,
+    kept_of,
+    low_rank,
+    mxfp4_pack,
+    natives,
+    nvfp4_modelopt,
+    packed,
+)
 
 ABSMAX = daq.recipes.absmax
 
@@ -56,26 +71,6 @@ def test_what_tuning_left_alone_keeps_the_bytes_of_the_base(layout, dtype, tmp_p
     assert config["quantization_config"] == native.config
 
 
-def low_rank(seed: int, like: np.ndarray, size: float) -> np.ndarray:
-    """A change of rank 8, of a size relative to that of the weights."""
-    *batch, outputs, inputs = like.shape
-    change = normal(seed, *batch, outputs, 8) @ normal(seed + 1, *batch, 8, inputs)
-    return size * np.linalg.norm(like) / np.linalg.norm(change) * change
-
-
-def kept_of(change: np.ndarray, kept: np.ndarray) -> tuple[float, float]:
-    """Projection, and error along the eight leading directions of a change."""
-    projection = np.sum(change * kept) / np.sum(change * change)
-    error, size = 0.0, 0.0
-    for d, q in zip(
-        change.reshape(-1, *change.shape[-2:]), kept.reshape(-1, *change.shape[-2:]), strict=True
-    ):
-        u, s, v = np.linalg.svd(d, full_matrices=False)
-        error += np.linalg.norm(u[:, :8].T @ (q - d) @ v[:8].T) ** 2
-        size += np.linalg.norm(s[:8]) ** 2
-    return projection, (error / size) ** 0.5
-
-
 QUICK = ("gpt-oss", "nvfp4-pack", "int4-g32 I32")
 
 
@@ -93,7 +88,6 @@ def test_a_low_rank_change_is_kept(layout, tmp_path):
     assert {n: x[:2] for n, x in found.items()} == {n: x[:2] for n, x in stored(paths[0]).items()}
     result = {n: np.frombuffer(found[n][2], x.dtype).reshape(x.shape) for n, x in base.items()}
     projection, error = kept_of(change, native.decode(result) - before)
-    print(layout, projection, error)
     assert 0.9 < projection < 1.1
     assert error < 0.15
     assert 0 < report["identity"]["moved_codes"] < 1
@@ -134,6 +128,57 @@ def test_one_expert_that_changed_leaves_the_bytes_of_the_other(tmp_path):
     np.testing.assert_array_equal(found[0], base[native.codes][0])
     assert (found[1] != base[native.codes][1]).any()
     assert report["identity"]["untouched"] == 0
+
+
+@pytest.mark.parametrize("dtype", [np.dtype(np.float32), BF16], ids=str)
+def test_experts_in_4_bits_beside_fp8_keep_their_bytes_and_a_change_moves_its_own_tensor(dtype, tmp_path):
+    """DeepSeek V4: `.scale` of blocks and of groups under one config."""
+    made = deepseek_v4()
+    base = {k: x for i, n in enumerate(made) for k, x in n.make(rng_for(f"v4 {i}")).items()}
+    how = {"quantization_config": made[0].config, "expert_dtype": "fp4", "model_type": "deepseek_v4"}
+    before = write_folder(tmp_path / "base", in_shards(base | rest(), 2), CONFIG | how)
+    weights = {n.name: n.decode(base) for n in made}
+    after = {name: x.astype(dtype) for name, x in weights.items()} | rest()
+    kind = CONFIG | {"model_type": "deepseek_v4"}
+    same = write_folder(tmp_path / "same", [after], kind)
+    report = daq.quantize_folder(before, same, tmp_path / "out", ABSMAX, memory_gb=2)
+    assert (report["identity"]["tensors"], report["identity"]["untouched"]) == (len(made), len(made))
+    assert stored(tmp_path / "out") == stored(before)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (written["expert_dtype"], written["quantization_config"]) == ("fp4", made[0].config)
+    for moved in (made[0], made[-1]):
+        more = {moved.name: (1.3 * weights[moved.name]).astype(dtype)}
+        changed = write_folder(tmp_path / moved.name, [after | more], kind)
+        report = daq.quantize_folder(before, changed, tmp_path / f"{moved.name} out", ABSMAX, memory_gb=2)
+        assert report["identity"]["untouched"] == len(made) - 1
+        found, wanted = stored(tmp_path / f"{moved.name} out"), stored(before)
+        assert {n for n in wanted if found[n] != wanted[n]} <= {moved.codes, moved.scale}
+
+
+class Stopped(BaseException):
+    """Stands for whatever ends a process."""
+
+
+def test_a_stopped_run_and_two_processes_write_what_one_run_writes(tmp_path):
+    """Files, report and audit: units that an earlier process wrote count as well."""
+    made = deepseek_v4()
+    base = {k: x for i, n in enumerate(made) for k, x in n.make(rng_for(f"stopped {i}")).items()}
+    how = {"quantization_config": made[0].config, "model_type": "deepseek_v4"}
+    before = write_folder(tmp_path / "base", in_shards(base | rest(), 3), CONFIG | how)
+    after = {n.name: n.decode(base) * (1 if i % 2 else np.float32(1.2)) for i, n in enumerate(made)}
+    tuned = write_folder(tmp_path / "tuned", [after | rest()], CONFIG | {"model_type": "deepseek_v4"})
+    whole = daq.quantize_folder(before, tuned, tmp_path / "whole", ABSMAX, memory_gb=2)
+    job = before, tuned, tmp_path / "stopped", ABSMAX, Output(), Run(memory_gb=2), Console(quiet=True)
+    with pytest.raises(Stopped), open_job(*job) as opened:
+        dataclasses.replace(opened, store=stores.Stopped(opened.store, at=2, error=Stopped)).run()
+    found = [daq.quantize_folder(before, tuned, tmp_path / "stopped", ABSMAX, memory_gb=2)]
+    for i in (1, 2):
+        shared = daq.quantize_folder(before, tuned, tmp_path / "two", ABSMAX, memory_gb=2, shard=(i, 2))
+    found.append(shared)
+    for name, report in zip(("stopped", "two"), found, strict=True):
+        assert stored(tmp_path / name) == stored(tmp_path / "whole")
+        assert report["identity"] == whole["identity"]
+        assert report["identity"]["untouched"] == len(made) // 2
 
 
 def test_one_folder_holds_several_codings_and_the_audit_is_printed(tmp_path):
