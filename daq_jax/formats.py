@@ -23,8 +23,7 @@ Sources: arXiv:2209.05433 (FP8), OCP Microscaling Formats v1.0 (FP4), arXiv:2305
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import Protocol, TypeVar, cast, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +32,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from daq_jax.errors import DaqError
-from daq_jax.numerics.arithmetic import multiply
+from daq_jax.numerics.arithmetic import multiply, traced_once
 
 _NOT_IN_XLA = ("float6_e2m3fn", "float6_e3m2fn")  # dtypes that ml_dtypes has and no array of JAX can have
 
@@ -110,14 +109,6 @@ def codes_are_values(number: Format) -> bool:
         return bool(jnp.all(number.encode(values).astype(jnp.float32) == values))
 
 
-_Method = TypeVar("_Method", bound=Callable[..., Array])
-
-
-def _traced_once(method: _Method) -> _Method:
-    """A method that is traced once for each shape: a search rounds in many places."""
-    return cast(_Method, jax.jit(method, static_argnums=0))
-
-
 @dataclasses.dataclass(frozen=True)
 class _Cast(Format):
     """A format whose codes are numbers of their storage dtype, so that coding is a cast."""
@@ -190,7 +181,7 @@ class SmallFloat(_Cast):
         size = units * lax.bitcast_convert_type(power << 23, jnp.float32)
         return jnp.where((bits >> width) & 1, -size, size)
 
-    @_traced_once
+    @traced_once
     def round(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Nearest value of the format, ties to even, after clipping to its largest; NaN stays NaN."""
         x = jnp.clip(x, -self.largest, self.largest)
@@ -199,13 +190,13 @@ class SmallFloat(_Cast):
         shift = self._unit(x) * (1.5 * 2.0**23)
         return (x + shift) - shift
 
-    @_traced_once
+    @traced_once
     def floor(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Largest value not above each number, after clipping."""
         x, nearest = jnp.clip(x, -self.largest, self.largest), self.round(x)
         return jnp.where(nearest > x, nearest - self._unit(x), nearest)
 
-    @_traced_once
+    @traced_once
     def ceil(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Smallest value not below each number, after clipping."""
         x, nearest = jnp.clip(x, -self.largest, self.largest), self.round(x)

@@ -5,7 +5,8 @@ score exactly what it stores. Each function here is an ordinary operation writte
 meaning on every backend, inside and outside `jax.jit`.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,14 @@ _LARGEST = float(jnp.finfo(jnp.float32).max)
 _RUN = 128  # elements summed one after another before partial sums are combined
 _UNTOUCHED_RUN = 32  # the longest that XLA's CPU compiler does not break up into runs of its own
 LARGEST_SQUARED = 1e15  # 1e8 squares of such weights have a sum in float32
+
+
+_Method = TypeVar("_Method", bound=Callable[..., Array])
+
+
+def traced_once(method: _Method) -> _Method:
+    """A method of a hashable object that is traced once for each shape: a program rounds in many places."""
+    return cast(_Method, jax.jit(method, static_argnums=0))
 
 
 def leading_half(x: Array) -> Array:
