@@ -128,12 +128,12 @@ def _consistent(
     """
     size = jnp.abs(x)
     code = jnp.abs(fmt.round(divide(x, scale)))
-    mean = total(size, axes) / jnp.maximum(total(code, axes), 2.0**-126)
+    mean = divide(total(size, axes), jnp.maximum(total(code, axes), 2.0**-126))
     code = jnp.abs(fmt.round(divide(x, usable(mean))))
     counts, below, above = code > 0, *_rounded_from(size, dtype)
     code = jnp.where(counts, code, 1)
-    low = jnp.max(jnp.where(counts, below / code, -jnp.inf), axes, keepdims=True)
-    high = jnp.min(jnp.where(counts, above / code, jnp.inf), axes, keepdims=True)
+    low = jnp.max(jnp.where(counts, divide(below, code), -jnp.inf), axes, keepdims=True)
+    high = jnp.min(jnp.where(counts, divide(above, code), jnp.inf), axes, keepdims=True)
     return low, high
 
 
