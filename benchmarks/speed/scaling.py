@@ -1,18 +1,23 @@
-"""How much faster are all GPUs of a host than one of them? Needs two or more.
+"""How much faster are 2, 4 or 8 GPUs of a host than one of them? Needs two or more.
 
     python -m benchmarks scaling
 
-One weight, sharded by rows, is quantized on one device and on all; codes and scales must agree, and the
-program for all is searched for collectives. Writes `scaling_DEVICE.json`. On CPUs, devices share their cores:
-`--quick`, which makes two of them, only shows that it runs.
+Strong scaling: one weight, sharded over its outputs, its inputs or both, and the matrices of some layers of
+Llama 7B, each sharded over its outputs. Weak scaling: a stack of experts that grows with the devices, sharded
+over experts. Codes and scales must be those of one device: bit for bit for recipes that go tile by tile, and
+`ALIKE` of the codes for the default, whose products of matrices round by their shape. Beside the times stand
+the bytes that the compiled program sends between devices. At last the sharded result goes through Orbax.
+Writes `scaling_DEVICE.json` and `.md`. On CPUs, devices share their cores: `--quick`, which makes two of
+them, only shows that it runs.
 """
 
 import functools
-import json
-import re
 import statistics
+import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,62 +26,194 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import daq_jax as daq
 from benchmarks import common, workloads
+from benchmarks.speed.collectives import collectives
 from benchmarks.speed.programs import compiled
-from benchmarks.speed.study import RECIPES
+from benchmarks.speed.study import RECIPES, Tree
 
-COMPARED = ("absmax", "paper_sign", "paper_cosine", "unbiased_gain")
-COLLECTIVES = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+COMPARED = ("absmax", "paper_cosine", "unbiased_gain", "default")
+WHOLE = ("default",)  # recipes that see whole matrices
+ALIKE = 0.998  # share of codes; the libraries of a GPU differ by as much from run to run
 
 
-def measure(recipe: str, shape: tuple[int, int], devices: list[jax.Device], repeats: int) -> dict[str, Any]:
-    """Seconds a call, alone and in a row; the collectives in the program; the result, to compare."""
-    where = NamedSharding(Mesh(np.array(devices), ("x",)), PartitionSpec("x", None))
-    base, tuned = (jax.device_put(x, where) for x in workloads.pair(shape))
+class Case(NamedTuple):
+    """A workload, how it is sharded, and whether it grows with the devices.
+
+    Attributes:
+        name: for the table.
+        shapes: of the leaves.
+        spec: axis names of the mesh, for each axis of a weight.
+        grows: the first axis is multiplied by the number of devices.
+    """
+
+    name: str
+    shapes: dict[str, tuple[int, ...]]
+    spec: tuple[str | None, ...]
+    grows: bool = False
+
+
+def cases(rows: int, columns: int, layers: int, experts: int) -> list[Case]:
+    """All that is measured."""
+    one = {"kernel": (rows, columns)}
+    llama = workloads.WORKLOADS["llama_7b"].shapes
+    some = {path: shape for path, shape in llama.items() if int(path.partition("/")[0]) < layers}
+    stack = {"experts": (experts, 2048, 1408)}
+    return [
+        Case("one weight, over outputs", one, (None, "xy")),
+        Case("one weight, over inputs", one, ("xy", None)),
+        Case("one weight, over both", one, ("x", "y")),
+        *([Case(f"{layers} layers of Llama 7B, over outputs", some, (None, "xy"))] if layers else []),
+        *([Case(f"{experts} experts a device", stack, ("xy", None, None), grows=True)] if experts else []),
+    ]
+
+
+def placed(case: Case, devices: list[jax.Device]) -> tuple[Tree, Tree]:
+    """The pair of a case on some devices."""
+    side = 2 if len(devices) > 1 else 1
+    mesh = Mesh(np.array(devices).reshape(-1, side), ("x", "y"))
+    spec = PartitionSpec(*(("x", "y") if axis == "xy" else axis for axis in case.spec))
+    base, tuned = {}, {}
+    for path, shape in case.shapes.items():
+        full = (shape[0] * len(devices), *shape[1:]) if case.grows else shape
+        base[path], tuned[path] = (jax.device_put(x, NamedSharding(mesh, spec)) for x in workloads.pair(full))
+    return base, tuned
+
+
+class Result(NamedTuple):
+    """Codes and scales on the host, to compare."""
+
+    codes: dict[str, np.ndarray]
+    scales: dict[str, np.ndarray]
+
+
+def measure(
+    case: Case, recipe: str, devices: list[jax.Device], repeats: int
+) -> tuple[dict[str, Any], Result]:
+    """One row of the table, and the first leaf's result."""
+    base, tuned = placed(case, devices)
     call = functools.partial(daq.quantize, base, tuned, RECIPES[recipe], rules=())
-    _, program = compiled(base, tuned, RECIPES[recipe])
+    path = next(iter(base))
+    sent = collectives(compiled(base[path], tuned[path], RECIPES[recipe])[1].as_text())
+    q = call()[path]
+    result = Result(
+        {path: np.asarray(jax.lax.bitcast_convert_type(q.codes, jnp.uint8))}, {path: np.asarray(q.scale)}
+    )
+    del q
     times = common.seconds(call, repeats)
     queued = common.queued_seconds(functools.partial(call, check_finite=False), repeats)
-    codes, scale = (
-        np.asarray(x) for x in (jax.lax.bitcast_convert_type(call().codes, jnp.uint8), call().scale)
-    )
-    found = sorted(set(re.findall(COLLECTIVES, program.as_text())))
-    seconds = {"seconds": statistics.median(times), "queued_seconds": queued}
-    return seconds | {"collectives": found, "codes": codes, "scale": scale}
+    elements = sum(x.size for x in base.values())
+    row = {"case": case.name, "recipe": recipe, "devices": len(devices), "elements": elements}
+    return row | {"seconds": statistics.median(times), "queued_seconds": queued, "sent_bytes": sent}, result
+
+
+def check(row: dict[str, Any], one: Result, many: Result) -> dict[str, float]:
+    """Holds the result of many devices against that of one.
+
+    Raises:
+        SystemExit: with what differs.
+    """
+    path = next(iter(one.codes))
+    share = float(np.mean(one.codes[path] == many.codes[path]))
+    scales = np.array_equal(one.scales[path], many.scales[path])
+    tile_local = row["recipe"] not in WHOLE
+    if not scales or share < (1 if tile_local else ALIKE) or (tile_local and row["sent_bytes"]):
+        raise SystemExit(f"{row}: WRONG: {share:.5f} of the codes are those of one device, scales {scales}")
+    return {"codes_alike": share}
+
+
+def through_orbax(case: Case, devices: list[jax.Device]) -> dict[str, Any]:
+    """Saves and loads a sharded result."""
+    base, tuned = placed(case, devices)
+    q = jax.block_until_ready(daq.quantize(base, tuned, daq.recipes.absmax, rules=()))
+    size = sum(x.nbytes for x in jax.tree.leaves(q))
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        daq.save(Path(folder) / "q", q)
+        saved = time.perf_counter()
+        again = jax.block_until_ready(daq.load(Path(folder) / "q", q))
+        loaded = time.perf_counter()
+    same = all(bool(jnp.all(a == b)) for a, b in zip(*map(jax.tree.leaves, (q, again)), strict=True))
+    if not same:
+        raise SystemExit("WRONG: what Orbax gives back is not what was saved")
+    rates = {"save_gb_per_s": size / (saved - start) / 1e9, "load_gb_per_s": size / (loaded - saved) / 1e9}
+    return {"devices": len(devices), "bytes": size, **rates}
+
+
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "case": lambda r: r["case"],
+    "recipe": lambda r: r["recipe"],
+    "devices": lambda r: str(r["devices"]),
+    "ms": lambda r: f"{1e3 * r['seconds']:.3g}",
+    "ms, queued": lambda r: f"{1e3 * r['queued_seconds']:.3g}",
+    "times one device": lambda r: f"{r['times_faster']:.2f}",
+    "queued": lambda r: f"{r['times_faster_queued']:.2f}",
+    "MB sent a device": lambda r: f"{sum(r['sent_bytes'].values()) / 1e6:.3g}",
+    "codes of one device": lambda r: f"{r['codes_alike']:.4%}",
+}
+
+
+def faster(row: dict[str, Any], one: dict[str, Any]) -> dict[str, float]:
+    """Elements a second, over those of one device."""
+    more = row["elements"] / one["elements"]
+    return {
+        "times_faster": more * one["seconds"] / row["seconds"],
+        "times_faster_queued": more * one["queued_seconds"] / row["queued_seconds"],
+    }
 
 
 def main(
     *,
     rows: int = 65536,
     columns: int = 16384,
+    layers: int = 8,
+    experts: int = 16,
     repeats: int = 10,
+    recipe: tuple[str, ...] = COMPARED,
     out: Path | None = None,
     quick: bool = False,
 ) -> None:
-    """Times one device against all.
+    """Times one device against 2, 4 and 8.
 
     Args:
-        rows: of the weight, a multiple of 128 for each device.
-        columns: of the weight.
+        rows: inputs of the weight, a multiple of 128 for each device.
+        columns: outputs of the weight.
+        layers: of the Llama of 7B parameters, from 0 to 32.
+        experts: for each device.
         repeats: timed calls.
+        recipe: recipes by name.
         out: folder for the results; None for `benchmarks/results`.
-        quick: a small weight on two CPU devices, to see that it runs.
+        quick: small weights on two CPU devices, to see that it runs.
     """
     if quick:
         jax.config.update("jax_num_cpu_devices", 2)
-        rows, columns, repeats = 512, 256, 2
-    devices, found = jax.local_devices(), []
+        rows, columns, layers, experts, repeats = 512, 512, 0, 0, 2
+    devices = jax.local_devices()
     if len(devices) < 2:
         raise SystemExit("scaling needs two devices or more; there is one")
-    for recipe in COMPARED:
-        sides = (devices[:1], devices)
-        one, many = (measure(recipe, (rows, columns), some, repeats) for some in sides)
-        if not all(np.array_equal(one.pop(part), many.pop(part)) for part in ("codes", "scale")):
-            raise SystemExit(f"{recipe}: WRONG: {len(devices)} devices give other codes or scales than one")
-        faster = {f"times_faster_{name}": one[name] / many[name] for name in ("seconds", "queued_seconds")}
-        found.append({"recipe": recipe, "one": one, "all": many, **faster})
-        print(json.dumps(found[-1]), flush=True)
-    report = common.environment() | {"shape": (rows, columns), "rows": found}
-    common.write(common.named("scaling", report, common.results(out, quick)), report)
+    counts = [n for n in (1, 2, 4, 8) if n <= len(devices)]
+    report = common.environment() | {"shape": (rows, columns), "rows": [], "orbax": []}
+    name = common.named("scaling", report, common.results(out, quick))
+    for case in cases(rows, columns, layers, experts):
+        for recipe_name in recipe:
+            first: dict[str, Any] = {}
+            reference = None
+            for n in counts:
+                row, result = measure(case, recipe_name, devices[:n], repeats)
+                first = first or row
+                if case.grows:  # other experts on more devices: the first are those of one device
+                    one = len(next(iter(result.codes.values()))) // n
+                    result = Result(*({p: x[:one] for p, x in part.items()} for part in result))
+                reference = reference or result
+                row |= check(row, reference, result) | faster(row, first)
+                report["rows"].append(row)
+                table = common.table(
+                    COLUMNS, ([cell(r) for cell in COLUMNS.values()] for r in report["rows"])
+                )
+                print(table.splitlines()[-1], flush=True)
+                common.write(name, report, table + "\n")
+    for n in counts:
+        report["orbax"].append(through_orbax(cases(rows, columns, 0, 0)[0], devices[:n]))
+        print(report["orbax"][-1], flush=True)
+    common.write(name, report, table + "\n")
 
 
 COMMANDS = {"scaling": main}
