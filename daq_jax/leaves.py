@@ -21,7 +21,7 @@ from daq_jax.metrics import as_metric
 from daq_jax.numerics.arithmetic import is_finite, is_staged
 from daq_jax.numerics.kernel_choice import kernel_or_plain, may_take_kernels
 from daq_jax.numerics.machine import Machine
-from daq_jax.numerics.sharding import on_each_device, run_sharded, sharding_of
+from daq_jax.numerics.sharding import on_each_device, resharded, run_sharded, sharding_of
 from daq_jax.qtensor import QTensor, as_array, codes_of
 from daq_jax.recipe import Recipe
 from daq_jax.roundings.nearest import Nearest
@@ -29,7 +29,7 @@ from daq_jax.roundings.rounding import Rounding, as_rounding
 from daq_jax.searches import gpu_kernel
 from daq_jax.searches.search import as_search, find_scales
 from daq_jax.tiles import Tiles
-from daq_jax.tilings import Matrix, TileView, keeps_tiles_whole, scale_sharding
+from daq_jax.tilings import Matrix, TileView, keeps_tiles_whole, over_outputs, scale_sharding
 
 _OWN_PRODUCTS = "xla_gpu_enable_triton_gemm"  # an option of XLA's
 
@@ -159,6 +159,8 @@ def _quantize(
     if isinstance(base, QTensor) and (base.view, base.format) == (view, recipe.format):
         stored = base.scale if base.zero is None else None  # its grid is shifted: no grid of ours
 
+    moved = over_outputs(how.sharding, view) if rounding.scope == "matrix" else None
+
     def run(
         base: Array,
         tuned: Array,
@@ -167,6 +169,7 @@ def _quantize(
         *,
         machine: Machine = how.machine,
     ) -> tuple[Array, Array]:
+        base, tuned = (resharded(x, moved) for x in (base, tuned))
         part = dataclasses.replace(view, shape=tuple(tuned.shape))
         noise = part.cut(rounding.draw(tuned.shape, stream)) if stream is not None else None
         axes, grid = part.tile_axes, part.grid_axes

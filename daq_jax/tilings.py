@@ -238,6 +238,11 @@ def keeps_tiles_whole(weight: NamedSharding, scale: NamedSharding, view: TileVie
     )
 
 
+def _names(names: Any) -> tuple[str, ...]:
+    """The mesh axes that one axis of an array is sharded over."""
+    return () if names is None else names if isinstance(names, tuple) else (names,)
+
+
 def scale_sharding(weight: NamedSharding | None, view: TileView) -> NamedSharding | None:
     """The sharding of a weight's scales: that of their tiles, or replicated where a tile crosses devices."""
     if weight is None:
@@ -247,11 +252,7 @@ def scale_sharding(weight: NamedSharding | None, view: TileView) -> NamedShardin
     batch, rows, columns = view.axes
 
     def parts(names: Any) -> int:
-        names = () if names is None else names if isinstance(names, tuple) else (names,)
-        n = 1
-        for name in names:
-            n *= sizes[name]
-        return n
+        return math.prod(sizes[name] for name in _names(names))
 
     def of(axes: tuple[int, ...], grid: int, tile: int, length: int) -> Any:
         names = spec[axes[0]]  # the leading axis of several is the one whose shards are whole runs
@@ -263,3 +264,22 @@ def scale_sharding(weight: NamedSharding | None, view: TileView) -> NamedShardin
     new = [spec[a] for a in batch]
     new += [of(rows, view.grid[-2], r, view.rows), of(columns, view.grid[-1], c, view.columns)]
     return NamedSharding(weight.mesh, PartitionSpec(*new))
+
+
+def over_outputs(weight: NamedSharding | None, view: TileView) -> NamedSharding | None:
+    """A sharding under which every device has whole columns; None where a weight has them, or cannot.
+
+    The mesh axes of the inputs are moved to the first output axis. What works down the rows of a matrix,
+    block after block, would send something between devices for every block.
+    """
+    if weight is None:
+        return None
+    spec = list(weight.spec) + [None] * (len(view.shape) - len(weight.spec))
+    _, rows, columns = view.axes
+    first = columns[0]
+    names = [name for a in (first, *rows) for name in _names(spec[a])]
+    parts = math.prod(weight.mesh.shape[name] for name in names)
+    if not any(spec[a] for a in rows) or view.shape[first] % parts:
+        return None
+    spec = [None if a in rows else tuple(names) if a == first else x for a, x in enumerate(spec)]
+    return NamedSharding(weight.mesh, PartitionSpec(*spec))

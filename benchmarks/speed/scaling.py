@@ -73,8 +73,11 @@ def placed(case: Case, devices: list[jax.Device]) -> tuple[Tree, Tree]:
     spec = PartitionSpec(*(("x", "y") if axis == "xy" else axis for axis in case.spec))
     base, tuned = {}, {}
     for path, shape in case.shapes.items():
-        full = (shape[0] * len(devices), *shape[1:]) if case.grows else shape
-        base[path], tuned[path] = (jax.device_put(x, NamedSharding(mesh, spec)) for x in workloads.pair(full))
+        times = len(devices) if case.grows else 1  # the same experts again on each device
+        base[path], tuned[path] = (
+            jax.device_put(np.concatenate([x] * times), NamedSharding(mesh, spec))
+            for x in workloads.pair(shape)
+        )
     return base, tuned
 
 

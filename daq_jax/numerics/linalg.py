@@ -56,9 +56,9 @@ def leading_directions(
         left = _orthonormalized(matrix @ sides[1])
         return left, _orthonormalized(matrix.mT @ left)
 
-    start = jax.random.normal(jax.random.key(0), (matrix.shape[-1], rank), jnp.float32)
+    start = jax.random.normal(jax.random.key(0), (matrix.shape[-1], rank), jnp.float32)[None]
     # Zeros of products, and so inside `shard_map` as device-varying as the loop makes them.
-    zeros = [jnp.zeros_like(x[..., :1] * start[:1]) for x in (matrix, matrix.mT)]
+    zeros = [jnp.zeros_like(x[..., :1] * start[:, :1]) for x in (matrix, matrix.mT)]
     left, right = lax.fori_loop(0, _ITERATIONS, turn, (zeros[0], zeros[1] + start))
     return _orthonormalized(left), _orthonormalized(right)
 

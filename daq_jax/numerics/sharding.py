@@ -41,6 +41,13 @@ def run_sharded(function: Callable[..., Any], out: Any) -> Callable[..., Any]:
     return lambda *args: jax.lax.with_sharding_constraint(function(*args), out)
 
 
+def resharded(x: Any, sharding: NamedSharding | None) -> Any:
+    """An array under another sharding, inside what `run_sharded` runs; as it is for None."""
+    if sharding is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, sharding.spec if _is_explicit(sharding) else sharding)
+
+
 def on_each_device(
     function: Callable[..., Any], inside: Sequence[NamedSharding | None], out: Sequence[NamedSharding]
 ) -> Callable[..., Any]:
