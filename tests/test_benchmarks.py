@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import __main__ as runner
 from benchmarks import common, workloads
+from benchmarks.speed.collectives import collectives
 
 
 def run(monkeypatch, *words):
@@ -68,3 +69,19 @@ def test_workloads_count_their_matrices():
     experts = workloads.WORKLOADS["moe_experts"]
     assert experts.counts == {(2048, 1408): 64}
     assert experts.elements == 64 * 2048 * 1408
+
+
+def test_bytes_sent_count_each_turn_of_a_loop():
+    program = """
+HloModule a
+
+%body (p: (s32[])) -> (s32[]) {
+  %x = f32[4,2]{1,0} all-reduce(%y), to_apply=%add
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %w = (s32[]) while(%t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %g = (bf16[8]{0}, u8[2]{0}) all-gather-start(%a), dimensions={0}
+}
+"""
+    assert collectives(program) == {"all-reduce": 3 * 32, "all-gather": 18}

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import daq_jax as daq
+from benchmarks.speed.collectives import collectives as bytes_sent
 from daq_jax import leaves
 from daq_jax.tilings import DEFAULT_MATRIX
 from tests.cases import assert_same_bits, native, pair
@@ -162,3 +163,16 @@ def test_every_few_steps_inside_a_condition():
     wanted = daq.compare(*whole, daq.quantize(*whole, TILE_LOCAL["absmax"])).total.projection
     np.testing.assert_allclose(step(10, base, tuned), wanted, rtol=1e-6)
     assert np.isnan(step(11, base, tuned))
+
+
+@pytest.mark.slow
+def test_a_rounding_of_whole_matrices_sends_little_for_a_weight_sharded_over_its_inputs():
+    """Something for each of its row blocks would be some 300 bytes an element."""
+    codes = []
+    for spec in (P(None, ("x", "y")), P(("x", "y"), None)):
+        (base, tuned), _ = on_mesh("over inputs", spec, (512, 512), AxisType.Explicit, native)
+        program, q = eager_program(base, tuned, daq.recipes.default)
+        codes.append(np.asarray(q.codes.astype(jnp.float32)))
+        assert sum(bytes_sent(program.as_text()).values()) < 10 * base.size
+        assert q.codes.sharding == base.sharding
+    assert np.mean(codes[0] == codes[1]) > 0.999

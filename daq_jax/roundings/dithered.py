@@ -36,7 +36,8 @@ class DitheredFeedback(Rounding):
     rounded to nearest.
 
     Sees the whole matrix. On a weight sharded over its outputs, in whole strips of 128, sums over rows and
-    the search for directions communicate; on a weight sharded over its inputs, every row block does.
+    the search for directions communicate; one that is sharded over its inputs is moved to shards of outputs
+    first (`daq_jax.tilings.over_outputs`).
 
     Deterministic.
 

@@ -49,7 +49,8 @@ class UnbiasedFeedback(Rounding):
     weights that changed.
 
     Sees the whole matrix. On a weight sharded over its outputs, in whole strips, only the search for `U`
-    communicates; on a weight sharded over its inputs, every row block does. A search scores the gain alone.
+    communicates; one that is sharded over its inputs is moved to shards of outputs first. A search scores the
+    gain alone.
     Products may run in bfloat16 or TF32: errors are taken after rounding, so the error of a correction is
     corrected like any other error.
 
