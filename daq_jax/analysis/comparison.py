@@ -23,13 +23,14 @@ from jaxtyping import Array
 from daq_jax.analysis import sheets
 from daq_jax.analysis.figures import Figures, pool
 from daq_jax.analysis.histograms import Details, details_of
+from daq_jax.analysis.relation import doubt_of, patches_of
 from daq_jax.errors import DaqError, refuse
 from daq_jax.grids.membership import lies_on_grid
 from daq_jax.numerics.arithmetic import sum_of_runs, total
 from daq_jax.numerics.sharding import run_sharded, sharding_of
 from daq_jax.qtensor import QTensor, as_array
 from daq_jax.scales import absmax_scale
-from daq_jax.trees import PyTree, is_qtensor, named_leaves
+from daq_jax.trees import PyTree, is_concrete, is_qtensor, named_leaves
 
 SMALLEST_CHANGE = 1e-5  # weight units; smaller changes are left out of the sign figures
 BIN_EDGES = (1e-5, 1e-4, 1e-3)  # of |d|, weight units
@@ -45,15 +46,20 @@ class Comparison:
         total: figures of all of them together, from pooled sums.
         details: what the pictures of `daq_jax.display.plots` need, by path; empty unless asked for. A
             comparison of folders has one entry for all leaves together, under the path "".
+        doubt: a sentence if base and tuned look swapped or unrelated, told from a few weights; else "".
     """
 
     leaves: dict[str, Figures]
     total: Figures
     details: dict[str, Details] = dataclasses.field(default_factory=dict)
+    doubt: str = dataclasses.field(default="", metadata={"static": True})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, ready for JSON."""
-        return {"total": self.total.to_dict(), "leaves": {p: f.to_dict() for p, f in self.leaves.items()}}
+        """Plain numbers, ready for JSON; and the doubt, if there is one."""
+        leaves = {path: figures.to_dict() for path, figures in self.leaves.items()}
+        return {"total": self.total.to_dict(), "leaves": leaves} | (
+            {"doubt": self.doubt} if self.doubt else {}
+        )
 
     def worst(self, n: int = 10, *, by: str = "projection") -> dict[str, Figures]:
         """The `n` leaves for which one figure is worst, the worst first; leaves where it is NaN come last.
@@ -71,7 +77,8 @@ class Comparison:
 
     def sheet(self, n: int = sheets.SHOWN) -> sheets.Sheet:
         """The comparison as a table of words: the total, and the `n` leaves with the worst projection."""
-        return sheets.compared(self.total, self.worst(n), hidden=max(0, len(self.leaves) - n))
+        hidden = max(0, len(self.leaves) - n)
+        return sheets.compared(self.total, self.worst(n), hidden=hidden, doubt=self.doubt)
 
     def _shown(self, how: Callable[[sheets.Sheet], str]) -> str:
         if not all(figures.is_concrete for figures in (self.total, *self.leaves.values())):
@@ -89,7 +96,7 @@ jax.export.register_pytree_node_serialization(
     Comparison,
     serialized_name="daq_jax.Comparison",
     serialize_auxdata=lambda _: b"",
-    deserialize_auxdata=lambda _: (),
+    deserialize_auxdata=lambda _: ("",),
 )
 
 
@@ -125,7 +132,9 @@ def compare(base: PyTree, tuned: PyTree, quantized: PyTree, *, details: bool = F
     _refuse_strangers(before, after, found)
     leaves = {path: compare_leaf(before[path], after[path], q) for path, q in found.items()}
     closer = {path: details_of(before[path], after[path], q) for path, q in found.items()} if details else {}
-    return Comparison(leaves, pool(leaves.values()), closer)
+    concrete = is_concrete((base, tuned))
+    doubt = doubt_of(patches_of(before, after, found)) if concrete else ""
+    return Comparison(leaves, pool(leaves.values()), closer, doubt)
 
 
 def compare_leaf(base: ArrayLike | QTensor, tuned: ArrayLike | QTensor, quantized: QTensor) -> Figures:

@@ -104,18 +104,20 @@ def cells(figures: Figures) -> list[str]:
     return [_cell(column, float(np.asarray(getattr(figures, column.figure)))) for column in COLUMNS]
 
 
-def compared(total: Figures, worst: Mapping[str, Figures], *, hidden: int = 0) -> Sheet:
+def compared(total: Figures, worst: Mapping[str, Figures], *, hidden: int = 0, doubt: str = "") -> Sheet:
     """The table of a comparison.
 
     Args:
         total: figures of all leaves together.
         worst: figures of the leaves to show, by path, those with projections farthest from 1 first.
         hidden: number of leaves that are not shown.
+        doubt: stands above the table.
     """
     after = [f"{hidden} more leaves, with projections nearer 1"] if hidden else []
     after += [ABOUT, *([ON_GRID_NOTE] if total.on_grid > ON_GRID else [])]
     rows = [(TOTALS[0], total), *worst.items()]
-    return Sheet([], list(COLUMNS), [(path, cells(figures)) for path, figures in rows], after)
+    cells_of = [(path, cells(figures)) for path, figures in rows]
+    return Sheet([doubt] if doubt else [], list(COLUMNS), cells_of, after)
 
 
 def inspected(verdict: str, total: Findings, worst: Mapping[str, Findings], *, leaves: int) -> Sheet:

@@ -50,7 +50,7 @@ def page(
         title=title,
         columns=columns,
         total=list(zip(columns, sheets.cells(comparison.total), strict=True)),
-        notes=comparison.sheet(len(ranked)).after,
+        notes=[*filter(None, [comparison.doubt]), *comparison.sheet(len(ranked)).after],
         rows=[(path, sheets.cells(figures)) for path, figures in ranked.items()],
         pictures=_pictures(comparison, others or {}),
         made=f"Made by daq-jax {__version__} from the stored codes and scales.",

@@ -2,12 +2,13 @@
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from daq_jax.analysis.comparison import Comparison, compare_leaf
 from daq_jax.analysis.figures import Figures, pool
 from daq_jax.analysis.histograms import Details, details_of
+from daq_jax.analysis.relation import Patch, as_patch, chosen, doubt_of
 from daq_jax.errors import DaqError, refuse
 from daq_jax.io.hf.adapters import open_tuned
 from daq_jax.io.hf.bands import MOST_ELEMENTS, bands
@@ -15,6 +16,8 @@ from daq_jax.io.hf.folders import Folder, Tensor, open_safetensors
 from daq_jax.io.jobs.leftovers import refuse_unread
 from daq_jax.io.jobs.progress import Tell
 from daq_jax.qtensor import QTensor
+
+_ROWS = 128  # of a weight, from which a doubt is told
 
 
 def compare_folders(
@@ -68,7 +71,18 @@ def compare_opened(
     for name in names:
         leaves[name], found = _leaf(name, folders, details, progress, most)
         closer = found if closer is None or found is None else closer + found
-    return Comparison(leaves, pool(leaves.values()), {} if closer is None else {"": closer})
+    doubt = doubt_of(patches_of_folders(base, tuned, names))
+    return Comparison(leaves, pool(leaves.values()), {} if closer is None else {"": closer}, doubt)
+
+
+def patches_of_folders(base: Folder, tuned: Folder, names: Iterable[str]) -> Iterator[tuple[Patch, Patch]]:
+    """The first rows of a few weights of two folders that both hold in one shape."""
+    both = [name for name in names if name in base.tensors and name in tuned.tensors]
+    for name in chosen(name for name in both if base.tensors[name].shape == tuned.tensors[name].shape):
+        step = math.lcm(base.tensors[name].band_step, tuned.tensors[name].band_step)
+        first, *others = base.tensors[name].shape
+        rows = 1 if len(others) > 1 else min(first, -(-_ROWS // step) * step)
+        yield as_patch(base.read(name, slice(rows))), as_patch(tuned.read(name, slice(rows)))
 
 
 def _names(base: Folder, tuned: Folder, quantized: Folder) -> list[str]:

@@ -9,11 +9,13 @@ from rich.console import Console
 
 from daq_jax import recipes
 from daq_jax.analysis.names import printable
+from daq_jax.analysis.relation import doubt_of
 from daq_jax.density.recipe import DensityRecipe
 from daq_jax.errors import DaqError
 from daq_jax.io.hf.adapters import open_tuned
 from daq_jax.io.hf.folders import Folder, is_orbax, open_folder
 from daq_jax.io.jobs.as_base import plan_as_base
+from daq_jax.io.jobs.compare_folders import patches_of_folders
 from daq_jax.io.jobs.folder_store import CONFIG, FolderStore
 from daq_jax.io.jobs.job import Job
 from daq_jax.io.jobs.keeping import Choice, patterns_of
@@ -147,6 +149,9 @@ def _open_folder_job(
             raise DaqError(f"{tuned}: has no {CONFIG}, without which no server loads the result.")
         plan = _plan(before, after, recipe, output, run, console)
         _show(plan, output, console)
+        chosen = [task.name for task in plan.tasks if task.quantize]
+        if doubt := doubt_of(patches_of_folders(before, after, chosen)):
+            console.print(doubt, highlight=False, markup=False)
         settings = _settings(plan, output, run)
         store = FolderStore(out, plan, before, after, output.custom_code)
         linked = store.side_files.linked
