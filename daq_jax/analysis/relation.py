@@ -31,9 +31,10 @@ def doubt_of(patches: Iterable[tuple[Patch, Patch]]) -> str:
     """What is odd about a base and its tune, in a sentence with a way out; "" where nothing is.
 
     Args:
-        patches: parts of a few weights `[r, c]` before and after tuning; of small ones nothing is told.
+        patches: parts of a few weights `[r, c]` before and after tuning. Nothing is told of small ones, nor
+            of those that hold NaN or infinity.
     """
-    pairs = [(b, t) for b, t in patches if b.size >= _FEWEST and np.any(b) and np.any(t)]
+    pairs = [(b, t) for b, t in patches if b.size >= _FEWEST and _is_telling(b) and _is_telling(t)]
     if not pairs:
         return ""
     cosines = [float(np.sum(b * t, dtype=np.float64)) / _norms(b, t) for b, t in pairs]
@@ -86,6 +87,10 @@ def _is_apart(*leaves: Any) -> bool:
     """Whether any of the arrays lies on several devices."""
     arrays = [x for leaf in leaves for x in jax.tree.leaves(leaf) if isinstance(x, jax.Array)]
     return any(len(x.sharding.device_set) > 1 for x in arrays)
+
+
+def _is_telling(patch: Patch) -> bool:
+    return bool(np.any(patch)) and bool(np.all(np.isfinite(patch)))
 
 
 def _norms(b: Patch, t: Patch) -> float:

@@ -126,3 +126,12 @@ def test_folders_that_have_nothing_to_do_with_each_other_are_told_in_the_plan(tm
     assert "These two models look unrelated" in shown.file.getvalue()
     found = daq.compare_folders(tmp_path / "base", tmp_path / "tuned", tmp_path / "out")
     assert "unrelated" in found.doubt
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite_are_passed_over(bad):
+    base = weights()
+    tuned = near(base)
+    tuned[3, 5] = bad
+    assert doubt_of([(base, tuned)]) == ""
+    assert "unrelated" in doubt_of([(base, tuned), (weights(), weights())])

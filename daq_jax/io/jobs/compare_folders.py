@@ -76,7 +76,12 @@ def compare_opened(
 
 
 def patches_of_folders(base: Folder, tuned: Folder, names: Iterable[str]) -> Iterator[tuple[Patch, Patch]]:
-    """The first rows of a few weights of two folders that both hold in one shape."""
+    """The first rows of a few weights that both folders hold in one shape; none of an adapter.
+
+    An adapter names its base and is no model of its own, and a plan reads none of its weights.
+    """
+    if tuned.overlay is not None:
+        return
     both = [name for name in names if name in base.tensors and name in tuned.tensors]
     for name in chosen(name for name in both if base.tensors[name].shape == tuned.tensors[name].shape):
         step = math.lcm(base.tensors[name].band_step, tuned.tensors[name].band_step)
