@@ -7,11 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from daq_jax.errors import DaqError
 from daq_jax.formats import Format, round_to_dtype, weights_of
+from daq_jax.numerics.machine import on_tpu
 from daq_jax.numerics.sharding import run_sharded, sharding_of
 from daq_jax.tilings import DEFAULT_MATRIX, Matrix, TileView, Tiling
 
@@ -75,6 +77,22 @@ class QTensor:
         zero = None if self.zero is None else view.spread(self.zero)
         return weights_of(self.format.decode(view.cut(self.codes)), view.spread(self.scale), zero)
 
+    def in_strips(self) -> "QTensor":
+        """The same weights with a scale for each strip of a tile; see `TileView.strips`."""
+        view = self.view
+        scale, zero = (x if x is None else view.in_strips(x) for x in (self.scale, self.zero))
+        return dataclasses.replace(self, scale=scale, zero=zero, tiling=view.strips.tiling)
+
+    def values_on_tpu(self) -> Array:
+        """As `values`, cut by `view.strips`, in the form that a TPU's compiler makes one program of.
+
+        Without the barriers it moves the cut behind the decoding and writes scales out at the weight's size.
+        """
+        q = self.in_strips()
+        codes, scale, zero = lax.optimization_barrier((q.view.cut(q.codes), q.scale, q.zero))
+        zero = None if zero is None else q.view.spread(zero)
+        return weights_of(q.format.decode(codes), q.view.spread(scale), zero)
+
     def dequantize(self, dtype: jax.typing.DTypeLike | None = None) -> Array:
         """The weight as an array again: one product and one cast.
 
@@ -100,7 +118,14 @@ def _dtype_of(dtype: jax.typing.DTypeLike) -> np.dtype:
 def _dequantize(q: QTensor, dtype: np.dtype) -> Array:
     def run(codes: Array, scale: Array, zero: Array | None) -> Array:
         part = dataclasses.replace(q, codes=codes, scale=scale, zero=zero)
-        return round_to_dtype(q.view.join(part.values()), dtype)
+
+        def plain(q: QTensor) -> Array:
+            return round_to_dtype(q.view.join(q.values()), dtype)
+
+        def tpu(q: QTensor) -> Array:
+            return q.view.strips.join(round_to_dtype(q.values_on_tpu(), dtype))
+
+        return on_tpu(tpu, plain, part)
 
     sharding = sharding_of(q.codes)
     return run_sharded(run, sharding)(q.codes, q.scale, q.zero)

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
@@ -210,6 +211,29 @@ class TileView:
         x = tiles.reshape(self._padded_shape())[tuple(slice(n) for n in self._merged_shape())]
         x = x.reshape([self.shape[a] for a in self._order])
         return x.transpose([self._order.index(a) for a in range(len(self.shape))])
+
+    @property
+    def strips(self) -> "TileView":
+        """The same weight in tiles one element wide along its last axis; `self` if that one is whole.
+
+        A TPU lays the last axis out in runs of 128. To split it into (tiles, elements of a tile) is to write
+        the whole weight anew. So there a tile's scale is repeated along that axis, by `in_strips`: one number
+        for each strip. Tiles of one row stay as they are: theirs would be as many as weights.
+        """
+        r, c = self.tile
+        narrow = {"r": Block(1, c), "c": Block(r, 1)}.get(self._roles[-1])
+        if narrow is None or math.prod(narrow.tile(self.rows, self.columns)) == 1:
+            return self
+        return dataclasses.replace(self, tiling=narrow)
+
+    def in_strips(self, scale: Array) -> Array:
+        """A scale for each tile, `[batch..., R / r, C / c]`, as one for each tile of `strips`."""
+        grid = self.strips.grid
+        for axis in (-2, -1):
+            if self.grid[axis] != grid[axis]:
+                scale = jnp.repeat(scale, self.tile[axis], axis=axis)
+                scale = lax.slice_in_dim(scale, 0, grid[axis], axis=axis)
+        return scale
 
     def spread(self, scale: Array) -> Array:
         """A scale `[batch..., R / r, C / c]` in a shape that broadcasts over the cut weight."""

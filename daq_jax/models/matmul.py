@@ -9,8 +9,9 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from daq_jax.errors import DaqError
-from daq_jax.formats import Format, codes_are_values
+from daq_jax.formats import Format, codes_are_values, round_to_dtype
 from daq_jax.numerics.arithmetic import divide
+from daq_jax.numerics.machine import on_tpu
 from daq_jax.qtensor import QTensor
 from daq_jax.scales import absmax_scale
 
@@ -55,10 +56,34 @@ def dot(x: Float[Array, "..."], q: QTensor, *, activations: Format | None = None
         codes, scale = _rounded(x, activations, first)
         product = lax.dot_general(codes, q.codes, contracted, preferred_element_type=jnp.float32)
         product *= scale.reshape(*x.shape[:first], *[1] * len(columns))
+    elif late:
+        product = lax.dot_general(x, q.codes.astype(x.dtype), contracted, preferred_element_type=jnp.float32)
     else:
-        weight = q.codes.astype(x.dtype) if late else q.dequantize(x.dtype)
-        product = lax.dot_general(x, weight, contracted, preferred_element_type=jnp.float32)
+
+        def plain(x: Array, q: QTensor) -> Array:
+            return lax.dot_general(x, q.dequantize(x.dtype), contracted, preferred_element_type=jnp.float32)
+
+        product = on_tpu(_product_on_tpu, plain, x, q)
     return (product * _after(q, first) if late else product).astype(x.dtype)
+
+
+def _product_on_tpu(x: Array, q: QTensor) -> Array:
+    """The product before the cast, of a weight that stays cut: joined, it would be written out decoded."""
+    view = q.view.strips
+    batch, rows, columns = view.axes
+    weight = round_to_dtype(q.values_on_tpu(), x.dtype)
+    free = x.shape[len(batch) : x.ndim - len(rows)]
+    x = x.reshape(*view.batch, *free, view.rows)
+    whole = view.grid[-2] * view.tile[0]
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, whole - view.rows)])
+    x = x.reshape(*x.shape[:-1], view.grid[-2], view.tile[0])
+    inputs = (view.grid_axes[0], view.tile_axes[0])
+    outputs = (view.grid_axes[1], view.tile_axes[1])
+    stacked = tuple(a for a in range(weight.ndim) if a not in inputs + outputs)
+    contracted = ((x.ndim - 2, x.ndim - 1), inputs), (tuple(range(len(batch))), stacked)
+    product = lax.dot_general(x, weight, contracted, preferred_element_type=jnp.float32)
+    product = product.reshape(*product.shape[:-2], -1)[..., : view.columns]
+    return product.reshape(*product.shape[:-1], *(view.shape[a] for a in columns))
 
 
 def _scale_can_wait(q: QTensor) -> bool:

@@ -1,12 +1,32 @@
 """How a program uses the machine that it is compiled for."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
+from jax import lax
 from jax.core import Tracer
 
+from daq_jax.numerics.arithmetic import is_staged
 from daq_jax.numerics.sharding import sharding_of
+
+_Result = TypeVar("_Result")
+
+
+def on_tpu(tpu: Callable[..., _Result], elsewhere: Callable[..., _Result], *args: Any) -> _Result:
+    """`tpu(*args)` where this is compiled for a TPU, and `elsewhere(*args)` on other machines.
+
+    Args:
+        tpu: gives what `elsewhere` gives, in a layout that a TPU's compiler makes one program of.
+        elsewhere: has results of the same shapes and dtypes.
+        args: arrays, and trees of them.
+    """
+    if is_staged():
+        return lax.platform_dependent(*args, tpu=tpu, default=elsewhere)
+    arrays = [x for x in jax.tree.leaves(args) if isinstance(x, jax.Array) and not isinstance(x, Tracer)]
+    devices = arrays[0].devices() if arrays else jax.devices()
+    return (tpu if next(iter(devices)).platform == "tpu" else elsewhere)(*args)
 
 
 @dataclasses.dataclass(frozen=True)
