@@ -16,6 +16,7 @@ MODULES = {
     "density_layer": "benchmarks.density.layer",
     "folders": "benchmarks.folders.study",
     "native_peers": "benchmarks.native_peers.study",
+    "tpu": "benchmarks.tpu",
     "flax_models": "benchmarks.flax_models",
     "inspection": "benchmarks.inspection",
     "comparison_sums": "benchmarks.comparison_sums",

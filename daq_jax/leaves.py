@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.core import Tracer
 from jax.sharding import NamedSharding
 from jax.typing import ArrayLike
@@ -80,7 +81,7 @@ def lowered(
     """
     how = _How.of(tuned, recipe, matrix)
     if one_device is not None:
-        how = dataclasses.replace(how, machine=Machine(one_device))
+        how = dataclasses.replace(how, machine=dataclasses.replace(how.machine, one_device=one_device))
     stream = np.uint32(0) if as_rounding(recipe.rounding).draws else None
     return _quantize.lower(base, tuned, stream, how=how)
 
@@ -171,7 +172,10 @@ def _quantize(
     ) -> tuple[Array, Array]:
         base, tuned = (resharded(x, moved) for x in (base, tuned))
         part = dataclasses.replace(view, shape=tuple(tuned.shape))
-        noise = part.cut(rounding.draw(tuned.shape, stream)) if stream is not None else None
+        noise = rounding.draw(tuned.shape, stream) if stream is not None else None
+        if machine.tpu and _goes_in_strips(recipe):
+            return _on_strips(part, base, tuned, noise, stored, recipe, machine)
+        noise = None if noise is None else part.cut(noise)
         axes, grid = part.tile_axes, part.grid_axes
         tiles = Tiles(part.cut(base), part.cut(tuned), noise, axes, grid, recipe.format, machine)
         codes, scale = _codes_and_scale(tiles, None if stored is None else part.spread(stored), recipe)
@@ -181,10 +185,44 @@ def _quantize(
     weight, scales = out = (how.sharding, scale_sharding(how.sharding, view))
     if weight and scales and keeps_tiles_whole(weight, scales, view) and _goes_tile_by_tile(recipe, view):
         inside = (weight, weight, None if stored is None else scales, None)
-        run = on_each_device(functools.partial(run, machine=Machine(True)), inside, (weight, scales))
+        run = on_each_device(
+            functools.partial(run, machine=dataclasses.replace(how.machine, one_device=True)),
+            inside,
+            (weight, scales),
+        )
     codes, scale = run_sharded(run, out)(before, after, stored, stream)
     q = QTensor(codes, scale, recipe.format, recipe.tiling, np.dtype(tuned.dtype), how.matrix)
     return q, None if how.sharding else is_finite(scale)  # where devices would wait for one another: later
+
+
+def _goes_in_strips(recipe: Recipe) -> bool:
+    """Whether all that a recipe does with tiles may be done with strips of them."""
+    search, metric = as_search(recipe.search), as_metric(recipe.metric)
+    parts = search, as_rounding(recipe.rounding), search.judged(as_rounding(recipe.rounding))
+    return all(part.in_strips for part in parts) and (metric.in_strips or not search.reads_metric)
+
+
+def _on_strips(
+    view: TileView,
+    base: Array,
+    tuned: Array,
+    noise: Array | None,
+    stored: Array | None,
+    recipe: Recipe,
+    machine: Machine,
+) -> tuple[Array, Array]:
+    """Codes and scales of a weight that is cut as suits a TPU; see `TileView.strips`.
+
+    Without the barriers its compiler moves the cut behind all that is computed, and what has one value for
+    each tile is written out at the weight's size.
+    """
+    fine = view.strips
+    cut = lax.optimization_barrier([None if x is None else fine.cut(x) for x in (base, tuned, noise)])
+    axes, grid = fine.tile_axes, fine.grid_axes
+    tiles = Tiles(*cut, axes, grid, recipe.format, machine, view.strips_of_a_tile)
+    stored = None if stored is None else lax.optimization_barrier(fine.spread(view.in_strips(stored)))
+    codes, scale = _codes_and_scale(tiles, stored, recipe)
+    return fine.join(lax.optimization_barrier(codes)), view.from_strips(fine.gather(scale))
 
 
 def _goes_tile_by_tile(recipe: Recipe, view: TileView) -> bool:

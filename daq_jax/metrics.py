@@ -11,6 +11,7 @@ search take the sums wherever the elements lie, without gathering each tile into
 import abc
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -27,7 +28,12 @@ class Metric(abc.ABC):
 
     A plain function `(d, q) -> scores` serves as well: a `Recipe` turns it into a metric. Subclasses are
     frozen, hashable dataclasses.
+
+    Attributes:
+        in_strips: whether it takes all sums over a tile by `total`; see `daq_jax.tilings.TileView.strips`.
     """
+
+    in_strips: ClassVar[bool] = False
 
     @abc.abstractmethod
     def __call__(self, d: Float[Array, "T K"], q: Float[Array, "T K"]) -> Float[Array, " T"]:
@@ -76,6 +82,8 @@ def as_metric(value: Callable[[Array, Array], Array]) -> Metric:
 
 class Additive(Metric):
     """A metric that is a function of sums over the elements of a tile."""
+
+    in_strips = True
 
     @abc.abstractmethod
     def fixed_terms(self, d: Array) -> tuple[Array, ...]:

@@ -36,9 +36,16 @@ def absmax_scale(tiles: Float[Array, "..."], axes: tuple[int, ...], *, largest: 
     >>> absmax_scale(jnp.array([[2.0, -896.0]]), (1,), largest=448.0)
     Array([[2.]], dtype=float32)
     """
-    # A maximum may drop a NaN (XLA's does on CPUs), so NaN travels through it as infinity.
-    size = jnp.where(jnp.isfinite(tiles), jnp.abs(tiles), jnp.inf)
-    absmax = jnp.max(size, axis=axes, keepdims=True)
+    return scale_reaching(jnp.max(finite_size(tiles), axis=axes, keepdims=True), largest)
+
+
+def finite_size(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The magnitude of each number; infinity for NaN, which a maximum may drop (XLA's does on CPUs)."""
+    return jnp.where(jnp.isfinite(x), jnp.abs(x), jnp.inf)
+
+
+def scale_reaching(absmax: Float[Array, "..."], largest: float) -> Float[Array, "..."]:
+    """`absmax_scale` of tiles whose largest `finite_size` is known."""
     # Behind the barrier `largest` is no constant, whose reciprocal XLA would multiply with.
     scale = divide(absmax, lax.optimization_barrier(jnp.float32(largest)))
     return jnp.where(jnp.isfinite(absmax), usable(scale), jnp.nan)

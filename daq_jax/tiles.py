@@ -7,10 +7,12 @@ runs over tiles. A scale has length 1 on those two axes, so that it broadcasts.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array
 
 from daq_jax.formats import Format, weights_of
@@ -18,10 +20,51 @@ from daq_jax.numerics.arithmetic import divide, divide_short, total
 from daq_jax.numerics.machine import Machine
 
 
+@dataclasses.dataclass(frozen=True)
+class Within:
+    """Reductions over each tile of a cut weight, whose results have the shape of a scale.
+
+    Attributes:
+        axes: positions of the axes of a tile's rows and of a tile's columns.
+        strips: how many tiles of the cut, side by side along the axis before the last, stand for one; see
+            `daq_jax.tilings.TileView.strips`. All of them get the result.
+    """
+
+    axes: tuple[int, int]
+    strips: int = 1
+
+    def total(self, x: Array) -> Array:
+        """The sum, in short runs: see `daq_jax.numerics.arithmetic.total`."""
+        return self.across(total(x, self.axes), jnp.sum, 0)
+
+    def most(self, x: Array) -> Array:
+        """The maximum."""
+        return self.across(jnp.max(x, self.axes, keepdims=True), jnp.max, -jnp.inf)
+
+    def least(self, x: Array) -> Array:
+        """The minimum."""
+        return self.across(jnp.min(x, self.axes, keepdims=True), jnp.min, jnp.inf)
+
+    def any(self, x: Array) -> Array:
+        """Whether any of some bools is true."""
+        return self.across(jnp.any(x, self.axes, keepdims=True), jnp.any, False)
+
+    def across(self, x: Array, reduce: Callable[..., Array], fill: Any) -> Array:
+        """What was reduced over each strip, reduced over the strips of a tile; `fill` changes nothing."""
+        if self.strips == 1:
+            return x
+        axis, n = x.ndim - 2, x.shape[-2]
+        missing = -n % self.strips
+        x = jnp.pad(x, [(0, missing if a == axis else 0) for a in range(x.ndim)], constant_values=fill)
+        x = reduce(x.reshape(*x.shape[:axis], -1, self.strips, 1), axis + 1)
+        x = lax.slice_in_dim(jnp.repeat(x, self.strips, axis), 0, n, axis=axis)
+        return lax.optimization_barrier(x)  # else a TPU's compiler writes it out at the weight's size
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["stored_base", "stored_tuned", "noise"],
-    meta_fields=["axes", "grid", "format", "machine"],
+    meta_fields=["axes", "grid", "format", "machine", "strips"],
 )
 @dataclasses.dataclass(frozen=True)
 class Tiles:
@@ -35,6 +78,8 @@ class Tiles:
         grid: positions of the axes that run over rows of tiles and over columns of tiles.
         format: the number format of the codes.
         machine: what a program may do with the weights where they lie.
+        strips: how many tiles of the cut stand for one; see `Within`. More than 1 only where search, metric
+            and rounding all say that they know of it (`in_strips`).
     """
 
     stored_base: Any  # an array; its shape and dtype where no more is asked for
@@ -44,6 +89,12 @@ class Tiles:
     grid: tuple[int, int]
     format: Format
     machine: Machine = Machine()
+    strips: int = 1
+
+    @property
+    def within(self) -> Within:
+        """Reductions over each tile."""
+        return Within(self.axes, self.strips)
 
     @property
     def base(self) -> Array:
@@ -78,8 +129,8 @@ class Tiles:
         """The sum over each tile, in the shape of a scale."""
         if self.machine.scores_at_once:
             # An accelerator sums in short runs by itself; XLA's GPU code was half as fast for unsorted axes.
-            return jnp.sum(x, tuple(sorted(self.axes)), keepdims=True)
-        return total(x, self.axes)
+            return self.within.across(jnp.sum(x, tuple(sorted(self.axes)), keepdims=True), jnp.sum, 0)
+        return self.within.total(x)
 
     def flat(self, x: Array) -> Array:
         """An array of the tiles' shape as `[T, K]`."""

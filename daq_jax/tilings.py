@@ -235,6 +235,18 @@ class TileView:
                 scale = lax.slice_in_dim(scale, 0, grid[axis], axis=axis)
         return scale
 
+    def from_strips(self, scale: Array) -> Array:
+        """The inverse of `in_strips`."""
+        for axis in (-2, -1):
+            if self.grid[axis] != self.strips.grid[axis]:
+                scale = lax.slice_in_dim(scale, 0, None, self.tile[axis], axis=axis)
+        return scale
+
+    @property
+    def strips_of_a_tile(self) -> int:
+        """How many tiles of `strips`, side by side, are one of these; fewer at an edge."""
+        return max(t // s for t, s in zip(self.tile, self.strips.tile, strict=True))
+
     def spread(self, scale: Array) -> Array:
         """A scale `[batch..., R / r, C / c]` in a shape that broadcasts over the cut weight."""
         grid_roles = [role for role in self._split_roles if role not in "rc"]

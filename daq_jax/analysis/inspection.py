@@ -37,6 +37,7 @@ from daq_jax.recipe import Recipe
 from daq_jax.roundings.rounding import as_rounding
 from daq_jax.rules import DEFAULT_RULES, Rule
 from daq_jax.scales import absmax_scale
+from daq_jax.tiles import Within
 from daq_jax.tilings import DEFAULT_MATRIX, TileView
 from daq_jax.trees import PyTree, is_concrete
 
@@ -246,7 +247,7 @@ def _sums_of_patches(
     scale = absmax_scale(tiles, view.tile_axes, largest=fmt.largest)
     towards = step_towards(divide(tiles, scale), view.cut(d) > 0, fmt)
     short = (d != 0) & (jnp.abs(d) < view.join(towards * scale) / 2)
-    fitted = lies_on_grid(tiles, fitted_scale(tiles, view.tile_axes, fmt, dtype), fmt, dtype)
+    fitted = lies_on_grid(tiles, fitted_scale(tiles, Within(view.tile_axes), fmt, dtype), fmt, dtype)
     return {
         "absmax": sums_of_leaf(base, tuned, plain),
         "recipe": sums_of_leaf(base, tuned, q),

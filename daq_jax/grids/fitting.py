@@ -20,8 +20,9 @@ from jaxtyping import Array, Float
 
 from daq_jax.formats import Format
 from daq_jax.grids.membership import distance_in_steps, half_unit, lies_on_grid
-from daq_jax.numerics.arithmetic import divide, total
+from daq_jax.numerics.arithmetic import divide
 from daq_jax.scales import usable
+from daq_jax.tiles import Within
 
 _MOST_TOPS = 16  # formats with more codes in their top octave are as fine as bfloat16 there: nothing to fit
 _SAMPLE = 1024  # elements of a tile that are looked at
@@ -33,7 +34,7 @@ _ALIKE = 1e-9
 
 def fitted_scale(
     tiles: Float[Array, "..."],
-    axes: tuple[int, int],
+    within: Within,
     fmt: Format,
     dtype: np.dtype,
     storable: Callable[[Array], Array] = lambda scale: scale,
@@ -42,22 +43,22 @@ def fitted_scale(
 
     Args:
         tiles: float32, the weights cut into tiles.
-        axes: the axes of `tiles` that run over the rows and over the columns of a tile.
+        within: which axes of `tiles` run over the rows and over the columns of a tile.
         fmt: the number format of the codes.
         dtype: dtype in which the weights were stored.
         storable: which scales may be stored; applied to each scale before it is tried.
 
     Returns:
-        Float32, weight units per code unit, with length 1 on `axes`. The AbsMax scale wins ties; a tile of
-        zeros gets 1.
+        Float32, weight units per code unit, with length 1 on those axes. The AbsMax scale wins ties;
+        a tile of zeros gets 1.
     """
-    sample = _largest(tiles, axes)
-    largest = jnp.max(jnp.abs(sample), axes, keepdims=True)
-    counted = jnp.maximum(total((sample != 0).astype(jnp.float32), axes), 1)
+    sample = _largest(tiles, within)
+    largest = within.most(jnp.abs(sample))
+    counted = jnp.maximum(within.total((sample != 0).astype(jnp.float32)), 1)
 
     def trial(scale: Array) -> tuple[Array, Array]:
         scale = storable(usable(scale))
-        return scale, total(distance_in_steps(divide(sample, scale), fmt) ** 2, axes) / counted
+        return scale, within.total(distance_in_steps(divide(sample, scale), fmt) ** 2) / counted
 
     def nearer(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
         take = b[1] < a[1] - _ALIKE
@@ -70,19 +71,19 @@ def fitted_scale(
     best = trial(divide(largest, lax.optimization_barrier(first)))
     if others:
         best, _ = lax.scan(try_top, best, jnp.stack(others))
-    low, high = _consistent(sample, best[0], axes, fmt, dtype)
+    low, high = _consistent(sample, best[0], within, fmt, dtype)
     middle = storable(usable(low + (high - low) / 2))
     better = ((best[0] < low) | (best[0] > high)) & (low <= middle) & (middle <= high)
     found = jnp.where(better, middle, best[0])
     return (
-        found if jnp.finfo(dtype).nmant < _NMANT else _to_the_bit(sample, found, axes, fmt, dtype, storable)
+        found if jnp.finfo(dtype).nmant < _NMANT else _to_the_bit(sample, found, within, fmt, dtype, storable)
     )
 
 
 def _to_the_bit(
     sample: Array,
     scale: Array,
-    axes: tuple[int, int],
+    within: Within,
     fmt: Format,
     dtype: np.dtype,
     storable: Callable[[Array], Array],
@@ -90,7 +91,7 @@ def _to_the_bit(
     """The float32 scale next to one, or itself, under which most weights are their codes times it."""
 
     def count(scale: Array) -> Array:
-        return total(lies_on_grid(sample, scale, fmt, dtype).astype(jnp.float32), axes)
+        return within.total(lies_on_grid(sample, scale, fmt, dtype).astype(jnp.float32))
 
     bits = lax.bitcast_convert_type(scale, jnp.int32)
 
@@ -104,13 +105,13 @@ def _to_the_bit(
     return lax.scan(nudge, (scale, count(scale)), nudges)[0][0]
 
 
-def _largest(tiles: Array, axes: tuple[int, int]) -> Array:
+def _largest(tiles: Array, within: Within) -> Array:
     """The weight of largest magnitude of each run of rows and each column of a tile, in place of the rows."""
-    rows, columns = (tiles.shape[axis] for axis in axes)
-    runs = min(rows, max(_LEAST_RUNS, _SAMPLE // columns))
+    rows, columns = (tiles.shape[axis] for axis in within.axes)
+    runs = min(rows, max(_LEAST_RUNS, _SAMPLE // (columns * within.strips)))
     if runs == rows:
         return tiles
-    axis, length = axes[0], -(-rows // runs)
+    axis, length = within.axes[0], -(-rows // runs)
     padding = [(0, runs * length - rows if i == axis else 0) for i in range(tiles.ndim)]
     cut = jnp.pad(tiles, padding) if rows % runs else tiles
     cut = cut.reshape(*tiles.shape[:axis], runs, length, *tiles.shape[axis + 1 :])
@@ -118,9 +119,7 @@ def _largest(tiles: Array, axes: tuple[int, int]) -> Array:
     return jnp.where(high >= -low, high, low)
 
 
-def _consistent(
-    x: Array, scale: Array, axes: tuple[int, int], fmt: Format, dtype: np.dtype
-) -> tuple[Array, Array]:
+def _consistent(x: Array, scale: Array, within: Within, fmt: Format, dtype: np.dtype) -> tuple[Array, Array]:
     """The least and the largest scale under which every weight is its code times the scale, rounded.
 
     The codes are those nearest under `scale`, corrected by the mean size of the weights over that of their
@@ -128,12 +127,12 @@ def _consistent(
     """
     size = jnp.abs(x)
     code = jnp.abs(fmt.round(divide(x, scale)))
-    mean = divide(total(size, axes), jnp.maximum(total(code, axes), 2.0**-126))
+    mean = divide(within.total(size), jnp.maximum(within.total(code), 2.0**-126))
     code = jnp.abs(fmt.round(divide(x, usable(mean))))
     counts, below, above = code > 0, *_rounded_from(size, dtype)
     code = jnp.where(counts, code, 1)
-    low = jnp.max(jnp.where(counts, divide(below, code), -jnp.inf), axes, keepdims=True)
-    high = jnp.min(jnp.where(counts, divide(above, code), jnp.inf), axes, keepdims=True)
+    low = within.most(jnp.where(counts, divide(below, code), -jnp.inf))
+    high = within.least(jnp.where(counts, divide(above, code), jnp.inf))
     return low, high
 
 

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import jax
 from jax import lax
 from jax.core import Tracer
+from jax.sharding import Sharding
 
 from daq_jax.numerics.arithmetic import is_staged
 from daq_jax.numerics.sharding import sharding_of
@@ -24,9 +25,7 @@ def on_tpu(tpu: Callable[..., _Result], elsewhere: Callable[..., _Result], *args
     """
     if is_staged():
         return lax.platform_dependent(*args, tpu=tpu, default=elsewhere)
-    arrays = [x for x in jax.tree.leaves(args) if isinstance(x, jax.Array) and not isinstance(x, Tracer)]
-    devices = arrays[0].devices() if arrays else jax.devices()
-    return (tpu if next(iter(devices)).platform == "tpu" else elsewhere)(*args)
+    return (tpu if _platform_of(*jax.tree.leaves(args)) == "tpu" else elsewhere)(*args)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,14 +37,26 @@ class Machine:
             through it part by part; on a sharded weight either would move data between devices.
         scores_at_once: candidate scales are scored several at a time, with quotients by `divide_short`, as
             suits an accelerator; otherwise one after another, as suits a CPU.
+        tpu: the weight is on a TPU, or is traced where TPUs are what JAX computes on.
     """
 
     one_device: bool = False
     scores_at_once: bool = False
+    tpu: bool = False
 
     @classmethod
     def of(cls, array: Any) -> "Machine":
         """The machine of an array: concrete, traced, or only its shape and dtype."""
         # A tracer does not tell on how many devices its array is.
         known = not isinstance(array, Tracer) or jax.device_count() == 1
-        return cls(one_device=known and sharding_of(array) is None)
+        return cls(one_device=known and sharding_of(array) is None, tpu=_platform_of(array) == "tpu")
+
+
+def _platform_of(*arrays: Any) -> str:
+    """Where arrays are; for what does not tell, as a traced one, where JAX computes by default."""
+    for array in arrays:
+        if isinstance(sharding := getattr(array, "sharding", None), Sharding) and not isinstance(
+            array, Tracer
+        ):
+            return next(iter(sharding.device_set)).platform
+    return jax.default_backend()

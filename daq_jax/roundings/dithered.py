@@ -50,6 +50,7 @@ class DitheredFeedback(Rounding):
 
     multiplies = True
     squares = True
+    in_strips = True
     bytes_per_element = 56  # 56 by XLA's own account, on a CPU
 
     rank: int = 128
@@ -65,7 +66,7 @@ class DitheredFeedback(Rounding):
 
     def __call__(self, tiles: Tiles, scale: Array) -> Array:
         """The value of each element's code; see `Rounding`."""
-        blocks, moved = RowBlocks.of(tiles), jnp.any(tiles.change != 0, tiles.axes, keepdims=True)
+        blocks, moved = RowBlocks.of(tiles), tiles.within.any(tiles.change != 0)
         native = is_native(tiles, scale)
         pair = pair_of(blocks, scale, native & moved)
         carried = carry(tiles.format, pair, self.reach)

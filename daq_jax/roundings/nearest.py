@@ -19,6 +19,7 @@ class Nearest(Rounding):
     """The code nearest to the tuned weight."""
 
     scope = "tile"
+    in_strips = True
     bytes_per_element = 24
 
     def __call__(self, tiles: Tiles, scale: Array) -> Array:
@@ -36,6 +37,7 @@ class Stochastic(Rounding):
 
     scope = "tile"
     draws = True
+    in_strips = True
 
     seed: int = 0
 

@@ -49,6 +49,8 @@ class BaseScale(Search):
         off_grid: ratio of a scale off the grid of the base to the AbsMax scale, from 1 to 2; None for none.
     """
 
+    in_strips = True
+
     off_grid: float | None = None
 
     def __post_init__(self) -> None:
@@ -92,12 +94,12 @@ def _on_grid(
     storable: Callable[[Array], Array], tiles: Tiles, absmax: Array, stored: Array | None
 ) -> tuple[Array, Array]:
     """The scale of each tile, if it keeps its grid or has none, and whether its base lies on a grid."""
-    changed = jnp.any(tiles.change != 0, axis=tiles.axes, keepdims=True)
+    changed = tiles.within.any(tiles.change != 0)
     scale, known = stored, jnp.ones_like(changed)
     if scale is None:
-        scale = fitted_scale(tiles.base, tiles.axes, tiles.format, tiles.stored_base.dtype, storable)
+        scale = fitted_scale(tiles.base, tiles.within, tiles.format, tiles.stored_base.dtype, storable)
         known = is_native(tiles, scale)
-    kept = jnp.any(tiles.base != 0, axis=tiles.axes, keepdims=True) & ~_clips_too_much(tiles, scale, absmax)
+    kept = tiles.within.any(tiles.base != 0) & ~_clips_too_much(tiles, scale, absmax)
     return jnp.where(known & (kept | ~changed), scale, absmax), known
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array
 
 from daq_jax.errors import DaqError, check_whole_numbers
@@ -40,6 +41,8 @@ def _one(trials: Trials) -> Trial:
 class AbsMax(Search):
     """No search: the smallest scale at which nothing saturates."""
 
+    in_strips = True
+
     @property
     def is_tile_local(self) -> bool:
         """See `Search`."""
@@ -64,6 +67,8 @@ class Grid(Search):
         high: largest ratio to the AbsMax scale.
         n: number of ratios, at least 2.
     """
+
+    in_strips = True
 
     low: float
     high: float
@@ -101,6 +106,8 @@ class CoarseToFine(Search):
         fine: number of ratios of the fine grid, at least 2.
     """
 
+    in_strips = True
+
     low: float
     high: float
     coarse: int
@@ -124,8 +131,15 @@ class CoarseToFine(Search):
 
     def around(self, winner: Array) -> Array:
         """`[fine, ...]`: the fine points of each tile, given the ratio that won its coarse grid."""
-        index = jnp.searchsorted(jnp.asarray(self.coarse_ratios), winner)
-        return jnp.asarray(self.fine_ratios)[:, index]
+
+        def choose(chosen: Array, point: tuple[Array, Array]) -> tuple[Array, None]:
+            ratio, around = point
+            return jnp.where(winner <= ratio, around.reshape(-1, *[1] * winner.ndim), chosen), None
+
+        # A choice for each coarse ratio, the largest first, no table: a TPU looks up one element at a time.
+        points = jnp.asarray(self.coarse_ratios[::-1]), jnp.asarray(self.fine_ratios.T[::-1])
+        last = jnp.broadcast_to(points[1][0].reshape(-1, *[1] * winner.ndim), (self.fine, *winner.shape))
+        return lax.scan(choose, last, points, unroll=min(self.coarse, 16))[0]
 
     @property
     def is_tile_local(self) -> bool:
@@ -185,6 +199,8 @@ class OffGrid(Search):
             docs/design/behaviour.md.
     """
 
+    in_strips = True
+
     low: float = 1.05
     high: float = 1.5
     n: int = 4
@@ -232,6 +248,8 @@ class Released(Search):
     tile without change is clipped; and the winner of the coarse grid is not tried again among the fine ones.
     """
 
+    in_strips = True
+
     low: float = 0.8
     high: float = 1.5
     coarse: int = 5
@@ -271,6 +289,7 @@ class _Twice(Rounding):
     """Rounds to whole numbers first and then to the format."""
 
     scope = "tile"
+    in_strips = True
 
     def __call__(self, tiles: Tiles, scale: Array) -> Array:
         """See `Rounding`."""

@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Callable
+from typing import ClassVar
 
 import jax.numpy as jnp
 from jax import lax
@@ -21,7 +22,13 @@ class Search(abc.ABC):
 
     A plain function `(trials) -> scales` serves as well: a `Recipe` turns it into a search with the defaults
     below. Subclasses are frozen, hashable dataclasses; they override what differs.
+
+    Attributes:
+        in_strips: whether it asks only `trials`, and reduces over tiles by `Tiles.total` and `Tiles.within`
+            alone, so that a TPU may cut a weight into strips of tiles (`daq_jax.tilings.TileView.strips`).
     """
+
+    in_strips: ClassVar[bool] = False
 
     @abc.abstractmethod
     def __call__(self, trials: Trials) -> Array:
@@ -85,7 +92,7 @@ def find_scales(
         refused = jnp.isnan(trials.absmax)
         if rounding.squares:  # whose sums would leave float32
             size = jnp.maximum(jnp.abs(tiles.base), jnp.abs(tiles.tuned))
-            refused |= jnp.max(size, tiles.axes, keepdims=True) > LARGEST_SQUARED
+            refused |= tiles.within.most(size) > LARGEST_SQUARED
         return jnp.where(refused, jnp.nan, search(trials))  # whatever a search makes of it
 
     def at_once(tiles: Tiles, stored_base: Array | None) -> Array:
@@ -99,4 +106,6 @@ def find_scales(
             return run(tiles, stored_base)
         return in_parts(run, tiles, stored_base, step=judged.alignment(tiles))
 
+    if tiles.machine.tpu:
+        return at_once(tiles, stored_base)
     return lax.platform_dependent(tiles, stored_base, cpu=in_order, default=at_once)

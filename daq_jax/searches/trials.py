@@ -7,7 +7,6 @@ one after another, over as many tiles as its cache holds. NVIDIA GPUs have a ker
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,10 +18,11 @@ from jaxtyping import Array
 from daq_jax.metrics import Metric
 from daq_jax.numerics.arithmetic import divide
 from daq_jax.roundings.rounding import Rounding
-from daq_jax.scales import absmax_scale, usable
+from daq_jax.scales import finite_size, scale_reaching, usable
 from daq_jax.tiles import Tiles
 
-_TOGETHER = 4  # candidates that an accelerator scores at once; more were no faster on an H200
+_TOGETHER = 4  # candidates that a GPU scores at once; more were no faster on an H200
+_UNROLLED = 16  # candidates that a TPU's program has side by side
 
 
 class Trial(NamedTuple):
@@ -86,7 +86,10 @@ class Trials:
             scales: which scales may be stored.
             stored_base: the scale of each tile that the base was stored with, or None.
         """
-        absmax = functools.partial(absmax_scale, axes=tiles.axes, largest=tiles.format.largest)
+
+        def absmax(x: Array) -> Array:
+            return scale_reaching(tiles.within.most(finite_size(x)), tiles.format.largest)
+
         return cls(
             tiles,
             metric,
@@ -95,7 +98,7 @@ class Trials:
             absmax=absmax(jnp.where(jnp.isfinite(tiles.base), tiles.tuned, jnp.nan)),
             stored_base=stored_base,
             base=absmax(tiles.base) if stored_base is None else stored_base,
-            changed=jnp.any(tiles.change != 0, axis=tiles.axes, keepdims=True),
+            changed=tiles.within.any(tiles.change != 0),
             fixed_sums=metric.fixed_sums(tiles, tiles.total),
         )
 
@@ -142,8 +145,11 @@ class Trials:
         trial: Callable[[Array], Trial],
     ) -> Trial:
         """Folds the trials of several ratios into one, in their order."""
-        if not self.tiles.machine.scores_at_once:
-            return lax.scan(lambda best, ratio: (choose(best, trial(ratio)), None), start, ratios)[0]
+        if self.tiles.machine.tpu or not self.tiles.machine.scores_at_once:
+            # A TPU's compiler sums for several candidates in one pass, if they are no batch.
+            several = min(len(ratios), _UNROLLED) if self.tiles.machine.tpu else 1
+            step = lambda best, ratio: (choose(best, trial(ratio)), None)  # noqa: E731
+            return lax.scan(step, start, ratios, unroll=several)[0]
         for i in range(0, len(ratios), _TOGETHER):
             some = jax.vmap(trial)(ratios[i : i + _TOGETHER])
             for k in range(len(some.score)):
