@@ -173,8 +173,8 @@ def _quantize(
         base, tuned = (resharded(x, moved) for x in (base, tuned))
         part = dataclasses.replace(view, shape=tuple(tuned.shape))
         noise = rounding.draw(tuned.shape, stream) if stream is not None else None
-        if machine.tpu and _goes_in_strips(recipe):
-            return _on_strips(part, base, tuned, noise, stored, recipe, machine)
+        if machine.tpu and _goes_in_lines(recipe):
+            return _in_lines_of_tiles(part, base, tuned, noise, stored, recipe, machine)
         noise = None if noise is None else part.cut(noise)
         axes, grid = part.tile_axes, part.grid_axes
         tiles = Tiles(part.cut(base), part.cut(tuned), noise, axes, grid, recipe.format, machine)
@@ -195,14 +195,14 @@ def _quantize(
     return q, None if how.sharding else is_finite(scale)  # where devices would wait for one another: later
 
 
-def _goes_in_strips(recipe: Recipe) -> bool:
-    """Whether all that a recipe does with tiles may be done with strips of them."""
+def _goes_in_lines(recipe: Recipe) -> bool:
+    """Whether all that a recipe does with tiles may be done with lines of them."""
     search, metric = as_search(recipe.search), as_metric(recipe.metric)
     parts = search, as_rounding(recipe.rounding), search.judged(as_rounding(recipe.rounding))
-    return all(part.in_strips for part in parts) and (metric.in_strips or not search.reads_metric)
+    return all(part.in_lines for part in parts) and (metric.in_lines or not search.reads_metric)
 
 
-def _on_strips(
+def _in_lines_of_tiles(
     view: TileView,
     base: Array,
     tuned: Array,
@@ -211,18 +211,19 @@ def _on_strips(
     recipe: Recipe,
     machine: Machine,
 ) -> tuple[Array, Array]:
-    """Codes and scales of a weight that is cut as suits a TPU; see `TileView.strips`.
+    """Codes and scales of a weight that is cut as suits a TPU; see `TileView.lines`.
 
     Without the barriers its compiler moves the cut behind all that is computed, and what has one value for
     each tile is written out at the weight's size.
     """
-    fine = view.strips
-    cut = lax.optimization_barrier([None if x is None else fine.cut(x) for x in (base, tuned, noise)])
+    fine = view.lines
+    noise = None if noise is None else fine.cut(noise)
+    base, tuned, noise = lax.optimization_barrier((fine.cut(base), fine.cut(tuned), noise))
     axes, grid = fine.tile_axes, fine.grid_axes
-    tiles = Tiles(*cut, axes, grid, recipe.format, machine, view.strips_of_a_tile)
-    stored = None if stored is None else lax.optimization_barrier(fine.spread(view.in_strips(stored)))
+    tiles = Tiles(base, tuned, noise, axes, grid, recipe.format, machine, view.lines_of_a_tile)
+    stored = None if stored is None else lax.optimization_barrier(fine.spread(view.in_lines(stored)))
     codes, scale = _codes_and_scale(tiles, stored, recipe)
-    return fine.join(lax.optimization_barrier(codes)), view.from_strips(fine.gather(scale))
+    return fine.join(lax.optimization_barrier(codes)), view.from_lines(fine.gather(scale))
 
 
 def _goes_tile_by_tile(recipe: Recipe, view: TileView) -> bool:

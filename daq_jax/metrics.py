@@ -30,10 +30,10 @@ class Metric(abc.ABC):
     frozen, hashable dataclasses.
 
     Attributes:
-        in_strips: whether it takes all sums over a tile by `total`; see `daq_jax.tilings.TileView.strips`.
+        in_lines: whether it takes all sums over a tile by `total`; see `daq_jax.tilings.TileView.lines`.
     """
 
-    in_strips: ClassVar[bool] = False
+    in_lines: ClassVar[bool] = False
 
     @abc.abstractmethod
     def __call__(self, d: Float[Array, "T K"], q: Float[Array, "T K"]) -> Float[Array, " T"]:
@@ -83,7 +83,7 @@ def as_metric(value: Callable[[Array, Array], Array]) -> Metric:
 class Additive(Metric):
     """A metric that is a function of sums over the elements of a tile."""
 
-    in_strips = True
+    in_lines = True
 
     @abc.abstractmethod
     def fixed_terms(self, d: Array) -> tuple[Array, ...]:

@@ -77,18 +77,18 @@ class QTensor:
         zero = None if self.zero is None else view.spread(self.zero)
         return weights_of(self.format.decode(view.cut(self.codes)), view.spread(self.scale), zero)
 
-    def in_strips(self) -> "QTensor":
-        """The same weights with a scale for each strip of a tile; see `TileView.strips`."""
+    def in_lines(self) -> "QTensor":
+        """The same weights with a scale for each line of a tile; see `TileView.lines`."""
         view = self.view
-        scale, zero = (x if x is None else view.in_strips(x) for x in (self.scale, self.zero))
-        return dataclasses.replace(self, scale=scale, zero=zero, tiling=view.strips.tiling)
+        scale, zero = (x if x is None else view.in_lines(x) for x in (self.scale, self.zero))
+        return dataclasses.replace(self, scale=scale, zero=zero, tiling=view.lines.tiling)
 
     def values_on_tpu(self) -> Array:
-        """As `values`, cut by `view.strips`, in the form that a TPU's compiler makes one program of.
+        """As `values`, cut by `view.lines`, in the form that a TPU's compiler makes one program of.
 
         Without the barriers it moves the cut behind the decoding and writes scales out at the weight's size.
         """
-        q = self.in_strips()
+        q = self.in_lines()
         codes, scale, zero = lax.optimization_barrier((q.view.cut(q.codes), q.scale, q.zero))
         zero = None if zero is None else q.view.spread(zero)
         return weights_of(q.format.decode(codes), q.view.spread(scale), zero)
@@ -123,7 +123,7 @@ def _dequantize(q: QTensor, dtype: np.dtype) -> Array:
             return round_to_dtype(q.view.join(q.values()), dtype)
 
         def tpu(q: QTensor) -> Array:
-            return q.view.strips.join(round_to_dtype(q.values_on_tpu(), dtype))
+            return q.view.lines.join(round_to_dtype(q.values_on_tpu(), dtype))
 
         return on_tpu(tpu, plain, part)
 

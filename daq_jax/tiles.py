@@ -26,12 +26,12 @@ class Within:
 
     Attributes:
         axes: positions of the axes of a tile's rows and of a tile's columns.
-        strips: how many tiles of the cut, side by side along the axis before the last, stand for one; see
-            `daq_jax.tilings.TileView.strips`. All of them get the result.
+        lines: how many tiles of the cut, side by side along the axis before the last, stand for one; see
+            `daq_jax.tilings.TileView.lines`. All of them get the result.
     """
 
     axes: tuple[int, int]
-    strips: int = 1
+    lines: int = 1
 
     def total(self, x: Array) -> Array:
         """The sum, in short runs: see `daq_jax.numerics.arithmetic.total`."""
@@ -50,21 +50,21 @@ class Within:
         return self.across(jnp.any(x, self.axes, keepdims=True), jnp.any, False)
 
     def across(self, x: Array, reduce: Callable[..., Array], fill: Any) -> Array:
-        """What was reduced over each strip, reduced over the strips of a tile; `fill` changes nothing."""
-        if self.strips == 1:
+        """What was reduced over each line, reduced over the lines of a tile; `fill` changes nothing."""
+        if self.lines == 1:
             return x
         axis, n = x.ndim - 2, x.shape[-2]
-        missing = -n % self.strips
+        missing = -n % self.lines
         x = jnp.pad(x, [(0, missing if a == axis else 0) for a in range(x.ndim)], constant_values=fill)
-        x = reduce(x.reshape(*x.shape[:axis], -1, self.strips, 1), axis + 1)
-        x = lax.slice_in_dim(jnp.repeat(x, self.strips, axis), 0, n, axis=axis)
+        x = reduce(x.reshape(*x.shape[:axis], -1, self.lines, 1), axis + 1)
+        x = lax.slice_in_dim(jnp.repeat(x, self.lines, axis), 0, n, axis=axis)
         return lax.optimization_barrier(x)  # else a TPU's compiler writes it out at the weight's size
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["stored_base", "stored_tuned", "noise"],
-    meta_fields=["axes", "grid", "format", "machine", "strips"],
+    meta_fields=["axes", "grid", "format", "machine", "lines"],
 )
 @dataclasses.dataclass(frozen=True)
 class Tiles:
@@ -78,8 +78,8 @@ class Tiles:
         grid: positions of the axes that run over rows of tiles and over columns of tiles.
         format: the number format of the codes.
         machine: what a program may do with the weights where they lie.
-        strips: how many tiles of the cut stand for one; see `Within`. More than 1 only where search, metric
-            and rounding all say that they know of it (`in_strips`).
+        lines: how many tiles of the cut stand for one; see `Within`. More than 1 only where search, metric
+            and rounding all say that they know of it (`in_lines`).
     """
 
     stored_base: Any  # an array; its shape and dtype where no more is asked for
@@ -89,12 +89,12 @@ class Tiles:
     grid: tuple[int, int]
     format: Format
     machine: Machine = Machine()
-    strips: int = 1
+    lines: int = 1
 
     @property
     def within(self) -> Within:
         """Reductions over each tile."""
-        return Within(self.axes, self.strips)
+        return Within(self.axes, self.lines)
 
     @property
     def base(self) -> Array:

@@ -213,12 +213,12 @@ class TileView:
         return x.transpose([self._order.index(a) for a in range(len(self.shape))])
 
     @property
-    def strips(self) -> "TileView":
+    def lines(self) -> "TileView":
         """The same weight in tiles one element wide along its last axis; `self` if that one is whole.
 
         A TPU lays the last axis out in runs of 128. To split it into (tiles, elements of a tile) is to write
-        the whole weight anew. So there a tile's scale is repeated along that axis, by `in_strips`: one number
-        for each strip. Tiles of one row stay as they are: theirs would be as many as weights.
+        the whole weight anew. So there a tile's scale is repeated along that axis, by `in_lines`: one number
+        for each line. Tiles of one row stay as they are: theirs would be as many as weights.
         """
         r, c = self.tile
         narrow = {"r": Block(1, c), "c": Block(r, 1)}.get(self._roles[-1])
@@ -226,26 +226,26 @@ class TileView:
             return self
         return dataclasses.replace(self, tiling=narrow)
 
-    def in_strips(self, scale: Array) -> Array:
-        """A scale for each tile, `[batch..., R / r, C / c]`, as one for each tile of `strips`."""
-        grid = self.strips.grid
+    def in_lines(self, scale: Array) -> Array:
+        """A scale for each tile, `[batch..., R / r, C / c]`, as one for each tile of `lines`."""
+        grid = self.lines.grid
         for axis in (-2, -1):
             if self.grid[axis] != grid[axis]:
                 scale = jnp.repeat(scale, self.tile[axis], axis=axis)
                 scale = lax.slice_in_dim(scale, 0, grid[axis], axis=axis)
         return scale
 
-    def from_strips(self, scale: Array) -> Array:
-        """The inverse of `in_strips`."""
+    def from_lines(self, scale: Array) -> Array:
+        """The inverse of `in_lines`."""
         for axis in (-2, -1):
-            if self.grid[axis] != self.strips.grid[axis]:
+            if self.grid[axis] != self.lines.grid[axis]:
                 scale = lax.slice_in_dim(scale, 0, None, self.tile[axis], axis=axis)
         return scale
 
     @property
-    def strips_of_a_tile(self) -> int:
-        """How many tiles of `strips`, side by side, are one of these; fewer at an edge."""
-        return max(t // s for t, s in zip(self.tile, self.strips.tile, strict=True))
+    def lines_of_a_tile(self) -> int:
+        """How many tiles of `lines`, side by side, are one of these; fewer at an edge."""
+        return max(t // s for t, s in zip(self.tile, self.lines.tile, strict=True))
 
     def spread(self, scale: Array) -> Array:
         """A scale `[batch..., R / r, C / c]` in a shape that broadcasts over the cut weight."""

@@ -108,7 +108,7 @@ def _to_the_bit(
 def _largest(tiles: Array, within: Within) -> Array:
     """The weight of largest magnitude of each run of rows and each column of a tile, in place of the rows."""
     rows, columns = (tiles.shape[axis] for axis in within.axes)
-    runs = min(rows, max(_LEAST_RUNS, _SAMPLE // (columns * within.strips)))
+    runs = min(rows, max(_LEAST_RUNS, _SAMPLE // (columns * within.lines)))
     if runs == rows:
         return tiles
     axis, length = within.axes[0], -(-rows // runs)

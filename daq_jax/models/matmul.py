@@ -69,7 +69,7 @@ def dot(x: Float[Array, "..."], q: QTensor, *, activations: Format | None = None
 
 def _product_on_tpu(x: Array, q: QTensor) -> Array:
     """The product before the cast, of a weight that stays cut: joined, it would be written out decoded."""
-    view = q.view.strips
+    view = q.view.lines
     batch, rows, columns = view.axes
     weight = round_to_dtype(q.values_on_tpu(), x.dtype)
     free = x.shape[len(batch) : x.ndim - len(rows)]

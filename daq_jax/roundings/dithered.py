@@ -50,7 +50,7 @@ class DitheredFeedback(Rounding):
 
     multiplies = True
     squares = True
-    in_strips = True
+    in_lines = True
     bytes_per_element = 56  # 56 by XLA's own account, on a CPU
 
     rank: int = 128

@@ -19,7 +19,7 @@ class Nearest(Rounding):
     """The code nearest to the tuned weight."""
 
     scope = "tile"
-    in_strips = True
+    in_lines = True
     bytes_per_element = 24
 
     def __call__(self, tiles: Tiles, scale: Array) -> Array:
@@ -37,7 +37,7 @@ class Stochastic(Rounding):
 
     scope = "tile"
     draws = True
-    in_strips = True
+    in_lines = True
 
     seed: int = 0
 

@@ -25,8 +25,8 @@ class Rounding(abc.ABC):
             shape are then quantized as one batch.
         bytes_per_element: working memory, in bytes for each element of a weight, two inputs of 16 bits
             included. Folders larger than memory are planned by it.
-        in_strips: whether it reduces over tiles by `Tiles.total` and `Tiles.within` alone, so that a TPU may
-            cut a weight into strips of tiles (`daq_jax.tilings.TileView.strips`).
+        in_lines: whether it reduces over tiles by `Tiles.total` and `Tiles.within` alone, so that a TPU may
+            cut a weight into lines of tiles (`daq_jax.tilings.TileView.lines`).
         squares: whether it adds up squares of weights as they are, so that none may be beyond
             `daq_jax.numerics.arithmetic.LARGEST_SQUARED`.
     """
@@ -35,7 +35,7 @@ class Rounding(abc.ABC):
     draws: ClassVar[bool] = False
     multiplies: ClassVar[bool] = False
     bytes_per_element: ClassVar[int] = 64
-    in_strips: ClassVar[bool] = False
+    in_lines: ClassVar[bool] = False
     squares: ClassVar[bool] = False
 
     @abc.abstractmethod

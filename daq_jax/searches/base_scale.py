@@ -49,7 +49,7 @@ class BaseScale(Search):
         off_grid: ratio of a scale off the grid of the base to the AbsMax scale, from 1 to 2; None for none.
     """
 
-    in_strips = True
+    in_lines = True
 
     off_grid: float | None = None
 

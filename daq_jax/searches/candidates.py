@@ -41,7 +41,7 @@ def _one(trials: Trials) -> Trial:
 class AbsMax(Search):
     """No search: the smallest scale at which nothing saturates."""
 
-    in_strips = True
+    in_lines = True
 
     @property
     def is_tile_local(self) -> bool:
@@ -68,7 +68,7 @@ class Grid(Search):
         n: number of ratios, at least 2.
     """
 
-    in_strips = True
+    in_lines = True
 
     low: float
     high: float
@@ -106,7 +106,7 @@ class CoarseToFine(Search):
         fine: number of ratios of the fine grid, at least 2.
     """
 
-    in_strips = True
+    in_lines = True
 
     low: float
     high: float
@@ -199,7 +199,7 @@ class OffGrid(Search):
             docs/design/behaviour.md.
     """
 
-    in_strips = True
+    in_lines = True
 
     low: float = 1.05
     high: float = 1.5
@@ -248,7 +248,7 @@ class Released(Search):
     tile without change is clipped; and the winner of the coarse grid is not tried again among the fine ones.
     """
 
-    in_strips = True
+    in_lines = True
 
     low: float = 0.8
     high: float = 1.5
@@ -289,7 +289,7 @@ class _Twice(Rounding):
     """Rounds to whole numbers first and then to the format."""
 
     scope = "tile"
-    in_strips = True
+    in_lines = True
 
     def __call__(self, tiles: Tiles, scale: Array) -> Array:
         """See `Rounding`."""

@@ -24,11 +24,11 @@ class Search(abc.ABC):
     below. Subclasses are frozen, hashable dataclasses; they override what differs.
 
     Attributes:
-        in_strips: whether it asks only `trials`, and reduces over tiles by `Tiles.total` and `Tiles.within`
-            alone, so that a TPU may cut a weight into strips of tiles (`daq_jax.tilings.TileView.strips`).
+        in_lines: whether it asks only `trials`, and reduces over tiles by `Tiles.total` and `Tiles.within`
+            alone, so that a TPU may cut a weight into lines of tiles (`daq_jax.tilings.TileView.lines`).
     """
 
-    in_strips: ClassVar[bool] = False
+    in_lines: ClassVar[bool] = False
 
     @abc.abstractmethod
     def __call__(self, trials: Trials) -> Array:

@@ -97,24 +97,24 @@ RECIPES = {
 def test_searches_find_the_scales_that_they_find_in_tiles(layer, recipe):
     shape, matrix = LAYERS[layer]
     recipe = RECIPES[recipe]
-    assert leaves._goes_in_strips(recipe)
+    assert leaves._goes_in_lines(recipe)
     native = daq.quantize({"w": pair(shape)[0]}, {"w": pair(shape)[0]}, daq.recipes.absmax)["w"]
     for base in (pair(shape)[0], native.dequantize(jnp.bfloat16)):
         tuned = base + jnp.asarray(0.01 * np.random.default_rng(1).normal(size=shape), jnp.bfloat16)
-        strips, plain = (quantized(base, tuned, recipe, matrix, tpu) for tpu in (True, False))
-        differ = np.mean(np.asarray(strips.scale) != np.asarray(plain.scale))
+        lines, plain = (quantized(base, tuned, recipe, matrix, tpu) for tpu in (True, False))
+        differ = np.mean(np.asarray(lines.scale) != np.asarray(plain.scale))
         assert differ <= 0.02  # sums in another order may decide between two candidates that score alike
         if not differ:
-            assert_alike(strips, plain)
+            assert_alike(lines, plain)
 
 
 def test_a_stored_scale_of_the_base_is_kept():
     base, tuned = pair((256, 384))
     stored = daq.quantize({"w": base}, {"w": base})["w"]
     recipe = daq.Recipe(search=daq.BaseScale(), rounding=daq.Nearest())
-    strips, plain = (quantized(stored, tuned, recipe, DEFAULT_MATRIX, tpu) for tpu in (True, False))
-    assert_alike(strips, plain)
-    np.testing.assert_array_equal(strips.scale, stored.scale)
+    lines, plain = (quantized(stored, tuned, recipe, DEFAULT_MATRIX, tpu) for tpu in (True, False))
+    assert_alike(lines, plain)
+    np.testing.assert_array_equal(lines.scale, stored.scale)
 
 
 @pytest.mark.parametrize("layer", ["kernel", "hugging face", "odd", "experts"])
@@ -125,21 +125,21 @@ def test_the_default_keeps_as_much_of_the_change(layer):
     for tpu in (True, False):
         q = quantized(base, tuned, daq.recipes.default, matrix, tpu)
         figures.append(daq.compare({"w": base}, {"w": tuned}, {"w": q}).total)
-    strips, plain = figures
-    assert strips.projection == pytest.approx(plain.projection, abs=0.02)
-    assert strips.cosine == pytest.approx(plain.cosine, abs=0.02)
+    lines, plain = figures
+    assert lines.projection == pytest.approx(plain.projection, abs=0.02)
+    assert lines.cosine == pytest.approx(plain.cosine, abs=0.02)
 
 
 def test_a_recipe_with_a_part_of_ones_own_is_left_in_tiles():
     ours = daq.recipes.paper_cosine
-    assert leaves._goes_in_strips(ours)
+    assert leaves._goes_in_lines(ours)
     theirs = {
         "metric": lambda d, q: -((d - q) ** 2).sum(-1),
         "rounding": lambda tiles, scale: tiles.format.round(tiles.over(scale)),
         "search": lambda trials: trials.absmax,
     }
     for name, part in theirs.items():
-        assert not leaves._goes_in_strips(dataclasses.replace(ours, **{name: part})), name
+        assert not leaves._goes_in_lines(dataclasses.replace(ours, **{name: part})), name
 
 
 @pytest.mark.parametrize("tiling", TILINGS)
@@ -149,7 +149,7 @@ def test_weights_and_products_are_those_of_tiles(layer, tiling):
     view = TileView(shape, matrix, TILINGS[tiling])
     recipe = dataclasses.replace(daq.recipes.absmax, tiling=TILINGS[tiling])
     q = quantized(*pair(shape), recipe, matrix, False)
-    weight = view.strips.join(q.values_on_tpu())
+    weight = view.lines.join(q.values_on_tpu())
     np.testing.assert_array_equal(weight, view.join(q.values()))
     batch, rows, columns = view.axes
     if batch != tuple(range(len(batch))):
