@@ -16,6 +16,22 @@ from jaxtyping import Array, Float
 _ITERATIONS = 2  # of the subspace; more changed no result of the behaviour study
 
 
+def exact(a: Array, b: Array) -> Array:
+    """The product of two matrices, or of stacks of them, in full float32 on every machine."""
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+
+
+def rough(a: Array, b: Array) -> Array:
+    """The product of two matrices, or of stacks of them, as fast as the machine has it.
+
+    TPUs round both factors to bfloat16 first, and many GPUs keep 10 bits of each. For what leads to a choice
+    but is in no stored number; all such products go through here, whatever the global flag of JAX says. With
+    factors rounded to bfloat16, roundings with error feedback keep as much of a change, to a hundredth
+    (`tests/numerics/test_linalg.py`); the error of `UnbiasedSubspace` doubled, whose products are `exact`.
+    """
+    return jnp.matmul(a, b, precision=lax.Precision.DEFAULT)
+
+
 def factor(gram: Float[Array, "*B n n"]) -> Float[Array, "*B n n"]:
     """Lower triangular `L` with `L L' = gram`; NaN where a matrix is not positive definite."""
     return _each(jnp.linalg.cholesky, gram)
@@ -45,16 +61,21 @@ def _each(function: Callable[[Array], Array], stack: Array) -> Array:
 
 
 def leading_directions(
-    matrix: Float[Array, "B R C"], rank: int
+    matrix: Float[Array, "B R C"], rank: int, product: Callable[[Array, Array], Array] = rough
 ) -> tuple[Float[Array, "B R k"], Float[Array, "B C k"]]:
     """Orthonormal bases of about the leading `rank` left and right singular directions, for each matrix.
 
-    Subspace iteration from a fixed random start. In float32, at the machine's default matmul precision.
+    Subspace iteration from a fixed random start.
+
+    Args:
+        matrix: float32.
+        rank: k.
+        product: `rough` or `exact`.
     """
 
     def turn(_: Array, sides: tuple[Array, Array]) -> tuple[Array, Array]:
-        left = _orthonormalized(matrix @ sides[1])
-        return left, _orthonormalized(matrix.mT @ left)
+        left = _orthonormalized(product(matrix, sides[1]))
+        return left, _orthonormalized(product(matrix.mT, left))
 
     start = jax.random.normal(jax.random.key(0), (matrix.shape[-1], rank), jnp.float32)[None]
     # Zeros of products, and so inside `shard_map` as device-varying as the loop makes them.
@@ -69,8 +90,8 @@ def _orthonormalized(x: Float[Array, "B n k"]) -> Float[Array, "B n k"]:
     Exactly orthonormal the second time. The shift keeps the factorization alive where columns depend on one
     another, and gives zero for zero.
     """
-    gram = jnp.matmul(x.mT, x, precision=lax.Precision.HIGHEST)
+    gram = exact(x.mT, x)
     size = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
     shift = jnp.maximum(1e-6 * size, 1e-37) * jnp.eye(gram.shape[-1], dtype=jnp.float32)[None]
     # The small inverse and a product: solving for all of `x` took three times as long on an H200.
-    return jnp.matmul(x, inverse_factor(gram + shift).mT, precision=lax.Precision.HIGHEST)
+    return exact(x, inverse_factor(gram + shift).mT)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float
 
 from daq_jax.formats import Format, step_towards, weights_of
 from daq_jax.numerics.arithmetic import divide
+from daq_jax.numerics.linalg import rough
 
 REACH = 4.0  # see `carry`; 2 lost 5 to 50 %
 _TURNS = 4  # of rows and columns; after them projections are 1.00
@@ -125,8 +126,8 @@ def coherence(seen: Float[Array, "B k C"], total: Float[Array, "B"], rows: int) 
     """
     columns = seen.shape[-1]
     seen = seen / jnp.sqrt(jnp.maximum(total, _TINY))[:, None, None]
-    gram = seen @ seen.mT
-    found = rows * columns * jnp.sum((gram @ gram) * gram, (1, 2))
+    gram = rough(seen, seen.mT)
+    found = rows * columns * jnp.sum(rough(gram, gram) * gram, (1, 2))
     return jnp.maximum(found - _RANDOM * (rows / columns + columns / rows + 3), 0)
 
 

@@ -10,7 +10,7 @@ from daq_jax.errors import DaqError, check_whole_numbers
 from daq_jax.formats import Format, dither, weights_of
 from daq_jax.grids.membership import half_unit, is_native
 from daq_jax.numerics.arithmetic import divide
-from daq_jax.numerics.linalg import leading_directions
+from daq_jax.numerics.linalg import leading_directions, rough
 from daq_jax.roundings.carriers import REACH, Pair, carry, coherence, worth_keeping
 from daq_jax.roundings.feedback_plan import Plan, Rows, Rule
 from daq_jax.roundings.rounding import Rounding
@@ -138,4 +138,4 @@ def pair_of(blocks: RowBlocks, scale: Array, native: Array) -> Pair:
 
 def coherence_of(change: Array, directions: Array, rows: int) -> Array:
     """`coherence`, given the leading left singular directions of the change `[B, R, C]`."""
-    return coherence(directions.mT @ change, jnp.sum(change * change, (1, 2)), rows)
+    return coherence(rough(directions.mT, change), jnp.sum(change * change, (1, 2)), rows)

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from daq_jax.formats import Format
 from daq_jax.gpu_codes import INSTRUCTION
 from daq_jax.numerics.kernel_choice import pallas_call
+from daq_jax.numerics.linalg import rough
 from daq_jax.roundings.feedback_plan import STRIP, Plan, Rows, Rule, lattice
 
 _MOST_ROWS = 32  # of a block that are in registers at a time
@@ -91,7 +92,6 @@ def _round_strip(*refs: Any, rule: Rule, structure: Any, number: Format, height:
     blocks, size, rank = plan.responses.shape
     at_once = _rows_at_once(size, len(plan.tiles[0]), height)
     columns = (pl.program_id(0) % strips).astype(jnp.uint32) * STRIP + jnp.arange(STRIP, dtype=jnp.uint32)
-    product = functools.partial(jnp.matmul, precision=lax.Precision.DEFAULT)
 
     def next_block(i: Array, done: tuple[Array, Any]) -> tuple[Array, Any]:
         s, state = done
@@ -105,11 +105,11 @@ def _round_strip(*refs: Any, rule: Rule, structure: Any, number: Format, height:
             thresholds = lattice(row[:, None], columns[None, :])
             rows = Rows.of(plan, lambda x: x[here, :], lambda x: x[pl.ds(tile, 1), :], thresholds)
             directions = plan.directions[here, :]  # asked for early, so that they are there in time
-            response = product(plan.responses[i, pl.ds(j * at_once, at_once), :], s)
+            response = rough(plan.responses[i, pl.ds(j * at_once, at_once), :], s)
             values = rule.round(number, rows, response, block)
             codes_ref[here, :] = values.astype(number.dtype)
             error = rule.error(rows, values)
-            s_so_far += product(directions.T, error)
+            s_so_far += rough(directions.T, error)
             return s_so_far, rule.after(state_so_far, rows, error, block, jnp.sum)
 
         return lax.fori_loop(0, size // at_once, next_rows, done)

@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from daq_jax.numerics.kernel_choice import kernel_or_plain, may_take_kernels
-from daq_jax.numerics.linalg import factor, inverse_factor
+from daq_jax.numerics.linalg import exact, factor, inverse_factor, rough
 from daq_jax.roundings import feedback_gpu
 from daq_jax.roundings.feedback_plan import Plan, Rows, Rule, lattice, over_strips
 from daq_jax.tiles import Tiles
@@ -89,19 +89,19 @@ class RowBlocks:
             directions: U.
             damping: for each matrix, `[B]`, or for all.
         """
-        seen = directions.mT @ change
-        with jax.default_matmul_precision("highest"):  # small matrices, whose inverses are taken
-            gram, total = seen @ seen.mT, jnp.sum(change * change, (1, 2))
-            captured = jnp.trace(gram, axis1=1, axis2=2)
-            k, unit = gram.shape[-1], jnp.maximum(captured, jnp.finfo(jnp.float32).tiny)
-            identity = jnp.eye(k, dtype=jnp.float32)
-            root = factor(gram / unit[:, None, None] + 1e-6 * identity[None])[:, None]
-            rest = jnp.maximum(total - captured, 0) / (self.rows - k) / unit
-            mean = jnp.maximum(damping * rest, 1e-5)[:, None, None, None]  # turns off those without change
-            parts = directions.reshape(len(directions), self.number, self.size, k)
-            left = jnp.cumsum((parts.mT @ parts)[:, ::-1], 1)[:, ::-1] + _LEAST_WEIGHT * identity[None, None]
-            half = inverse_factor(mean * identity[None, None] + root.mT @ left @ root) @ root.mT
-            return parts @ (half.mT @ half)
+        seen = rough(directions.mT, change)
+        gram, total = exact(seen, seen.mT), jnp.sum(change * change, (1, 2))
+        captured = jnp.trace(gram, axis1=1, axis2=2)
+        k, unit = gram.shape[-1], jnp.maximum(captured, jnp.finfo(jnp.float32).tiny)
+        identity = jnp.eye(k, dtype=jnp.float32)
+        root = factor(gram / unit[:, None, None] + 1e-6 * identity[None])[:, None]
+        rest = jnp.maximum(total - captured, 0) / (self.rows - k) / unit
+        mean = jnp.maximum(damping * rest, 1e-5)[:, None, None, None]  # turns off those without change
+        parts = directions.reshape(len(directions), self.number, self.size, k)
+        left = jnp.cumsum(exact(parts.mT, parts)[:, ::-1], 1)[:, ::-1] + _LEAST_WEIGHT * identity[None, None]
+        inner = mean * identity[None, None] + exact(exact(root.mT, left), root)
+        half = exact(inverse_factor(inner), root.mT)
+        return exact(parts, exact(half.mT, half))
 
     def round(self, rule: Rule, plan: Plan) -> Array:
         """Values of the codes, in the shape of the tiles."""
@@ -131,14 +131,14 @@ class RowBlocks:
             take, take_tiles = functools.partial(self._take, i=i), functools.partial(self._spread, i=i)
             rows = Rows.of(plan, take, take_tiles, self._thresholds(i))
             block = rule.before_block(state)
-            rounded = rule.round(self.cut.format, rows, plan.responses[:, i] @ s, block)
+            rounded = rule.round(self.cut.format, rows, rough(plan.responses[:, i], s), block)
             error = rule.error(rows, rounded)
-            s = s + self._take(plan.directions, i).mT @ error
+            s = s + rough(self._take(plan.directions, i).mT, error)
             return self._put(values, rounded, i), s, rule.after(state, rows, error, block, over_strips)
 
         like = plan.elements[0].astype(jnp.float32)
         # Zeros of a product, and so inside `shard_map` as device-varying as the loop makes them.
-        s = jnp.zeros_like(plan.directions[:, :1].mT @ like[:, :1])
+        s = jnp.zeros_like(rough(plan.directions[:, :1].mT, like[:, :1]))
         start = (jnp.zeros_like(like), s, rule.start(plan.strips))
         return lax.fori_loop(0, self.number, step, start)[0]
 

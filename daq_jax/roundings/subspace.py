@@ -7,7 +7,7 @@ from jax import lax
 from jaxtyping import Array
 
 from daq_jax.errors import check_whole_numbers
-from daq_jax.numerics.linalg import leading_directions
+from daq_jax.numerics.linalg import exact, leading_directions
 from daq_jax.roundings.gains import Per, UnbiasedGain, round_towards
 from daq_jax.roundings.rounding import Rounding
 from daq_jax.tiles import Tiles
@@ -24,7 +24,7 @@ class UnbiasedSubspace(Rounding):
     range finder (Halko, Martinsson and Tropp, arXiv:0909.4061), as orthonormal bases; no full SVD is taken.
 
     Sees the whole matrix: on a sharded weight its products are collectives. A search scores the gain alone.
-    Products may run in bfloat16 or TF32: the error of a correction is corrected on the next turn.
+    Its products are in full float32: with factors in bfloat16, the error in those directions doubles.
 
     Deterministic.
 
@@ -53,17 +53,17 @@ class UnbiasedSubspace(Rounding):
         gain = self.scored_as().gains(tiles, scale)
         change = tiles.as_matrix(tiles.change)
         rank = min(self.rank, max(1, min(change.shape[-2:]) // 4))
-        left, right = leading_directions(change, rank)
+        left, right = leading_directions(change, rank, exact)
         moved = jnp.any(tiles.change != 0, tiles.axes, keepdims=True)  # a tile without change is left alone
 
         def values(core: Array) -> Array:
-            correction = tiles.from_matrix(left @ core @ right.mT)
+            correction = tiles.from_matrix(exact(exact(left, core), right.mT))
             return round_towards(tiles, scale, gain, jnp.where(moved, correction, 0.0))
 
         def turn(_: Array, core: Array) -> Array:
             error = tiles.kept(values(core), scale) - tiles.change
-            return core - left.mT @ tiles.as_matrix(error) @ right
+            return core - exact(exact(left.mT, tiles.as_matrix(error)), right)
 
         # Zeros of a product, and so inside `shard_map` as device-varying as the loop makes them.
-        core = jnp.zeros_like(left[:, :1].mT @ right[:, :1])
+        core = jnp.zeros_like(exact(left[:, :1].mT, right[:, :1]))
         return values(lax.fori_loop(0, self.turns, turn, core))

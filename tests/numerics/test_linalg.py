@@ -7,7 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import daq_jax as daq
+from daq_jax.numerics import linalg
 from daq_jax.numerics.linalg import factor, inverse_factor
+from daq_jax.roundings import carriers, dithered, row_blocks
 
 SHAPES = [(8, 8), (1, 16, 16), (5, 8, 8), (2, 3, 16, 16)]
 
@@ -43,3 +46,74 @@ def test_a_cpu_never_gets_a_stack(function):
     )
     shapes = {a or b for a, b in calls}
     assert shapes == {"8,8"}, program
+
+
+ROUNDINGS = {
+    "dithered": daq.DitheredFeedback(rank=16),
+    "feedback": daq.UnbiasedFeedback(rank=16),
+    "subspace": daq.UnbiasedSubspace(rank=16),
+}
+
+
+def products(jaxpr):
+    """Precision of each product of matrices in a program."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation.params["precision"]
+        for inner in jax.tree.leaves(
+            equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from products(inner)
+
+
+@pytest.mark.parametrize("name", ROUNDINGS)
+def test_every_product_states_its_precision(name):
+    weight = jnp.zeros((64, 48), jnp.bfloat16)
+    recipe = daq.Recipe(rounding=ROUNDINGS[name])
+    program = jax.make_jaxpr(lambda w: daq.quantize({"w": w}, {"w": w}, recipe, rules=()))(weight)
+    found = list(products(program.jaxpr))
+    assert len(found) > 5
+    stated = {(p, p) for p in (jax.lax.Precision.DEFAULT, jax.lax.Precision.HIGHEST)}
+    assert set(found) <= stated
+
+
+@pytest.mark.parametrize("grid", ["fp8", "mxfp4"])
+@pytest.mark.parametrize("name", ROUNDINGS)
+def test_rough_products_may_be_as_rough_as_those_of_a_tpu(name, grid, monkeypatch):
+    """Error in the leading directions of the change, and its projection, with factors in bfloat16."""
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=(256, 192)).astype(np.float32)
+    more = (
+        {"format": daq.fp4_e2m1, "tiling": daq.Group(32), "scales": daq.PowerOfTwo()}
+        if grid == "mxfp4"
+        else {}
+    )
+    base = daq.quantize({"w": weight}, {"w": weight}, daq.Recipe(**more), rules=())["w"].dequantize(
+        jnp.float32
+    )
+    u, v = (np.linalg.qr(rng.normal(size=(n, 8)))[0] for n in weight.shape)
+    change = 0.02 * np.linalg.norm(weight) / np.sqrt(8) * u @ v.T
+    pair = [{"w": np.asarray(x, np.float32)} for x in (base, base + change)]
+    recipe = daq.Recipe(rounding=ROUNDINGS[name], **more)
+
+    def figures():
+        kept = np.asarray(daq.quantize(*pair, recipe, rules=())["w"].dequantize(jnp.float32)) - np.asarray(
+            base
+        )
+        error = u.T @ (kept - change) @ v
+        return np.sum(kept * change) / np.sum(change**2), np.linalg.norm(error) / np.linalg.norm(change)
+
+    exact = figures()
+
+    def in_bfloat16(a, b):
+        return linalg.exact(*(jax.lax.reduce_precision(x, 8, 7) for x in (a, b)))
+
+    for module in (linalg, carriers, dithered, row_blocks):
+        monkeypatch.setattr(module, "rough", in_bfloat16)
+    jax.clear_caches()
+    rounded = figures()
+    jax.clear_caches()
+    assert rounded[0] == pytest.approx(exact[0], abs=0.01)
+    assert rounded[1] == pytest.approx(exact[1], abs=0.01)
