@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from daq_jax import recipes
-from daq_jax.analysis.names import printable
+from daq_jax.analysis.names import on_one_line
 from daq_jax.analysis.relation import doubt_of
 from daq_jax.density.recipe import DensityRecipe
 from daq_jax.errors import DaqError
@@ -19,6 +19,7 @@ from daq_jax.io.jobs.compare_folders import patches_of_folders
 from daq_jax.io.jobs.folder_store import CONFIG, FolderStore
 from daq_jax.io.jobs.job import Job
 from daq_jax.io.jobs.keeping import Choice, patterns_of
+from daq_jax.io.jobs.model_card import origin_of
 from daq_jax.io.jobs.options import (
     MissingBase,
     Output,
@@ -31,11 +32,10 @@ from daq_jax.io.jobs.options import (
 )
 from daq_jax.io.jobs.planning import Plan, make_plan
 from daq_jax.io.jobs.progress import table_of, warning_of
+from daq_jax.io.jobs.side_files import CARD
 from daq_jax.io.jobs.values import describe, flags
 from daq_jax.recipe import Recipe
 from daq_jax.version import __version__
-
-_LINK = "is a link that leads out of its folder"
 
 
 def quantize_folder(
@@ -149,27 +149,27 @@ def _open_folder_job(
             raise DaqError(f"{tuned}: has no {CONFIG}, without which no server loads the result.")
         plan = _plan(before, after, recipe, output, run, console)
         _show(plan, output, console)
-        chosen = [task.name for task in plan.tasks if task.quantize]
-        if doubt := doubt_of(patches_of_folders(before, after, chosen)):
-            console.print(doubt, highlight=False, markup=False)
+        _show_doubt(before, after, plan, console)
         settings = _settings(plan, output, run)
         store = FolderStore(out, plan, before, after, output.custom_code)
-        linked = store.side_files.linked
-        for path in linked:
-            console.print(printable(f"{path}: {_LINK}, and is not copied"), highlight=False, markup=False)
+        beside = store.side_files
+        _show_side_files(store, console)
         summary = _summary(plan, output)
-        summary["left_out"] |= {str(path): _LINK for path in linked}
+        summary["left_out"] |= beside.left_out
+        summary |= {"copied": [str(p) for p in beside.copied], "written": list(store.written)}
         yield Job(
             store=store,
             inputs={f"base/{p.name}": p for p in before.files}
             | {f"tuned/{p.name}": p for p in after.files}
-            | {f"copied/{p}": folder / p for p, folder in store.side_files.copied.items()},
+            | {f"copied/{p}": folder / p for p, folder in beside.copied.items()}
+            | ({f"tuned/{CARD}": beside.card} if beside.card else {}),
             settings=settings,
             summary=settings | summary,
             overwrite=run.overwrite,
             console=console,
             share=run.shard,
             memory=plan.memory,
+            origin=origin_of(before, after, recipe, plan, output, run),
         )
 
 
@@ -233,6 +233,24 @@ def _show(plan: Plan, output: Output, console: Console) -> None:
     console.print(table_of(plan, f"{output.target}: {output.note_of(plan.format)}"))
     if warning_of(plan):
         console.print(warning_of(plan), highlight=False)
+
+
+def _show_doubt(before: Folder, after: Folder, plan: Plan, console: Console) -> None:
+    """Says where base and tuned look swapped or unrelated; an adapter on its base can be neither."""
+    chosen = [task.name for task in plan.tasks if task.quantize and after.overlay is None]
+    if doubt := doubt_of(patches_of_folders(before, after, chosen)):
+        console.print(doubt, highlight=False, markup=False)
+
+
+def _show_side_files(store: FolderStore, console: Console) -> None:
+    """Shows what becomes of the files beside the weights."""
+    beside = store.side_files
+    card = " (with the text of the tuned model's)" if beside.card else ""
+    written = ", ".join(name + card * (name == CARD) for name in store.written)
+    lines = [f"files copied: {', '.join(map(str, beside.copied)) or 'none'}", f"files written: {written}"]
+    lines += [f"file left out: {name}: {why}" for name, why in beside.left_out.items()]
+    for line in lines:
+        console.print(on_one_line(line), highlight=False, markup=False)
 
 
 def _refuse_same(out: Path, base: Path, tuned: Path) -> None:

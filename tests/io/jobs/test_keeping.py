@@ -234,3 +234,15 @@ def test_the_command_takes_several_patterns(tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert list(found["quantized"]) == [n for n in SHAPES if "down" in n]
     assert found["keep"] == ["0.mlp.up", "1.mlp.up"]
+
+
+def test_inspect_looks_at_what_patterns_leave(tmp_path, capsys):
+    base = llama(layers=1)
+    folders = write_folder(tmp_path / "base", [base]), write_folder(tmp_path / "tuned", [tuned_from(base)])
+    chosen = daq.inspect_folder(*folders, ABSMAX, only=["mlp"], keep=["re:.*down_proj"])
+    assert chosen.leaves.keys() == {UP, UP.replace("up_proj", "gate_proj")}
+    words = ["inspect", *map(str, folders), "--recipe", "absmax", "--only", "mlp", "--keep", "down_proj"]
+    assert cli.main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == chosen.to_dict()
+    assert cli.main(["inspect", *map(str, folders), "--keep", "nothing"]) == 1
+    assert "match no weight" in capsys.readouterr().err
