@@ -21,6 +21,7 @@ MODULES = {
     "comparison_sums": "benchmarks.comparison_sums",
     "exactness": "benchmarks.exactness",
     "codes": "benchmarks.codes",
+    "architectures": "benchmarks.architectures.study",
 }
 
 
