@@ -38,7 +38,7 @@ class Outcome:
     Attributes:
         model_type: type of the model.
         format: name of the format.
-        verdict: "ok", "refused" or "fault".
+        verdict: "ok"; "refused"; "told", where the plan says that transformers does not load it; or "fault".
         words: why, where it is not "ok".
         quantized: number of weights that were quantized.
         kept: number of tensors that were kept.
@@ -79,6 +79,8 @@ def outcome_of(model: Model, format: str, base: Path, tuned: Path, path: Path) -
     except daq.DaqError as error:
         why = str(error).replace(f"{path}/", "").replace("|", "/")
         return Outcome(model.model_type, format, "refused", why)
+    if "transformers does not load" in report["server"]:
+        return Outcome(model.model_type, format, "told", f"the plan says: {report['server']}")
     counts = {"quantized": len(report["quantized"]), "kept": len(report["kept"])}
     try:
         faults, difference, error = _compared(model, format, tuned, out, report)
@@ -129,7 +131,8 @@ def load(model: Model, path: Path, format: str = "") -> tuple[Any, dict[str, Any
         kind = transformers.FineGrainedFP8Config if fine else transformers.CompressedTensorsConfig
         how["quantization_config"] = kind(dequantize=True)
     kind = getattr(transformers, model.kind)
-    return kind.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **how)
+    loaded, told = kind.from_pretrained(path, dtype=torch.float32, output_loading_info=True, **how)
+    return loaded.float(), told  # experts in MXFP4 come in bfloat16, whatever the dtype asked for
 
 
 def dequantized(tuned: Path, out: Path, path: Path) -> Path:
@@ -204,13 +207,14 @@ def _page(report: dict[str, Any], models: list[Model]) -> str:
     for model in models:
         cells = [_cell(of[model.model_type, f], reasons) for f in formats]
         rows.append([model.family, f"`{model.model_type}`", *cells])
-    counts = {v: sum(o.verdict == v for o in outcomes) for v in ("ok", "refused", "fault")}
+    counts = {v: sum(o.verdict == v for o in outcomes) for v in ("ok", "refused", "told", "fault")}
     return (
         "\n\n".join(
             [
                 "# Architectures of transformers",
                 f"{len(models)} architectures in {len(formats)} formats: {counts['ok']} loaded right, "
-                f"{counts['refused']} refused, {counts['fault']} at fault. A cell says how many weights are "
+                f"{counts['refused']} refused, {counts['told']} not for transformers as the plan says, "
+                f"{counts['fault']} at fault. A cell says how many weights are "
                 "quantized, and the error of the outputs against the tuned model. Loaded right: no key "
                 f"missing or unexpected, and outputs within {PRECISION:g} of those of the dequantized model.",
                 table(["family", "model", *formats], rows),

@@ -17,6 +17,7 @@ from daq_jax.io.hf.adapters import open_tuned
 from daq_jax.io.hf.bands import band_around
 from daq_jax.io.hf.folders import Folder, Tensor, open_safetensors
 from daq_jax.io.hf.layouts import Layout
+from daq_jax.io.hf.paired_names import paired
 from daq_jax.io.jobs.as_base import plan_as_base
 from daq_jax.io.jobs.keeping import ALL, Choice, patterns_of
 from daq_jax.io.jobs.options import Output, Run, in_layout, wants_base_format
@@ -69,6 +70,7 @@ def inspect_folder(
         if format is None and before.tensors.keys() != after.tensors.keys():
             as_base = False  # a part of a model may be looked at, though not quantized so
         layout = None if as_base else output.layout
+        before = before if as_base else paired(before, after)[0]
         return inspect_opened(before, after, recipe, layout, most_elements, choice)
 
 
