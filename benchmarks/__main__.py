@@ -22,6 +22,7 @@ MODULES = {
     "comparison_sums": "benchmarks.comparison_sums",
     "exactness": "benchmarks.exactness",
     "codes": "benchmarks.codes",
+    "architectures": "benchmarks.architectures.study",
 }
 
 

@@ -132,6 +132,8 @@ def inspect(
     *,
     recipe: Literal[*RECIPES] = "default",
     format: Literal[*FORMATS] | None = None,
+    keep: Patterns = (),
+    only: Patterns = (),
     json: bool = False,
 ) -> None:
     """Say from a sample what a fine-tune would lose, before anything is quantized. Takes seconds.
@@ -144,12 +146,14 @@ def inspect(
         tuned: folder of the model after tuning.
         recipe: what to hold against AbsMax.
         format: how weights would be stored; None for as BASE is, or fp8-block where BASE is not quantized.
+        keep: regular expression, found in the names of weights that would stay; may be given often.
+        only: regular expression, found in the names of the only weights to look at; may be given often.
         json: print one JSON object and nothing else.
     """
     from daq_jax.display import terminal
     from daq_jax.io.jobs.inspect_folders import inspect_folder
 
-    found = inspect_folder(base, tuned, RECIPES[recipe], format=format)
+    found = inspect_folder(base, tuned, RECIPES[recipe], format=format, keep=keep, only=only)
     if json:
         print(json_format.dumps(found.to_dict(), allow_nan=False))
     else:

@@ -33,7 +33,7 @@ import numpy as np
 from daq_jax.formats import Format, fp4_e2m1, fp8_e4m3fn, int4, int8
 from daq_jax.io.hf.codings import Coding, Exponents, Floats, ScaleStorage, TwoLevels, scale_grid
 from daq_jax.io.hf.compressed_tensors import compressed_config, how_quantized
-from daq_jax.io.hf.packed_int4 import packed_config
+from daq_jax.io.hf.packed_int4 import group_of, packed_config
 from daq_jax.io.hf.packing import Nibbles, Packing, Plain, Words
 from daq_jax.io.hf.weight_names import NOT_SPLIT, SPLIT_BY_INPUT, is_expert, last_component
 from daq_jax.tilings import Block, Channel, Group, Tiling
@@ -147,7 +147,8 @@ class GroupLayout(Layout):
 
     def why_not(self, name: str, shape: Sequence[int], tp: int, kv_heads: int | None) -> str:
         """See `Layout.why_not`."""
-        group = self.tiling.tile(*shape[:-3:-1])[0]
+        group = group_of(self.tiling)
+        assert group is not None
         return super().why_not(name, shape, tp, kv_heads) or why_not_groups(name, shape, tp, group)
 
 

@@ -13,6 +13,7 @@ from daq_jax.errors import DaqError, refuse
 from daq_jax.io.hf.adapters import open_tuned
 from daq_jax.io.hf.bands import MOST_ELEMENTS, bands
 from daq_jax.io.hf.folders import Folder, Tensor, open_safetensors
+from daq_jax.io.hf.paired_names import paired
 from daq_jax.io.jobs.leftovers import refuse_unread
 from daq_jax.io.jobs.progress import Tell
 from daq_jax.qtensor import QTensor
@@ -48,6 +49,7 @@ def compare_folders(
         before = stack.enter_context(contextlib.closing(open_safetensors(base)))
         after = stack.enter_context(contextlib.closing(open_tuned(tuned, before)))
         result = stack.enter_context(contextlib.closing(open_safetensors(quantized)))
+        before, _ = paired(before, after)
         return compare_opened(before, after, result, details=details, tell=tell)
 
 

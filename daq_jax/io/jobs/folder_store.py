@@ -8,11 +8,10 @@ import contextlib
 import dataclasses
 import functools
 import json
-import re
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from daq_jax.errors import DaqError, refuse
 from daq_jax.io.disk.atomic import Checksum, checksum, copy_file, make_folder, temporary_of, write_text
@@ -20,21 +19,14 @@ from daq_jax.io.disk.links import listed_below, stays_inside
 from daq_jax.io.hf.folders import INDEX, SINGLE, Folder
 from daq_jax.io.hf.methods import QUANTIZATION_FILE
 from daq_jax.io.jobs.journal import REPORT, Record
+from daq_jax.io.jobs.model_card import card_of
 from daq_jax.io.jobs.planning import Plan, Shard
 from daq_jax.io.jobs.progress import Tell
+from daq_jax.io.jobs.side_files import CARD, SideFiles, side_files
 from daq_jax.io.jobs.streaming import ShardJob, verify
 
 CONFIG = "config.json"
 _JOURNAL = ".daq"
-_SIDE_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".vocab", ".bpe")
-_CODE = ".py"
-# Files of a tokenizer that a tune may have changed; an adapter's own config must not come into a model.
-_OF_TOKENIZER = ("added_tokens", "chat_template", "merges", "special_tokens", "tokenizer", "vocab")
-_WRITTEN_HERE = (CONFIG, INDEX, REPORT)
-# What tells a loader of adapters, or of codes as other quantizers store them.
-_MISLEADING = re.compile(
-    r"adapter_.*|quanto_qmap\.json|(.*[_.-])?quant(ize|ization)?[_.-].*\.json|smash_config\.json"
-)
 _WEIGHTS = (".safetensors", ".index.json")
 
 
@@ -79,15 +71,21 @@ class FolderStore:
         return self.out / _JOURNAL
 
     @functools.cached_property
-    def side_files(self) -> "SideFiles":
-        """Files beside the weights of the tuned model that are copied."""
-        return side_files(self.tuned, self.custom_code)
+    def side_files(self) -> SideFiles:
+        """Files beside the weights of the tuned model, copied or left out."""
+        return side_files(self.tuned, self.custom_code, (CARD, REPORT, INDEX, CONFIG))
+
+    @property
+    def written(self) -> Sequence[str]:
+        """Names of the files beside the shards that are written anew, in order."""
+        beside = [QUANTIZATION_FILE] if self.plan.beside else []
+        index = [] if list(self._shards) == [SINGLE] else [INDEX]
+        return [CARD, REPORT, *index, *beside, CONFIG]
 
     @property
     def files(self) -> Sequence[str]:
         """See `Store.files`."""
-        beside = [QUANTIZATION_FILE] if self.plan.beside else []
-        return [*self._shards, *map(str, self.side_files.copied), REPORT, INDEX, *beside, CONFIG]
+        return [*self._shards, *map(str, self.side_files.copied), *self.written]
 
     @property
     def nbytes(self) -> int:
@@ -154,10 +152,13 @@ class FolderStore:
         files: dict[str, Any] = {file: {"bytes": shard.nbytes} for file, shard in self._shards.items()}
         for path, folder in self.side_files.copied.items():
             files[str(path)] = _said(self._copied(path, folder))
-        texts = {INDEX: _text(_index(self.plan), 2)} if list(self._shards) != [SINGLE] else {}
-        if self.plan.beside:
-            texts[QUANTIZATION_FILE] = _text(self.plan.beside, 2)
-        texts[CONFIG] = _text(self.plan.config, 2)
+        made = {
+            CARD: lambda: card_of(self.plan, report, self.side_files.card),
+            INDEX: lambda: _text(_index(self.plan), 2),
+            QUANTIZATION_FILE: lambda: _text(self.plan.beside, 2),
+            CONFIG: lambda: _text(self.plan.config, 2),
+        }
+        texts = {name: made[name]() for name in self.written if name != REPORT}
         for name, text in texts.items():
             files[name] = _said(Checksum(len(text.encode()), zlib.crc32(text.encode())))
         written = {**report, "files": {**files, REPORT: {}}}
@@ -206,47 +207,6 @@ def _is_of_jobs(path: Path) -> bool:
 
 def _said(found: Checksum) -> dict[str, int]:
     return {"bytes": found.nbytes, "crc32": found.crc32}
-
-
-class SideFiles(NamedTuple):
-    """Files beside the weights that a loader needs: tokenizer, chat template, other configs.
-
-    Attributes:
-        copied: the folder that each file is copied from, by its path relative to both folders.
-        linked: paths of the files that are links out of their folder, and are not copied.
-    """
-
-    copied: dict[Path, Path]
-    linked: list[Path]
-
-
-def side_files(tuned: Folder, custom_code: bool) -> SideFiles:
-    """Side files of a tuned model, one level deep; an overlay's files of the tokenizer stand in for its own.
-
-    Files that would send a loader elsewhere, such as the config of an adapter, are not among them.
-
-    Args:
-        tuned: folder of the tuned model.
-        custom_code: whether Python files are among the side files.
-    """
-    found = _beside(tuned.path, (*_SIDE_FILES, _CODE) if custom_code else _SIDE_FILES)
-    if tuned.overlay is not None:
-        above = _beside(tuned.overlay, _SIDE_FILES)
-        found |= {p: folder for p, folder in above.items() if p.name.startswith(_OF_TOKENIZER)}
-    copied = {p: folder for p, folder in found.items() if stays_inside(folder / p, folder)}
-    return SideFiles(copied, [p for p in found if p not in copied])
-
-
-def _beside(folder: Path, suffixes: tuple[str, ...]) -> dict[Path, Path]:
-    """The side files of one folder, by their path relative to it, sorted."""
-    found = [*folder.glob("*"), *folder.glob("[!.]*/*")]
-    files = [p.relative_to(folder) for p in found if p.suffix in suffixes and p.is_file()]
-    return {p: folder for p in sorted(files) if str(p) not in _WRITTEN_HERE and not _misleads(p)}
-
-
-def _misleads(path: Path) -> bool:
-    indexes = (".safetensors.index.json", ".bin.index.json")
-    return path.name.endswith(indexes) or _MISLEADING.fullmatch(path.name) is not None
 
 
 def _index(plan: Plan) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,9 @@ from daq_jax.io.hf.adapters import open_tuned
 from daq_jax.io.hf.bands import band_around
 from daq_jax.io.hf.folders import Folder, Tensor, open_safetensors
 from daq_jax.io.hf.layouts import Layout
+from daq_jax.io.hf.paired_names import paired
 from daq_jax.io.jobs.as_base import plan_as_base
+from daq_jax.io.jobs.keeping import ALL, Choice, patterns_of
 from daq_jax.io.jobs.options import Output, Run, in_layout, wants_base_format
 from daq_jax.io.jobs.planning import Task, make_plan
 from daq_jax.qtensor import QTensor
@@ -35,6 +37,8 @@ def inspect_folder(
     recipe: Recipe = recipes.default,
     *,
     format: str | None = None,
+    keep: Sequence[str] = (),
+    only: Sequence[str] = (),
     most_elements: int = MOST_ELEMENTS,
 ) -> Inspection:
     """Says before any quantizing whether there is a change to lose between two checkpoint folders.
@@ -48,13 +52,16 @@ def inspect_folder(
         recipe: what to hold against AbsMax; its format and tiling are those of `format`.
         format: as of `quantize_folder`; None for "as-base" if `base` holds quantized weights, else for
             "fp8-block".
+        keep: patterns of names of weights that would stay as they are; as of `quantize_folder`.
+        only: patterns of names of the only weights that would be quantized; as of `quantize_folder`.
         most_elements: how many elements to look at, at most.
 
     Raises:
         DaqError: in one sentence: what a folder has wrong, weights without a base, NaN or infinity in the
             sample.
     """
-    output = Output(format)
+    choice = Choice(patterns_of("keep", keep), patterns_of("only", only))
+    output = Output(format, choice=choice)
     with (
         contextlib.closing(open_safetensors(base)) as before,
         contextlib.closing(open_tuned(tuned, before)) as after,
@@ -63,18 +70,24 @@ def inspect_folder(
         if format is None and before.tensors.keys() != after.tensors.keys():
             as_base = False  # a part of a model may be looked at, though not quantized so
         layout = None if as_base else output.layout
-        return inspect_opened(before, after, recipe, layout, most_elements)
+        before = before if as_base else paired(before, after)[0]
+        return inspect_opened(before, after, recipe, layout, most_elements, choice)
 
 
 def inspect_opened(
-    base: Folder, tuned: Folder, recipe: Recipe, layout: Layout | None, most_elements: int
+    base: Folder,
+    tuned: Folder,
+    recipe: Recipe,
+    layout: Layout | None,
+    most_elements: int,
+    choice: Choice = ALL,
 ) -> Inspection:
     """As `inspect_folder`, of folders that are open; without a layout in the format of the base."""
     if layout is None:
         plan = plan_as_base(base, tuned, recipe, memory=_NO_LIMIT)
     else:
         layout = dataclasses.replace(layout, factor="")  # to find it every weight would be read
-        plan = make_plan(base, tuned, in_layout(recipe, layout), layout, memory=_NO_LIMIT)
+        plan = make_plan(base, tuned, in_layout(recipe, layout), layout, memory=_NO_LIMIT, choice=choice)
     tasks = {task.name: task for task in plan.tasks if task.quantize}
 
     @functools.lru_cache(maxsize=1)  # patches of one band come one after another

@@ -40,6 +40,7 @@ class Job:
         summary: what is known of the result before any weight is read.
         share: (I, N): this process does every N-th unit, from the I-th on.
         memory: bytes that the plan says the work takes at most.
+        origin: what the result says of where it comes from; see `Work.origin`.
         overwrite: whether to replace what `store.out` holds.
         console: where progress is shown.
     """
@@ -52,6 +53,7 @@ class Job:
     console: Console
     share: tuple[int, int] = (1, 1)
     memory: int = 0
+    origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def units(self) -> list[str]:
@@ -73,7 +75,7 @@ class Job:
         started = time.monotonic()
         _refuse_full_disk(self.store)
         inputs = Inputs(self.inputs)
-        work = Work(inputs.identities, self.settings, self.store.files)
+        work = Work(inputs.identities, self.settings, self.store.files, self.origin)
         journal = Journal(self.store.journal, self.store.out, work)
         with one_writer(self.store.lock, self.store.out, self.share, take_over=self.overwrite):
             if self._begin(journal):
@@ -163,7 +165,8 @@ class Job:
             if not self.store.readable:
                 self._verify_joined(done.journal, records)
             self._refuse_changed(inputs, done.journal)
-            report = _report(done.journal.work, self.summary, list(records.values()))
+            work = dataclasses.replace(done.journal.work, origin=done.journal.origin)
+            report = _report(work, self.summary, list(records.values()))
             report = self.store.complete(report)
             done.journal.close()
             return report

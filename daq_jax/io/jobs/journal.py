@@ -37,11 +37,14 @@ class Work:
         inputs: identity of each input file, by the name that messages give it.
         settings: all that decides the bytes of the result, beside the inputs.
         files: names of the files that the job may write, relative to the folder of its result.
+        origin: what the result says of where it comes from, such as the command and the date. It decides
+            nothing: of a job that goes on, it is as it was when the job was begun.
     """
 
     inputs: Mapping[str, Any]
     settings: Mapping[str, Any]
     files: Sequence[str]
+    origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -84,6 +87,12 @@ class Journal:
     def completed(self) -> dict[str, Any] | None:
         """The report of the job whose result `out` holds; None if there is none."""
         return _work_in(self.out / REPORT)
+
+    @property
+    def origin(self) -> Mapping[str, Any]:
+        """`Work.origin` of the job as it was begun, so that a job that goes on gives the same bytes."""
+        found = (self.begun or {}).get("origin")
+        return found if isinstance(found, dict) else self.work.origin
 
     def open(self) -> None:
         """Makes the folder of the records, and notes whose records they are."""

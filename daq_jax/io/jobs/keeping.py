@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from daq_jax.errors import DaqError, refuse
-from daq_jax.io.hf.architectures import turns_linear_layers
+from daq_jax.io.hf.architectures import parts_experts, turns_linear_layers
 from daq_jax.io.hf.folders import Folder, Tensor
 from daq_jax.io.hf.layouts import Layout
 from daq_jax.io.hf.weight_names import fused_with, is_matrix
@@ -135,6 +135,22 @@ def kept_of(tuned: Folder, layout: Layout, tp: int, choice: Choice) -> dict[str,
         if at_fault is not None:
             kept |= {n: own[n] or f"servers fuse it with a weight that is kept: {at_fault}" for n in names}
     return kept
+
+
+def refuse_parted_experts(tuned: Folder, layout: Layout) -> None:
+    """Refuses a layout in which transformers would look for experts by other names than they are stored by.
+
+    Raises:
+        DaqError: of Llama 4 in a layout of compressed-tensors. Its experts stay as they are, fused, and the
+            loader of transformers 5.24 takes them apart in the model, but not in the file.
+    """
+    if layout.config([]).get("quant_method") != "compressed-tensors" or not parts_experts(tuned.config):
+        return
+    if name := next((n for n, tensor in tuned.tensors.items() if tensor.turned), ""):
+        raise DaqError(
+            f"{tuned.path}: {name!r} stays fused, and transformers looks for single experts where Llama 4 "
+            f"has --format {layout.name}, so it would load noise; use --format fp8-block."
+        )
 
 
 class _Reasons:

@@ -22,7 +22,7 @@ from daq_jax.io.hf.skip_lists import skip_list
 from daq_jax.io.hf.tensor_files import TensorSpec, plan_file
 from daq_jax.io.hf.weight_names import is_matrix
 from daq_jax.io.jobs.factors import shared_factors
-from daq_jax.io.jobs.keeping import ALL, Choice, kept_of
+from daq_jax.io.jobs.keeping import ALL, Choice, kept_of, refuse_parted_experts
 from daq_jax.io.jobs.leftovers import FLOATS, dropped_of, refuse_unread, unquantized
 from daq_jax.io.jobs.options import MissingBase, in_layout
 from daq_jax.io.jobs.other_names import renamed
@@ -194,6 +194,7 @@ def make_plan(
             f"{tuned.path}: --format {layout.name} is for models of type {layout.model_type!r}, and its "
             f"config says {tuned.config.get('model_type')!r}; use --format mxfp4."
         )
+    refuse_parted_experts(tuned, layout)
     kept, dropped = kept_of(tuned, layout, tp, choice), dropped_of(tuned)
     stored = dtype or stored_dtype(tuned)  # of quantized inputs that are kept
     dtype = dtype or tuned.working_dtype or stored

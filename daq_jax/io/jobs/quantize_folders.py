@@ -1,24 +1,27 @@
 """Two checkpoint folders to a third: the one call behind `daq-jax quantize`."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from daq_jax import recipes
-from daq_jax.analysis.names import printable
+from daq_jax.analysis.names import on_one_line
 from daq_jax.analysis.relation import doubt_of
 from daq_jax.density.recipe import DensityRecipe
 from daq_jax.errors import DaqError
 from daq_jax.io.hf.adapters import open_tuned
 from daq_jax.io.hf.folders import Folder, is_orbax, open_folder
+from daq_jax.io.hf.paired_names import paired
+from daq_jax.io.hf.weight_names import is_expert
 from daq_jax.io.jobs.as_base import plan_as_base
 from daq_jax.io.jobs.compare_folders import patches_of_folders
 from daq_jax.io.jobs.folder_store import CONFIG, FolderStore
 from daq_jax.io.jobs.job import Job
 from daq_jax.io.jobs.keeping import Choice, patterns_of
+from daq_jax.io.jobs.model_card import origin_of
 from daq_jax.io.jobs.options import (
     MissingBase,
     Output,
@@ -31,11 +34,13 @@ from daq_jax.io.jobs.options import (
 )
 from daq_jax.io.jobs.planning import Plan, make_plan
 from daq_jax.io.jobs.progress import table_of, warning_of
+from daq_jax.io.jobs.side_files import CARD
 from daq_jax.io.jobs.values import describe, flags
 from daq_jax.recipe import Recipe
 from daq_jax.version import __version__
 
-_LINK = "is a link that leads out of its folder"
+# By `CompressedTensorsDequantize` of transformers 5.24, which decodes experts in FP8 and packed ones.
+_INT8_EXPERTS = "transformers does not load experts in int8-channel: pass fp8-channel or int4-group for it"
 
 
 def quantize_folder(
@@ -147,29 +152,34 @@ def _open_folder_job(
     ):
         if not after.config:
             raise DaqError(f"{tuned}: has no {CONFIG}, without which no server loads the result.")
+        base_names: dict[str, str] = {}
+        if not wants_base_format(output, run, before):  # whose names would be those of the result
+            before, base_names = paired(before, after)
         plan = _plan(before, after, recipe, output, run, console)
         _show(plan, output, console)
-        chosen = [task.name for task in plan.tasks if task.quantize]
-        if doubt := doubt_of(patches_of_folders(before, after, chosen)):
-            console.print(doubt, highlight=False, markup=False)
+        _show_names(base_names, console)
+        _show_doubt(before, after, plan, console)
         settings = _settings(plan, output, run)
         store = FolderStore(out, plan, before, after, output.custom_code)
-        linked = store.side_files.linked
-        for path in linked:
-            console.print(printable(f"{path}: {_LINK}, and is not copied"), highlight=False, markup=False)
+        beside = store.side_files
+        _show_side_files(store, console)
         summary = _summary(plan, output)
-        summary["left_out"] |= {str(path): _LINK for path in linked}
+        summary["left_out"] |= beside.left_out
+        summary |= {"base_names": base_names} if base_names else {}
+        summary |= {"copied": [str(p) for p in beside.copied], "written": list(store.written)}
         yield Job(
             store=store,
             inputs={f"base/{p.name}": p for p in before.files}
             | {f"tuned/{p.name}": p for p in after.files}
-            | {f"copied/{p}": folder / p for p, folder in store.side_files.copied.items()},
+            | {f"copied/{p}": folder / p for p, folder in beside.copied.items()}
+            | ({f"tuned/{CARD}": beside.card} if beside.card else {}),
             settings=settings,
             summary=settings | summary,
             overwrite=run.overwrite,
             console=console,
             share=run.shard,
             memory=plan.memory,
+            origin=origin_of(before, after, recipe, plan, output, run),
         )
 
 
@@ -219,7 +229,7 @@ def _summary(plan: Plan, output: Output) -> dict[str, Any]:
     """What a plan says of the result."""
     chosen = [task for task in plan.tasks if task.quantize]
     return {
-        "server": output.note_of(plan.format),
+        "server": _note_of(plan, output),
         "quantized": {task.name: "" if task.base else "no base: AbsMax" for task in chosen},
         "kept": {task.name: task.why for task in plan.tasks if not task.quantize},
         "left_out": dict(plan.dropped),
@@ -229,10 +239,42 @@ def _summary(plan: Plan, output: Output) -> dict[str, Any]:
     }
 
 
+def _note_of(plan: Plan, output: Output) -> str:
+    """What servers of the target do to the scales, and which loader does not read the result."""
+    note = output.note_of(plan.format)
+    experts = any(task.quantize and is_expert(task.name) for task in plan.tasks)
+    return f"{note}; {_INT8_EXPERTS}" if experts and plan.format == "int8-channel" else note
+
+
 def _show(plan: Plan, output: Output, console: Console) -> None:
-    console.print(table_of(plan, f"{output.target}: {output.note_of(plan.format)}"))
+    console.print(table_of(plan, f"{output.target}: {_note_of(plan, output)}"))
     if warning_of(plan):
         console.print(warning_of(plan), highlight=False)
+
+
+def _show_names(base_names: Mapping[str, str], console: Console) -> None:
+    """Says which tensors have another name in the base."""
+    for name, there in list(base_names.items())[:1]:
+        words = f"{len(base_names)} tensors have another name in base, such as {name} there {there}"
+        console.print(on_one_line(words), highlight=False, markup=False)
+
+
+def _show_doubt(before: Folder, after: Folder, plan: Plan, console: Console) -> None:
+    """Says where base and tuned look swapped or unrelated; an adapter on its base can be neither."""
+    chosen = [task.name for task in plan.tasks if task.quantize and after.overlay is None]
+    if doubt := doubt_of(patches_of_folders(before, after, chosen)):
+        console.print(doubt, highlight=False, markup=False)
+
+
+def _show_side_files(store: FolderStore, console: Console) -> None:
+    """Shows what becomes of the files beside the weights."""
+    beside = store.side_files
+    card = " (with the text of the tuned model's)" if beside.card else ""
+    written = ", ".join(name + card * (name == CARD) for name in store.written)
+    lines = [f"files copied: {', '.join(map(str, beside.copied)) or 'none'}", f"files written: {written}"]
+    lines += [f"file left out: {name}: {why}" for name, why in beside.left_out.items()]
+    for line in lines:
+        console.print(on_one_line(line), highlight=False, markup=False)
 
 
 def _refuse_same(out: Path, base: Path, tuned: Path) -> None:

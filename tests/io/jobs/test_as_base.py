@@ -201,7 +201,7 @@ def test_one_folder_holds_several_codings_and_the_audit_is_printed(tmp_path):
     found, wanted = stored(tmp_path / "out"), stored(before)
     differ = {n for n in wanted if found[n] != wanted[n]}
     assert differ - {natives[1].scale} == {natives[1].codes}  # a scale moves where clipping would cost more
-    files = {path.name for path in before.iterdir()} | {"daq_report.json"}
+    files = {path.name for path in before.iterdir()} | {"daq_report.json", "README.md"}
     assert {path.name for path in (tmp_path / "out").iterdir() if path.name != ".daq"} == files
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["text_config"] == {"x": 1, "quantization_config": natives[1].config}

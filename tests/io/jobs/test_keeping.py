@@ -10,7 +10,7 @@ import pytest
 import daq_jax as daq
 from daq_jax import cli
 from daq_jax.io.hf.skip_lists import skip_list
-from tests.hf_folders import BF16, CONFIG, Tensors, llama, normal, tuned_from, write_folder
+from tests.hf_folders import BF16, CONFIG, llama, tuned_from, write_folder
 
 ABSMAX = daq.recipes.absmax
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -159,35 +159,6 @@ def test_a_single_file_beside_other_shards_is_refused(tmp_path):
             daq.quantize_folder(*pair, tmp_path / "out", ABSMAX, memory_gb=2)
 
 
-def fused(tensors: Tensors) -> Tensors:
-    block = "model.layers.0.mlp.experts."
-    up = np.stack(
-        [np.concatenate([tensors[f"{block}{i}.{k}_proj.weight"] for k in ("gate", "up")]) for i in range(2)]
-    )
-    down = np.stack([tensors[f"{block}{i}.down_proj.weight"] for i in range(2)])
-    return {f"{block}gate_up_proj": up, f"{block}down_proj": down}
-
-
-def test_a_base_by_other_names_is_told_by_the_names(tmp_path):
-    base = {n: x for n, x in llama(layers=1).items() if "layers" in n}
-    renamed = {n.replace("model.", "model.language_model."): x for n, x in base.items()}
-    words = r"Names differ: base has 'model\.language_model\.(layers.*)' as 'model\.\1'"
-    single = {
-        f"model.layers.0.mlp.experts.{i}.{k}_proj.weight": normal(i, 128, 128).astype(BF16)
-        for i in range(2)
-        for k in ("gate", "up", "down")
-    }
-    cases = [
-        (base, renamed, words),
-        (single, fused(single), r"experts\.\w+' as '.*experts\.1\."),
-    ]
-    for i, (before, after, words) in enumerate(cases):
-        folders = write_folder(tmp_path / f"b{i}", [before]), write_folder(tmp_path / f"t{i}", [after])
-        with pytest.raises(ValueError, match=words) as caught:
-            daq.quantize_folder(*folders, tmp_path / "out", ABSMAX, memory_gb=2)
-        assert "Pass the base" not in str(caught.value)
-
-
 SHAPES = {f"model.layers.{i}.mlp.{w}_proj.weight": (128, 128) for i in range(2) for w in ("up", "down")}
 
 
@@ -234,3 +205,39 @@ def test_the_command_takes_several_patterns(tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert list(found["quantized"]) == [n for n in SHAPES if "down" in n]
     assert found["keep"] == ["0.mlp.up", "1.mlp.up"]
+
+
+def test_inspect_looks_at_what_patterns_leave(tmp_path, capsys):
+    base = llama(layers=1)
+    folders = write_folder(tmp_path / "base", [base]), write_folder(tmp_path / "tuned", [tuned_from(base)])
+    chosen = daq.inspect_folder(*folders, ABSMAX, only=["mlp"], keep=["re:.*down_proj"])
+    assert chosen.leaves.keys() == {UP, UP.replace("up_proj", "gate_proj")}
+    words = ["inspect", *map(str, folders), "--recipe", "absmax", "--only", "mlp", "--keep", "down_proj"]
+    assert cli.main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == chosen.to_dict()
+    assert cli.main(["inspect", *map(str, folders), "--keep", "nothing"]) == 1
+    assert "match no weight" in capsys.readouterr().err
+
+
+def test_groups_of_int4_are_whole_even_where_a_weight_has_fewer_inputs(tmp_path):
+    shapes = {"model.layers.0.mixer.dt_proj.weight": (128, 48), UP: (128, 128)}
+    kept = plan_of(tmp_path, shapes, {}, format="int4-group")["kept"]
+    assert kept == {"model.layers.0.mixer.dt_proj.weight": "no whole number of groups of 128: 48 inputs"}
+
+
+def test_llama_4_is_refused_where_transformers_would_look_for_single_experts(tmp_path):
+    shapes = {"model.layers.0.feed_forward.experts.gate_up_proj": (2, 128, 256), UP: (128, 128)}
+    config = {"model_type": "llama4_text"}
+    with pytest.raises(daq.DaqError, match="use --format fp8-block"):
+        plan_of(tmp_path / "channel", shapes, config)
+    found = plan_of(tmp_path / "block", shapes, config, format="fp8-block")
+    assert list(found["quantized"]) == [UP]
+
+
+def test_the_plan_says_that_transformers_does_not_load_experts_in_int8(tmp_path):
+    shapes = {f"model.layers.0.mlp.experts.{i}.up_proj.weight": (128, 128) for i in range(2)}
+    shapes |= {f"model.layers.0.mlp.experts.{i}.gate_proj.weight": (128, 128) for i in range(2)}
+    words = "transformers does not load experts"
+    assert words in plan_of(tmp_path / "int8", shapes, {}, format="int8-channel")["server"]
+    assert words not in plan_of(tmp_path / "fp8", shapes, {})["server"]
+    assert words not in plan_of(tmp_path / "dense", {UP: (128, 128)}, {}, format="int8-channel")["server"]

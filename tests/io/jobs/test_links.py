@@ -46,12 +46,17 @@ def test_a_hub_cache_is_a_folder_like_others(pair, tmp_path):
     run(*pair, tmp_path / "plain")
     cached = [in_cache(folder) for folder in pair]
     run(*cached, tmp_path / "out")
-    assert contents(tmp_path / "out") == contents(tmp_path / "plain")
+    found, plain = contents(tmp_path / "out"), contents(tmp_path / "plain")
+    card, report = found.pop("README.md"), json.loads(found.pop("daq_report.json"))
+    assert b'base_model: "org/tuned"' in card  # the cache knows what the hub calls the model
+    assert card.replace(b"org/", b"") == plain.pop("README.md")
+    assert report["fingerprint"] == json.loads(plain.pop("daq_report.json"))["fingerprint"]
+    assert found == plain
     assert not any(p.is_symlink() for p in (tmp_path / "out").iterdir())
     link = tmp_path / "link"
     link.symlink_to(cached[1])  # a folder may itself be reached through a link
     run(cached[0], link, tmp_path / "linked")
-    assert contents(tmp_path / "linked") == contents(tmp_path / "plain")
+    assert contents(tmp_path / "linked") == contents(tmp_path / "out")
 
 
 @pytest.mark.parametrize(

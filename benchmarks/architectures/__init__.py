@@ -1,0 +1,1 @@
+"""Architectures of transformers, tiny and random: what becomes of each in each format."""

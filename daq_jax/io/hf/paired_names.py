@@ -1,0 +1,213 @@
+"""A base whose weights have other names than those of its tune, seen by the names of the tune.
+
+transformers renames weights as it loads and saves them, so two folders of one model may differ in a prefix,
+or in whether experts are fused into stacks. Only what is unambiguous is paired: one tensor of the base for
+one of the tuned model, of the same shape.
+"""
+
+import collections
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from daq_jax.io.hf.folders import Folder, Tensor
+from daq_jax.io.hf.tensor_files import TensorSpec
+from daq_jax.qtensor import QTensor
+
+# What transformers puts before the names of a model of text, inside another model or alone.
+_PREFIX = re.compile(r"^(model\.|transformer\.)?(language_model\.(model\.)?)?")
+_SINGLE = re.compile(
+    r"(?P<stem>(.*\.)?experts)\.(?P<expert>\d+)\.(?P<part>gate_proj|up_proj|down_proj)\.weight"
+)
+_STACK = re.compile(r"(?P<stem>(.*\.)?experts)\.(?P<part>gate_up_proj|down_proj)")
+_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+_INTERLEAVED = ("gpt_oss", "openai_privacy_filter")  # whose stacks alternate rows of gate and up
+
+
+@dataclasses.dataclass(frozen=True)
+class _Renamed:
+    """A tensor by another name."""
+
+    name: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def read(self, base: Folder, band: slice, dtype: np.dtype | None) -> np.ndarray | QTensor:
+        return base.read(self.name, band, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _OfStack:
+    """The matrix of one expert, or some rows of it, from a stack."""
+
+    name: str
+    expert: int
+    rows: slice
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def read(self, base: Folder, band: slice, dtype: np.dtype | None) -> np.ndarray | QTensor:
+        stack = base.read(self.name, slice(self.expert, self.expert + 1), dtype)
+        assert isinstance(stack, np.ndarray)
+        return np.ascontiguousarray(stack[0, self.rows][band])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stacked:
+    """A stack made of matrices of single experts: for each expert the names of those on top of each other."""
+
+    experts: tuple[tuple[str, ...], ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for parts in self.experts for name in parts)
+
+    def read(self, base: Folder, band: slice, dtype: np.dtype | None) -> np.ndarray | QTensor:
+        return np.stack(
+            [np.concatenate([np.asarray(base.read(n)) for n in parts]) for parts in self.experts[band]]
+        )
+
+
+# Where the values of a tensor come from in the base: `names` are read, `read` is as `Folder.read`.
+_Source = _Renamed | _OfStack | _Stacked
+
+
+class PairedFolder(Folder):
+    """A base by the names of its tune; what has one name in both keeps it. `close` leaves the base open."""
+
+    def __init__(self, base: Folder, sources: Mapping[str, tuple[_Source, Tensor]]) -> None:
+        self.path, self.config, self.dtype, self.files = base.path, base.config, base.dtype, base.files
+        self.working_dtype, self.beside, self.overlay = base.working_dtype, base.beside, base.overlay
+        self._base, self._sources = base, {name: source for name, (source, _) in sources.items()}
+        used = {name for source in self._sources.values() for name in source.names}
+        self.tensors = {name: tensor for name, tensor in base.tensors.items() if name not in used}
+        self.tensors |= {name: tensor for name, (_, tensor) in sources.items()}
+
+    def read(
+        self, name: str, band: slice = slice(None), dtype: np.dtype | None = None
+    ) -> np.ndarray | QTensor:
+        """See `Folder.read`."""
+        source = self._sources.get(name)
+        return self._base.read(name, band, dtype) if source is None else source.read(self._base, band, dtype)
+
+    def chunks(self, name: str) -> Iterator[np.ndarray]:
+        """See `Folder.chunks`."""
+        source = self._sources.get(name)
+        if source is None or isinstance(source, _Renamed):
+            yield from self._base.chunks(name if source is None else source.name)
+            return
+        for i in range(self.tensors[name].shape[0]):
+            yield (
+                np.ascontiguousarray(source.read(self._base, slice(i, i + 1), None))
+                .reshape(-1)
+                .view(np.uint8)
+            )
+
+    def close(self) -> None:
+        """Does nothing: the base stays open."""
+
+
+def paired(base: Folder, tuned: Folder) -> tuple[Folder, dict[str, str]]:
+    """A base by the names of its tune, as far as these can be told without a guess.
+
+    Args:
+        base: folder before tuning.
+        tuned: folder after tuning.
+
+    Returns:
+        The base, seen by the names of the tuned model, and for each tensor of another name that name in the
+        base, of a stack that is made from single experts the name of its first. The base itself and nothing
+        if all names agree, or if one tensor of the base would have two partners.
+    """
+    missing = [name for name in tuned.tensors if name not in base.tensors]
+    if not missing:
+        return base, {}
+    prefixes = _own_prefix(base.config), _own_prefix(tuned.config)
+    free = [name for name in base.tensors if name not in tuned.tensors]
+    there = _unique(free, prefixes[0])
+    wanted = _unique(missing, prefixes[1])
+    found: dict[str, tuple[_Source, Tensor]] = {}
+    for plain, name in wanted.items():
+        source = _source_of(plain, there, base, tuned)
+        if source is None:
+            continue
+        tensor = _as_read(source, base, name, tuned.tensors[name].shape)
+        if tensor is not None:
+            found[name] = source, tensor
+    uses = collections.Counter(str(part) for source, _ in found.values() for part in _uses(source))
+    if not found or max(uses.values()) > 1:
+        return base, {}
+    return PairedFolder(base, found), {name: source.names[0] for name, (source, _) in found.items()}
+
+
+def _uses(source: _Source) -> list[Any]:
+    """The parts of the base that a source reads."""
+    return [source] if isinstance(source, _OfStack) else list(source.names)
+
+
+def _own_prefix(config: Mapping[str, Any]) -> re.Pattern[str]:
+    """What a model with a head puts before the names of the model without one: often its type."""
+    kind = config.get("model_type")
+    words = {kind, *re.split(r"[-_]", kind)} if isinstance(kind, str) and kind else set[str]()
+    return re.compile(rf"^({'|'.join(map(re.escape, sorted(words))) or '(?!)'})\.")
+
+
+def _unique(names: list[str], own: re.Pattern[str]) -> dict[str, str]:
+    """Names by what is left of them without prefixes, where only one name leaves it."""
+    plain = {name: own.sub("", _PREFIX.sub("", name)) for name in names}
+    counts = collections.Counter(plain.values())
+    return {short: name for name, short in plain.items() if counts[short] == 1}
+
+
+def _source_of(plain: str, there: Mapping[str, str], base: Folder, tuned: Folder) -> _Source | None:
+    """Where a tensor of the tuned model is in the base, by its name without prefixes."""
+    if plain in there:
+        return _Renamed(there[plain])
+    if any(folder.config.get("model_type") in _INTERLEAVED for folder in (base, tuned)):
+        return None
+    if stack := _STACK.fullmatch(plain):
+        return _stacked(stack["stem"], _PARTS[stack["part"]], there, base)
+    single = _SINGLE.fullmatch(plain)
+    return None if single is None else _of_stack(single, there, base)
+
+
+def _stacked(stem: str, parts: tuple[str, ...], there: Mapping[str, str], base: Folder) -> _Source | None:
+    experts: list[tuple[str, ...]] = []
+    while all(names := [there.get(f"{stem}.{len(experts)}.{part}.weight", "") for part in parts]):
+        experts.append(tuple(names))
+    tensors = [base.tensors[name] for parts_of_one in experts for name in parts_of_one]
+    alike = {(t.spec.dtype, t.coding is None, t.shape) for t in tensors}
+    return _Stacked(tuple(experts)) if len(alike) == 1 and tensors[0].coding is None else None
+
+
+def _of_stack(single: re.Match[str], there: Mapping[str, str], base: Folder) -> _Source | None:
+    part = "down_proj" if single["part"] == "down_proj" else "gate_up_proj"
+    name = there.get(f"{single['stem']}.{part}")
+    tensor = base.tensors.get(name or "")
+    expert = int(single["expert"])
+    if name is None or tensor is None or tensor.coding or len(tensor.shape) != 3 or expert >= tensor.shape[0]:
+        return None
+    half = tensor.shape[1] // len(_PARTS[part])
+    first = half * _PARTS[part].index(single["part"])
+    return _OfStack(name, expert, slice(first, first + half))
+
+
+def _as_read(source: _Source, base: Folder, name: str, shape: tuple[int, ...]) -> Tensor | None:
+    """The tensor of the base as it is read by the name of the tuned model; None if it has another shape."""
+    tensor = base.tensors[source.names[0]]
+    if isinstance(source, _Renamed):
+        return dataclasses.replace(tensor, name=name) if tensor.shape == shape else None
+    if isinstance(source, _OfStack):
+        found = (source.rows.stop - source.rows.start, tensor.shape[2])
+    else:
+        found = (len(source.experts), len(source.experts[0]) * tensor.shape[0], tensor.shape[1])
+    spec = TensorSpec(tensor.spec.dtype, shape)
+    plain = dataclasses.replace(tensor, name=name, spec=spec, copied=None, turned=False)
+    return plain if found == shape else None
