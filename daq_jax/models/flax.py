@@ -8,6 +8,7 @@ use. Outside of `jit`, every read decodes the weight again.
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -22,7 +23,7 @@ from daq_jax.errors import DaqError, refuse
 from daq_jax.qtensor import QTensor
 from daq_jax.records import QTENSOR_ARRAYS, qtensor_of, static_record
 from daq_jax.tilings import Matrix
-from daq_jax.trees import PyTree, is_box, is_qtensor, named_leaves
+from daq_jax.trees import PyTree, aligned, is_box, is_qtensor, named_leaves
 
 
 @jax.tree_util.register_dataclass
@@ -198,7 +199,8 @@ def nnx_with(model: nnx.Module, q: PyTree) -> nnx.Module:
         model: the model, which is not changed. It may be abstract, from `nnx.eval_shape`, if `q` has every
             leaf.
         q: quantized state of the model, or of its parameters: what `quantize` made of `nnx.state(model)`, or
-            what `load` read of it. A nested dict with the same paths will do.
+            what `load` read of it. A nested dict with the same paths will do, and so will one whose leaves
+            stand deeper, all below the same components, or end in `/value`, as in checkpoints.
 
     Returns:
         A model of the same class, for any use that only reads weights, inside `nnx.jit` and outside of it.
@@ -218,12 +220,21 @@ def nnx_with(model: nnx.Module, q: PyTree) -> nnx.Module:
     graph, state = nnx.split(model)
     leaves, variables = named_leaves(q), dict(nnx.to_flat_state(state))
     named = {"/".join(map(str, keys)): keys for keys in variables}
+    leaves = _by_paths_of(named, leaves)
     _refuse_misfits(leaves, {path: variables[keys].get_raw_value() for path, keys in named.items()})
     for path, leaf in leaves.items():
         variable = variables[named[path]]
         new = QuantizedParam(InPlace.of(leaf)) if is_qtensor(leaf) else variable.replace(leaf)
         variables[named[path]] = new
     return nnx.merge(graph, nnx.from_flat_state(variables))
+
+
+def _by_paths_of(model: Mapping[str, Any], leaves: dict[str, Any]) -> dict[str, Any]:
+    """Leaves by their paths in the model; those that stand elsewhere in a checkpoint are left out."""
+    names = aligned(leaves, model)
+    if all(path == name for path, name in names.items()):
+        return leaves
+    return {path: leaves[name] for path, name in names.items()}
 
 
 def _refuse_misfits(leaves: dict[str, Any], model: dict[str, Any]) -> None:
