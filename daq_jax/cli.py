@@ -68,6 +68,7 @@ def quantize(
     custom_code: bool = False,
     keep: Patterns = (),
     only: Patterns = (),
+    rules: str | None = None,
     json: bool = False,
 ) -> None:
     """Quantize a checkpoint folder against the one it was tuned from, in bounded memory.
@@ -96,11 +97,14 @@ def quantize(
         custom_code: copy Python files of the tuned model too.
         keep: regular expression, found in the names of weights that stay as they are; may be given often.
         only: regular expression, found in the names of the only weights to quantize; may be given often.
+        rules: for Orbax checkpoints, which leaves are quantized and which axes are inputs: default, maxtext,
+            tunix, gemma, hf or keras; or a TOML file, as `daq_jax.rules.files` describes it.
         json: print one JSON object, the report, and nothing else.
     """
     from rich.console import Console
 
     from daq_jax.io.jobs.quantize_folders import quantize_folder
+    from daq_jax.rules import rules_called
 
     found = quantize_folder(
         base,
@@ -118,6 +122,7 @@ def quantize(
         custom_code=custom_code,
         keep=keep,
         only=only,
+        rules=None if rules is None else rules_called(rules),
         plan_only=plan,
         console=Console(quiet=json),
     )

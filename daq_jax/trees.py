@@ -1,6 +1,7 @@
 """Trees of weights: leaves by path, and the tree put together again."""
 
-from collections.abc import Callable, Sequence
+import collections
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -75,6 +76,43 @@ def named_leaves(tree: PyTree) -> dict[str, Any]:
 def with_leaves(tree: PyTree, leaves: Sequence[Any]) -> PyTree:
     """The tree with other leaves, in the order of `named_leaves`."""
     return jax.tree.unflatten(jax.tree.structure(tree, is_leaf=is_qtensor), leaves)
+
+
+def aligned(found: Collection[str], wanted: Collection[str]) -> dict[str, str]:
+    """The path in one tree of each leaf of another, where the first may stand deeper.
+
+    Checkpoints hold weights below components that a model has not, such as `params/params`, and below the
+    name of each array of an `nnx.Variable`, `value`.
+
+    Args:
+        found: paths of the first tree.
+        wanted: paths of the second tree.
+
+    Returns:
+        Paths of the first tree by those of the second, of leaves that both have.
+
+    Raises:
+        DaqError: if the second tree is found in two places of the first.
+    """
+    known, counts = set(wanted), collections.Counter[tuple[str, str]]()
+    for path in found:
+        for end in ("", "/value"):
+            names = path.removesuffix(end).split("/") if path.endswith(end) else []
+            tails = (names[i:] for i in range(len(names)))
+            counts.update(
+                (path[: len(path) - len(end) - len(tail)], end)
+                for tail in map("/".join, tails)
+                if tail in known
+            )
+    most = max(counts.values(), default=0)
+    best = sorted((place for place, count in counts.items() if count == most), key=lambda p: len(p[0]))
+    if len(best) > 1 and best[0][0]:
+        raise DaqError(
+            f"the weights are found below {best[0][0]!r} and below {best[1][0]!r}; choose one of the two."
+        )
+    start, end = best[0] if best else ("", "")
+    inside = set(found)
+    return {path: start + path + end for path in wanted if start + path + end in inside}
 
 
 def is_concrete(x: Any) -> bool:

@@ -465,7 +465,7 @@ def test_heads_that_no_rule_knows_are_warned_of():
 
 def test_what_a_model_runs_on_is_no_tree_of_weights():
     q = daq.linen_variables(daq.quantize({"kernel": BASE}, {"kernel": TUNED}, ABSMAX))
-    with pytest.raises(ValueError, match=r"'kernel' is a InPlace of 2 arrays.*pass what `quantize` returned"):
+    with pytest.raises(ValueError, match=r"'kernel' is a InPlace of 3 arrays.*pass what `quantize` returned"):
         daq.compare({"kernel": BASE}, {"kernel": TUNED}, q)
 
 

@@ -53,6 +53,8 @@ MAXTEXT_OTHERS = {
     "gpt3/self_attention/qkv_proj/kernel": ("DLGHk", "D>Hk"),
     "fused/self_attention/qkv_proj/kernel": ("DLHk", "D>Hk"),
     "fused/mlp/wi/kernel": ("DLGF", "D>F"),
+    "fused/mlp/wo/kernel": ("FLD", "F>D"),
+    "fused/norm/scale": ("DL", None),
     "mla/self_attention/wq_a/kernel": ("DLP", "D>P"),
     "mla/self_attention/wkv_b/kernel": ("PLHk", "P>Hk"),
     "qwen3_next/global_layer/attention/attention/out/kernel": ("MLD", "M>D"),
@@ -250,6 +252,14 @@ def test_leaves_that_differ_in_numbers_are_named_once_with_the_rules_for_them():
     (message,) = [str(w.message) for w in told]
     assert re.search(r"'layers\.0\.self_attn\.q_proj\.weight' \(48, 24\) \(and 2 like it\)", message)
     assert "daq.HF_RULES" in message
+
+
+@pytest.mark.filterwarnings("error")
+def test_layers_stacked_on_the_second_axis_are_not_taken_for_matrices_of_few_rows():
+    shapes = {"layers/norm/scale": (48, 2), "layers/wi/kernel": (48, 2, 28), "layers/wo/kernel": (28, 2, 48)}
+    leaves = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
+    plan = daq.plan(leaves, rules=daq.MAXTEXT_RULES)
+    assert plan.leaves["layers/wo/kernel"].decision.matrix == ((-3,), (-1,))
 
 
 def test_a_bias_tells_the_outputs_of_a_weight():

@@ -8,6 +8,7 @@ use. Outside of `jit`, every read decodes the weight again.
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -22,7 +23,7 @@ from daq_jax.errors import DaqError, refuse
 from daq_jax.qtensor import QTensor
 from daq_jax.records import QTENSOR_ARRAYS, qtensor_of, static_record
 from daq_jax.tilings import Matrix
-from daq_jax.trees import PyTree, is_box, is_qtensor, named_leaves
+from daq_jax.trees import PyTree, aligned, is_box, is_qtensor, named_leaves
 
 
 @jax.tree_util.register_dataclass
@@ -30,20 +31,23 @@ from daq_jax.trees import PyTree, is_box, is_qtensor, named_leaves
 class InPlace(nn.meta.AxisMetadata):
     """A QTensor in the form of a Flax box, which Flax opens where a model reads the weight.
 
-    `nn.scan`, `nnx.scan` and `vmap` slice all arrays of a box along one axis, that of the layers or experts.
-    So every array has the rank of the weight, with length 1 along axes where a scale does not vary. A slice
-    of the box is then the box of one layer's weight.
+    `nn.scan`, `nnx.scan` and `vmap` slice all arrays of a box along one axis, that of the layers or experts,
+    and may move this axis to the front before. So every array has the rank of the weight, with length 1 along
+    axes where a scale does not vary. A slice of the box is then the box of one layer's weight.
 
     Attributes:
-        codes: codes of the QTensor, or a slice of them along batch axes.
+        codes: codes of the QTensor, moved or sliced along batch axes.
         spread: the other arrays of the QTensor by name, "scale" and maybe "zero", in the rank of the weight.
+        axes: an array without elements, of the length of `codes` along batch axes and of length 0 along
+            others. It is moved and sliced with `codes`, and so tells which axes these are now.
         static: the QTensor without arrays.
-        roles: role of each axis of the whole weight: "b" for a batch axis; "r" or "c" for an input or output
+        roles: role of each axis that is no batch axis, in their order: "r" or "c" for an input or output
             axis, followed by its position among the input or output axes.
     """
 
     codes: Any
     spread: dict[str, Any]
+    axes: Any
     static: QTensor = dataclasses.field(metadata={"static": True})
     roles: tuple[str, ...] = dataclasses.field(metadata={"static": True})
 
@@ -51,10 +55,11 @@ class InPlace(nn.meta.AxisMetadata):
     def of(cls, q: QTensor) -> "InPlace":
         """The box that holds a QTensor."""
         batch, rows, columns = q.view.axes
-        roles = ["b"] * q.ndim
-        for letter, axes in (("r", rows), ("c", columns)):
-            for position, axis in enumerate(axes):
-                roles[axis] = f"{letter}{position}"
+        roles = {
+            a: f"{letter}{i}"
+            for letter, axes in zip("rc", (rows, columns), strict=True)
+            for i, a in enumerate(axes)
+        }
         lengths = {axis: q.shape[axis] for axis in batch}
         lengths |= {rows[0]: q.view.grid[-2], columns[0]: q.view.grid[-1]}
         order = (*batch, rows[0], columns[0])
@@ -65,8 +70,9 @@ class InPlace(nn.meta.AxisMetadata):
 
         fields = {f.name: getattr(q, f.name) for f in dataclasses.fields(q) if not f.metadata.get("static")}
         spreads = {k: spread(x) for k, x in fields.items() if k != "codes" and x is not None}
+        axes = jnp.zeros([0 if a in roles else n for a, n in enumerate(q.shape)], jnp.int8)
         static = dataclasses.replace(q, **dict.fromkeys(fields))
-        return cls(q.codes, spreads, static, tuple(roles))
+        return cls(q.codes, spreads, axes, static, tuple(roles[a] for a in sorted(roles)))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -84,7 +90,7 @@ class InPlace(nn.meta.AxisMetadata):
         return self.static.dtype
 
     def qtensor(self) -> QTensor:
-        """The QTensor in the box, or that of a slice of it."""
+        """The QTensor in the box, or in what a moved or sliced box holds."""
         rows, columns = matrix = self._matrix()
         batch = [a for a in range(self.ndim) if a not in rows + columns]
 
@@ -96,18 +102,17 @@ class InPlace(nn.meta.AxisMetadata):
         return dataclasses.replace(self.static, codes=self.codes, matrix=matrix, **fields)
 
     def _matrix(self) -> Matrix:
-        """Input and output axes of the weight, counted without the batch axes that were sliced away."""
-        gone = len(self.roles) - self.ndim
-        batch = [a for a, role in enumerate(self.roles) if role == "b"]
-        first, last = batch[:gone], batch[len(batch) - gone :]
-        left, other = ([r for a, r in enumerate(self.roles) if a not in axes] for axes in (first, last))
-        if len(first) < gone or left != other:
+        """Input and output axes of the weight as it is now."""
+        found = [a for a, n in enumerate(self.axes.shape) if n == 0]
+        if len(found) != len(self.roles):
             raise DaqError(
-                f"a weight with axes {self.roles} was sliced to {self.shape}, and which axes are left is "
-                "unclear; stack layers and experts on axes side by side, or dequantize this weight."
+                f"a quantized weight was cut to {self.shape} along an input or output axis, with its codes "
+                "and scales apart; cut it along batch axes alone, or dequantize it first."
             )
-        rows, columns = (sorted((r, a) for a, r in enumerate(left) if r[0] == x) for x in "rc")
-        return tuple(a for _, a in rows), tuple(a for _, a in columns)
+        rows, columns = (
+            tuple(a for role, a in sorted(zip(self.roles, found, strict=True)) if role[0] == x) for x in "rc"
+        )
+        return rows, columns
 
     def unbox(self) -> Array:
         """The weight, decoded."""
@@ -194,7 +199,8 @@ def nnx_with(model: nnx.Module, q: PyTree) -> nnx.Module:
         model: the model, which is not changed. It may be abstract, from `nnx.eval_shape`, if `q` has every
             leaf.
         q: quantized state of the model, or of its parameters: what `quantize` made of `nnx.state(model)`, or
-            what `load` read of it. A nested dict with the same paths will do.
+            what `load` read of it. A nested dict with the same paths will do, and so will one whose leaves
+            stand deeper, all below the same components, or end in `/value`, as in checkpoints.
 
     Returns:
         A model of the same class, for any use that only reads weights, inside `nnx.jit` and outside of it.
@@ -214,12 +220,21 @@ def nnx_with(model: nnx.Module, q: PyTree) -> nnx.Module:
     graph, state = nnx.split(model)
     leaves, variables = named_leaves(q), dict(nnx.to_flat_state(state))
     named = {"/".join(map(str, keys)): keys for keys in variables}
+    leaves = _by_paths_of(named, leaves)
     _refuse_misfits(leaves, {path: variables[keys].get_raw_value() for path, keys in named.items()})
     for path, leaf in leaves.items():
         variable = variables[named[path]]
         new = QuantizedParam(InPlace.of(leaf)) if is_qtensor(leaf) else variable.replace(leaf)
         variables[named[path]] = new
     return nnx.merge(graph, nnx.from_flat_state(variables))
+
+
+def _by_paths_of(model: Mapping[str, Any], leaves: dict[str, Any]) -> dict[str, Any]:
+    """Leaves by their paths in the model; those that stand elsewhere in a checkpoint are left out."""
+    names = aligned(leaves, model)
+    if all(path == name for path, name in names.items()):
+        return leaves
+    return {path: leaves[name] for path, name in names.items()}
 
 
 def _refuse_misfits(leaves: dict[str, Any], model: dict[str, Any]) -> None:

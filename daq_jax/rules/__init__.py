@@ -8,6 +8,8 @@ A leaf that no rule names is quantized if it is floating point with two axes or 
 from daq_jax.rules.decisions import Decision as Decision
 from daq_jax.rules.decisions import decide_all as decide_all
 from daq_jax.rules.decisions import first_match as first_match
+from daq_jax.rules.files import RULE_SETS as RULE_SETS
+from daq_jax.rules.files import rules_called as rules_called
 from daq_jax.rules.layers import views_by_type as views_by_type
 from daq_jax.rules.rule import AmbiguousMatrixWarning as AmbiguousMatrixWarning
 from daq_jax.rules.rule import NarrowMatrixWarning as NarrowMatrixWarning
@@ -23,4 +25,5 @@ from daq_jax.rules.sets import HF_RULES as HF_RULES
 from daq_jax.rules.sets import KERAS_RULES as KERAS_RULES
 from daq_jax.rules.sets import MAXTEXT_RULES as MAXTEXT_RULES
 from daq_jax.rules.sets import NAMED_RULES as NAMED_RULES
+from daq_jax.rules.sets import OPTIMIZER as OPTIMIZER
 from daq_jax.rules.sets import TUNIX_RULES as TUNIX_RULES

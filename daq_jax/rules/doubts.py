@@ -70,10 +70,11 @@ def _mirrored(shapes: Shapes, decisions: Mapping[str, Decision], found: Mapping[
 
 
 def narrow(shapes: Shapes, decisions: Mapping[str, Decision]) -> dict[str, str]:
-    """Leaves that no rule knows, and that are taken as many matrices of few rows, by path."""
-    found = {}
+    """Leaves that no rule knows, and that are taken as many matrices of few rows in each layer, by path."""
+    own, found = own_axes(shapes), {}
     for path, how in decisions.items():
-        *stack, rows, _ = shape if len(shape := shapes.get(path, ())) > 2 else (1, 1)
+        shape = [shapes[path][a] for a in own.get(path, ())]
+        *stack, rows, _ = shape if len(shape) > 2 else (1, 1)
         if how.quantize and how.rule is None and not how.is_sure and math.prod(stack) >= _MANY * rows:
             found[path] = f"is taken as {math.prod(stack)} matrices of {rows} rows, with scales of their own"
     return found

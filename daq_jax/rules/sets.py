@@ -7,6 +7,8 @@ from daq_jax.rules.rule import Rule, RuleSet
 from daq_jax.tilings import Matrix
 
 _END = r"(/value)?$"
+# Its moments have the paths of the weights behind it.
+OPTIMIZER = r"(^|[./])(opt_states?|optim(izer)?_states?|optimizer(?!/(model|params)/))([./]|$)"
 
 
 def _keep(pattern: str, about: str) -> Rule:
@@ -20,7 +22,9 @@ def _kernel(pattern: str, matrix: Matrix, about: str, ndim: int = 3) -> Rule:
 
 # Embeddings and output heads decide which token comes out, routers which expert is asked, and norms, biases
 # and adapters are small: none is worth the risk. A norm or bias has two axes where layers are stacked.
+_STATE = _keep(OPTIMIZER, "state of an optimizer")
 _KEPT: tuple[Rule, ...] = (
+    _STATE,
     _keep(
         r"(?i)embed|(^|[./_])(emb|wte|wpe)([./_]|$)|(^|[./])(cls|mask|dist|register)_tokens?([./]|$)"
         r"|(^|[./])pos(ition(al|s)?)?(_(enc\w*|emb\w*|table))?([./]|$)",
@@ -57,6 +61,7 @@ DEFAULT_RULES = RuleSet(
 MAXTEXT_RULES = RuleSet(
     "MAXTEXT_RULES",
     (
+        _STATE,
         _keep(r"(^|/)(gate|conv1d)/kernel" + _END, "router or depthwise convolution"),
         _kernel(
             r"(^|/)(query|key|value|wq_b|wkv_b|qkv_proj)/kernel", ((0,), (-2, -1)), "MaxText: into heads"
@@ -78,12 +83,13 @@ _EINSUMS = (
 )
 
 # Google DeepMind's `gemma`. The two orders of `gating_einsum` are told apart by `linear` beside it.
-GEMMA_RULES = RuleSet("GEMMA_RULES", (*_EINSUMS, *DEFAULT_RULES))
+GEMMA_RULES = RuleSet("GEMMA_RULES", (_STATE, *_EINSUMS, *DEFAULT_RULES))
 
 # Tunix: heads as [D, heads, hd] and [heads, hd, D], and in its Gemma as above.
 TUNIX_RULES = RuleSet(
     "TUNIX_RULES",
     (
+        _STATE,
         _kernel(r"(^|/)[qkv]_proj/w", ((-3,), (-2, -1)), "Tunix: into heads"),
         _kernel(r"(^|/)o_proj/w", ((-3, -2), (-1,)), "Tunix: out of heads"),
         *_EINSUMS,
@@ -109,6 +115,7 @@ HF_RULES = RuleSet(
 KERAS_RULES = RuleSet(
     "KERAS_RULES",
     (
+        _STATE,
         _kernel(r"(^|/)attention_output/kernel", ((-3, -2), (-1,)), "Keras: out of heads"),
         *DEFAULT_RULES,
     ),

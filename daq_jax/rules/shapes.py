@@ -124,7 +124,10 @@ def _blocks(path: str) -> list[str]:
 
 
 def _routes(shape: tuple[int, ...], experts: tuple[int, ...]) -> bool:
-    """Whether a matrix of this shape, of either orientation, may choose among such a stack of experts."""
+    """Whether a matrix of this shape, of either orientation, may choose among such a stack of experts.
+
+    No model has more experts than an expert has inputs or outputs: `[D, 2, F]` is two fused matrices.
+    """
     if len(experts) != len(shape) + 1:
         return False
     for outputs in (len(shape) - 1, len(shape) - 2):
@@ -132,7 +135,8 @@ def _routes(shape: tuple[int, ...], experts: tuple[int, ...]) -> bool:
         stack = collections.Counter(experts[:-2])
         stack.subtract(others)
         left = [n for n, times in stack.items() if times > 0]
-        if left == [shape[outputs]] and any(n in experts[-2:] for n in others):
+        few = shape[outputs] <= min(experts[-2:])
+        if few and left == [shape[outputs]] and any(n in experts[-2:] for n in others):
             return True
     return False
 

@@ -1,5 +1,8 @@
 """Flax models on quantized weights give what they give on those weights dequantized, their code untouched."""
 
+import dataclasses
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -222,6 +225,111 @@ def test_weights_that_do_not_fit_a_model_are_named():
         daq.nnx_with(nnx.eval_shape(lambda: model), {"kernel": jnp.ones((4, 8))})
 
 
+# --- Stacks as MaxText writes them --------------------------------------------------------------------------
+
+HIDDEN, EXPERTS = 40, 5
+
+
+class ExpertLayer(nnx.Module):
+    """Attention, a dense network and experts, whose weights are parameters of their own."""
+
+    def __init__(self, rngs):
+        def made(*shape):
+            return nnx.Param(0.3 * jax.random.normal(rngs.params(), shape))
+
+        self.query, self.out = made(D, HEADS, 8), made(HEADS, 8, D)
+        self.wi, self.wo = made(D, HIDDEN), made(HIDDEN, D)
+        self.experts_in, self.experts_out = made(EXPERTS, D, HIDDEN), made(EXPERTS, HIDDEN, D)
+        self.gain = nnx.Param(jnp.float32(0.5))
+
+    def __call__(self, x):
+        heads = jnp.einsum("btd,dhk->bthk", x, self.query[...])
+        x = x + jnp.einsum("bthk,hkd->btd", nnx.gelu(heads), self.out[...])
+        x = x + self.gain * (nnx.gelu(x @ self.wi[...]) @ self.wo[...])
+        each = jnp.einsum("btd,edf->betf", x, self.experts_in[...])
+        return x + jnp.einsum("betf,efd->btd", nnx.gelu(each), self.experts_out[...])
+
+
+def moved(params, source, target):
+    """Parameters with one axis moved, as MaxText moves all arrays of a state at once."""
+    return jax.tree.map(
+        lambda x: jnp.moveaxis(x, source, target) if x.ndim > max(source, target) else x, params
+    )
+
+
+def over_layers(layers, x, axis, call):
+    """Calls layers one after the other: their axis to the front, then `jax.lax.scan`, which slices it off."""
+    graph, params, rest = nnx.split(layers, nnx.Param, ...)
+    params = moved(params, axis, 0)
+
+    def scalars_have_an_axis(variable):  # MaxText reads every whole stack, to look at its shape alone
+        assert variable.get_value().ndim > 0
+        return variable
+
+    params = jax.tree.map(scalars_have_an_axis, params, is_leaf=lambda v: isinstance(v, nnx.Variable))
+
+    def body(x, sliced):
+        return call(nnx.merge(graph, *sliced), x), None
+
+    return jax.lax.scan(jax.checkpoint(body), x, (params, rest))[0]
+
+
+class MaxTextStack(nnx.Module):
+    """Layers stacked on `axis`, in one stack or in a stack of stacks, of `lengths`."""
+
+    def __init__(self, axis, lengths, rngs):
+        self.axis, self.lengths, made = axis, lengths, ExpertLayer
+        for length in reversed(lengths):
+            made = self._stacked(made, length)
+        self.layers = made(rngs)
+
+    def _stacked(self, made, length):
+        def make(rngs):
+            layers = nnx.vmap(made)(rngs.split(length))
+            graph, params, rest = nnx.split(layers, nnx.Param, ...)
+            return nnx.merge(graph, moved(params, 0, self.axis), rest)
+
+        return make
+
+    def __call__(self, x):
+        call = ExpertLayer.__call__
+        for _ in self.lengths:
+            call = functools.partial(over_layers, axis=self.axis, call=call)
+        return call(self.layers, x)
+
+
+def rules_of_stacks(axis, stacks):
+    """Views of the weights of `MaxTextStack`, worked out by hand from the shapes of one layer."""
+
+    def use(name, rows, columns, first):
+        """`first`: how many axes of the layer's weight stand before the stacks."""
+        shift = [a if a < first else a + stacks for a in (*rows, *columns)]
+        return daq.use(f"/{name}$", matrix=(tuple(shift[: len(rows)]), tuple(shift[len(rows) :])))
+
+    return [
+        use("query", (0,), (1, 2), axis),
+        use("out", (0, 1), (2,), axis),
+        use("w[io]", (0,), (1,), axis),
+        use("experts_(in|out)", (1,), (2,), axis),
+        daq.keep(""),
+    ]
+
+
+MAXTEXT_RUNS = [(1, (HEADS,))]  # as many layers as heads: no shape tells them apart
+MAXTEXT_RUNS += [pytest.param(a, n, marks=pytest.mark.slow) for a, n in ((1, (3, 2)), (0, (2,)), (0, (2, 3)))]
+
+
+@pytest.mark.parametrize(("axis", "lengths"), MAXTEXT_RUNS)
+def test_a_stack_moved_and_sliced_inside_the_model_runs_on_codes(axis, lengths):
+    model = MaxTextStack(axis, lengths, nnx.Rngs(0))
+    graph, params = nnx.split(model)
+    q, count = quantized(params, rules=rules_of_stacks(axis, len(lengths)))
+    assert count == 6
+    wanted = run(nnx.merge(graph, daq.dequantize(q)), X)
+    np.testing.assert_array_equal(run(daq.nnx_with(model, q), X), wanted)
+    assert np.abs(wanted - run(model, X)).max() > 0
+
+
 # --- Exported -----------------------------------------------------------------------------------------------
 
 
@@ -315,8 +423,26 @@ def test_a_weight_in_place_is_the_weight_and_a_slice_is_its_slice(name, recipe):
         np.testing.assert_array_equal(out, whole)
 
 
-def test_a_slice_that_could_be_two_things_is_an_error():
-    w = jnp.ones((3, 8, 4, 8))
-    held = InPlace.of(daq.quantize(w, w, RECIPE, rules=[daq.use("", matrix=((1,), (3,)))]))
-    with pytest.raises(ValueError, match="side by side"):
-        jax.tree.map(lambda x: x[0], held).unbox()
+@pytest.mark.parametrize("name", ["plain", "maxtext out", "maxtext experts", "experts apart", "square stack"])
+def test_a_weight_is_known_when_its_batch_axes_are_moved_sliced_and_stacked(name):
+    shape, matrix, batch = {
+        **VIEWS,
+        "experts apart": ((3, 8, 4, 8), ((1,), (3,)), [0, 2]),
+        "square stack": ((4, 4, 4, 4), ((0,), (3,)), [1, 2]),
+    }[name]
+    w = jax.random.normal(jax.random.key(3), shape)
+    q = daq.quantize(w, w, RECIPES["group"], rules=[daq.use("", matrix=matrix)])
+    held, whole = InPlace.of(q), np.asarray(q.dequantize())
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x], -1), held)
+    np.testing.assert_array_equal(stacked.unbox(), np.stack([whole, whole], -1))
+    for axis in batch:
+        moved = jax.tree.map(lambda x, axis=axis: jnp.moveaxis(x, axis, 0), held)
+        np.testing.assert_array_equal(moved.unbox(), np.moveaxis(whole, axis, 0))
+        _, layers = jax.lax.scan(lambda _, layer: (None, layer.unbox()), None, moved)
+        np.testing.assert_array_equal(layers, np.moveaxis(whole, axis, 0))
+
+
+def test_a_weight_cut_along_its_inputs_is_an_error():
+    held = InPlace.of(daq.quantize(X[0], X[0], RECIPE))
+    with pytest.raises(daq.DaqError, match="along an input or output axis"):
+        dataclasses.replace(held, codes=held.codes[0], axes=jnp.zeros(0, jnp.int8)).unbox()

@@ -21,6 +21,7 @@ import numpy as np
 
 from daq_jax.errors import DaqError
 from daq_jax.io.disk.links import refuse_links
+from daq_jax.io.disk.orbax_places import is_orbax
 from daq_jax.io.hf.architectures import part_of, turns_experts
 from daq_jax.io.hf.bands import rows_per_tile
 from daq_jax.io.hf.codings import HF_MATRIX, Coding
@@ -183,11 +184,6 @@ def open_safetensors(path: str | Path) -> Folder:
             "quantized one by `daq_jax.load`, and call `daq_jax.inspect` or `daq_jax.compare` on the trees."
         )
     return open_folder(path)
-
-
-def is_orbax(path: Path) -> bool:
-    """Whether a folder looks like an Orbax checkpoint."""
-    return any((path / name).exists() for name in ("_CHECKPOINT_METADATA", "_METADATA"))
 
 
 class HuggingFaceFolder(Folder):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -12,6 +13,7 @@ from daq_jax.io.hf.folders import Folder
 from daq_jax.io.hf.layouts import AS_BASE, LAYOUTS, TARGETS, Layout
 from daq_jax.io.jobs.keeping import ALL, Choice
 from daq_jax.recipe import Recipe
+from daq_jax.rules import Rule
 from daq_jax.scales import AnyScale, InDtype
 from daq_jax.searches.candidates import CoarseToFine, Grid, WithBaseScale
 
@@ -24,8 +26,8 @@ _NOT_FOR_ORBAX = {
     "tp": "its leaves are not cut until they are loaded",
     "base_dtype": "each of its quantized leaves says what it dequantizes to",
     "custom_code": "no code lies beside it",
-    "keep": "rules say it in Python: `daq_jax.quantize(..., rules=[daq_jax.keep(pattern), ...])`",
-    "only": "rules say it in Python: `daq_jax.quantize(..., rules=[daq_jax.use(pattern), daq_jax.keep('')])`",
+    "keep": "`--rules` takes a file that says it",
+    "only": "`--rules` takes a file that says it",
 }
 
 
@@ -40,6 +42,7 @@ class Output:
         base_dtype: dtype that quantized inputs dequantize to; None for the dtype of the tuned model.
         custom_code: whether Python files of the tuned model are copied too.
         choice: which weights the user wants quantized.
+        rules: which leaves of an Orbax checkpoint are quantized, and how; None for `DEFAULT_RULES`.
     """
 
     format: str | None = None
@@ -48,6 +51,7 @@ class Output:
     base_dtype: str | None = None
     custom_code: bool = False
     choice: Choice = ALL
+    rules: Sequence[Rule] | None = None
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:

@@ -35,11 +35,11 @@ from daq_jax.io.jobs.progress import Tell
 from daq_jax.io.jobs.values import describe, flags
 from daq_jax.io.orbax.reader import METADATA_KEY, VERSION, Checkpoint, array_names, nested
 from daq_jax.io.orbax.replacing import lock_of, refuse_strangers
-from daq_jax.pairs import Pair, refuse_unquantizable
+from daq_jax.pairs import Pair, refuse_unquantizable, warn_ambiguous, warn_unused
 from daq_jax.quantization import quantize
 from daq_jax.recipe import Recipe
 from daq_jax.records import record_of
-from daq_jax.rules import DEFAULT_RULES, decide_all
+from daq_jax.rules import DEFAULT_RULES, Rule, decide_all
 from daq_jax.version import __version__
 
 _UNIT = 2**28  # bytes of tuned leaves that are written together
@@ -80,6 +80,7 @@ def plan_orbax(
     *,
     memory: int,
     missing_base: MissingBase,
+    rules: Sequence[Rule] = DEFAULT_RULES,
     unit_bytes: int = _UNIT,
 ) -> OrbaxPlan:
     """Plans the quantization of one checkpoint against another, from metadata alone.
@@ -90,6 +91,7 @@ def plan_orbax(
         recipe: how to quantize.
         memory: bytes that the work may take.
         missing_base: what becomes of leaves whose base is missing or has another shape.
+        rules: which leaves are quantized, and how.
         unit_bytes: bytes of tuned leaves that are written together, unless one leaf alone has more.
 
     Raises:
@@ -97,7 +99,7 @@ def plan_orbax(
     """
     pairs, no_base = {}, set()
     leaves = {path: tuned.abstract(path) for path in tuned.records}
-    decisions = decide_all(leaves, DEFAULT_RULES, recipe)
+    decisions = decide_all(leaves, rules, recipe)
     for path, leaf in leaves.items():
         how = decisions[path]
         found = base.abstract(path) if path in base.records else None
@@ -109,6 +111,8 @@ def plan_orbax(
         refuse_unquantizable(list(pairs.values()), check_finite=False)
     except DaqError as error:  # in one line, as all messages of folders
         raise DaqError(f"{tuned.path}: " + "; ".join(map(str.strip, str(error).splitlines()))) from error
+    warn_unused(list(pairs.values()), rules)
+    warn_ambiguous(list(pairs.values()))
     needed = _memory(tuned.path, list(pairs.values()), recipe, memory, unit_bytes)
     return OrbaxPlan(pairs, _units(pairs, unit_bytes), needed, frozenset(no_base))
 
@@ -117,7 +121,7 @@ def _memory(where: str, pairs: Sequence[Pair], recipe: Recipe, memory: int, unit
     """Bytes that the work takes at most; refuses more than `memory`."""
     quantized = [pair for pair in pairs if pair.decision.quantize]
     if not quantized:
-        raise DaqError(f"{where}: no leaf of it is quantized by the default rules.")
+        raise DaqError(f"{where}: no leaf of it is quantized by these rules.")
     largest = max(quantized, key=lambda pair: pair.tuned.size)
     needed = RUNTIME + work_of(recipe).bytes_each * largest.tuned.size + 4 * unit_bytes
     if needed > memory:
@@ -335,14 +339,15 @@ def open_orbax_job(
         DaqError: as `quantize_folder`.
     """
     before, after = (Checkpoint.open(path.absolute()) for path in (base, tuned))
-    plan = plan_orbax(
-        before, after, recipe, memory=run.memory, missing_base=run.missing_base, unit_bytes=unit_bytes
-    )
+    rules = DEFAULT_RULES if output.rules is None else output.rules
+    how = {"memory": run.memory, "missing_base": run.missing_base, "unit_bytes": unit_bytes}
+    plan = plan_orbax(before, after, recipe, rules=rules, **how)
     settings = {
         "version": __version__,
         "format": output.layout.name,
         "target": output.target,
         "recipe": describe(recipe),
+        "rules": describe(tuple(rules)),
         "missing_base": run.missing_base,
         "jax": flags(),
     }
@@ -356,7 +361,7 @@ def open_orbax_job(
         store = OrbaxStore(out.absolute(), before, after, recipe, plan, reader)
         yield Job(
             store=store,
-            inputs=_inputs(base=base, tuned=tuned),
+            inputs=_inputs(base=Path(before.path), tuned=Path(after.path)),
             settings=settings,
             summary={**settings, "quantized": chosen, "memory_bytes": plan.memory},
             overwrite=run.overwrite,

@@ -12,8 +12,9 @@ from daq_jax.analysis.names import on_one_line
 from daq_jax.analysis.relation import doubt_of
 from daq_jax.density.recipe import DensityRecipe
 from daq_jax.errors import DaqError
+from daq_jax.io.disk.orbax_places import is_orbax
 from daq_jax.io.hf.adapters import open_tuned
-from daq_jax.io.hf.folders import Folder, is_orbax, open_folder
+from daq_jax.io.hf.folders import Folder, open_folder
 from daq_jax.io.hf.paired_names import paired
 from daq_jax.io.hf.weight_names import is_expert
 from daq_jax.io.jobs.as_base import plan_as_base
@@ -37,6 +38,7 @@ from daq_jax.io.jobs.progress import table_of, warning_of
 from daq_jax.io.jobs.side_files import CARD
 from daq_jax.io.jobs.values import describe, flags
 from daq_jax.recipe import Recipe
+from daq_jax.rules import Rule, check_rules
 from daq_jax.version import __version__
 
 # By `CompressedTensorsDequantize` of transformers 5.24, which decodes experts in FP8 and packed ones.
@@ -60,6 +62,7 @@ def quantize_folder(
     custom_code: bool = False,
     keep: Sequence[str] = (),
     only: Sequence[str] = (),
+    rules: Sequence[Rule] | None = None,
     plan_only: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -96,6 +99,8 @@ def quantize_folder(
             name; after "re:", as llm-compressor has them, from its beginning.
         only: such patterns of the only weights that are quantized; empty for all. Towers and projectors of
             vision and audio are quantized only where one of these patterns names them.
+        rules: for Orbax checkpoints, which leaves are quantized, how, and which of their axes are inputs,
+            such as `MAXTEXT_RULES`; None for `DEFAULT_RULES`.
         plan_only: make and show the plan, and stop.
         console: where to show plan and progress; None for nowhere.
 
@@ -111,7 +116,9 @@ def quantize_folder(
     console = console or Console(quiet=True)
     folders = Path(base), Path(tuned), Path(out)
     choice = Choice(patterns_of("keep", keep), patterns_of("only", only))
-    output = Output(format, target, tp, base_dtype, custom_code, choice)
+    if rules is not None:
+        check_rules(rules)
+    output = Output(format, target, tp, base_dtype, custom_code, choice, rules)
     run = Run(memory_gb, missing_base, shard, overwrite)
     with open_job(*folders, without_zeros(recipe), output, run, console) as job:
         return dict(job.summary) if plan_only else job.run()
@@ -136,6 +143,11 @@ def open_job(
         from daq_jax.io.jobs.orbax import open_orbax_job  # which loads Orbax
 
         opened = open_orbax_job(base, tuned, out, in_layout(recipe, output.layout), output, run, console)
+    elif output.rules is not None:
+        raise DaqError(
+            f"{tuned}: --rules is for Orbax checkpoints; the axes of a Hugging Face folder are known, and "
+            "--keep and --only say which of its weights are quantized."
+        )
     else:
         opened = _open_folder_job(base, tuned, out, recipe, output, run, console)
     with opened as job:

@@ -30,7 +30,8 @@ from daq_jax.io.orbax.reader import (
 from daq_jax.io.orbax.replacing import refuse_strangers, replace_later
 from daq_jax.qtensor import QTensor
 from daq_jax.records import Record, record_of
-from daq_jax.trees import PyTree, keyed_leaves, named_leaves, with_leaves
+from daq_jax.rules import OPTIMIZER
+from daq_jax.trees import PyTree, aligned, keyed_leaves, named_leaves, with_leaves
 
 _UNSTORABLE = ("float8_e4m3", "uint4", "uint2")  # Orbax 0.12 writes them and reads back other values
 
@@ -128,11 +129,14 @@ def load_weights(
     """Loads weights, such as a base or a tuned model, from any Orbax checkpoint, one of `save` included.
 
     Args:
-        path: path of the checkpoint.
-        template: a tree to load into, as in `load`; leaves that it lacks are not read.
+        path: path of the checkpoint: one that stands alone, a step of a training run, an item of a step, or
+            the root of a run, of which the last step is read.
+        template: a tree to load into, as in `load`, such as `nnx.state(model)`; leaves that it lacks are not
+            read. Its leaves may stand deeper in the checkpoint, all below the same components, and end in
+            `/value` there.
         sharding: where leaves go, as in `load`.
-        only: regular expression, found in the paths of the leaves that are read: `"^params/"` leaves out the
-            state of an optimizer.
+        only: regular expression, found in the paths of the leaves that are read, such as `"^params/"`. Where
+            it is empty, the state of an optimizer is left out.
 
     Raises:
         FileNotFoundError, DaqError: as in `load`.
@@ -143,19 +147,35 @@ def load_weights(
         raise DaqError(
             f"{checkpoint.path}: no leaf's path matches {only!r}; see {list(checkpoint.records)[:5]}."
         )
-    if template is not None:
-        wanted = named_leaves(template)
-        records = {p: r for p, r in records.items() if p in wanted}
-    return _load(checkpoint, records, template, sharding)
+    wanted = {} if template is None else named_leaves(template)
+    if not only and not any(re.search(OPTIMIZER, path) for path in wanted):
+        records = {p: r for p, r in records.items() if not re.search(OPTIMIZER, p)} or records
+    if template is None:
+        return _load(checkpoint, records, template, sharding)
+    try:
+        names = aligned(records, wanted)
+    except DaqError as error:
+        raise DaqError(f"{checkpoint.path}: {error} `only` says which, such as only='^params/'.") from error
+    return _load(checkpoint, {p: records[n] for p, n in names.items()}, template, sharding, names)
 
 
-def _load(checkpoint: Checkpoint, records: Mapping[str, Record], template: PyTree, sharding: Any) -> PyTree:
-    abstract = {path: checkpoint.abstract(path) for path in records}
+def _load(
+    checkpoint: Checkpoint,
+    records: Mapping[str, Record],
+    template: PyTree,
+    sharding: Any,
+    names: Mapping[str, str] | None = None,
+) -> PyTree:
+    """Loads leaves; `names` has the path in the checkpoint of each, where it is another one."""
+    names = names or dict(zip(records, records, strict=True))
+    abstract = {path: checkpoint.abstract(names[path]) for path in records}
     into = None if template is None else named_leaves(template)
     if into is not None:
         _refuse_misfits(checkpoint.path, abstract, into)
     place = placement(sharding, into or {})
-    leaves = checkpoint.read({path: place(path, getattr(x, "shape", ())) for path, x in abstract.items()})
+    places = {names[path]: place(path, getattr(x, "shape", ())) for path, x in abstract.items()}
+    read = checkpoint.read(places)
+    leaves = {path: read[names[path]] for path in records}
     if into is not None:
         return with_leaves(template, [leaves[path] for path in into])
     return _rebuilt([(records[path]["keys"], x) for path, x in leaves.items()])

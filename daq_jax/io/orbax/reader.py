@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, Sharding
 from orbax.checkpoint import v1 as ocp
 
 from daq_jax.errors import DaqError
+from daq_jax.io.disk.orbax_places import locate
 from daq_jax.qtensor import QTensor
 from daq_jax.records import WHOLE, Record, leaf_of
 from daq_jax.tilings import scale_sharding
@@ -32,7 +33,8 @@ class Checkpoint:
     """An Orbax checkpoint. What is in it is known without its arrays; leaves are read some at a time.
 
     Attributes:
-        path: absolute.
+        path: absolute path of the folder that Orbax opens.
+        item: name of the item in it; see `Place`.
         is_ours: whether `save` wrote it.
         records: record of each leaf by its path; see `daq_jax.records`. A record also has the "keys" that
             lead to the leaf and the names of its "arrays".
@@ -40,31 +42,33 @@ class Checkpoint:
     """
 
     path: str
+    item: str | None
     is_ours: bool
     records: Mapping[str, Record]
     tree: Any
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> "Checkpoint":
-        """Reads what is in a checkpoint.
+        """Reads what is in a checkpoint; see `locate` for which one a path names.
 
         Raises:
             FileNotFoundError, DaqError: as in `load`.
         """
-        where = absolute_path(path)
-        _refuse_nothing(where)
+        _refuse_nothing(absolute_path(path))
+        where, item = locate(absolute_path(path))
         try:
-            found: Any = ocp.metadata(where)
+            found: Any = ocp.metadata(where, item)
         except ocp.errors.InvalidLayoutError as error:
             raise DaqError(
-                f"{where}: not an Orbax checkpoint, or one whose saving was cut off: save it again."
+                f"{where}: not an Orbax checkpoint, or one whose saving was cut off. Orbax says: "
+                f"{_reason(error)}"
             ) from error
         except Exception as error:  # Orbax and TensorStore raise errors of many kinds
             raise _damaged(where, error) from error
         ours = (found.custom_metadata or {}).get(METADATA_KEY)
         if ours is None:
-            return cls(where, False, _records_of_arrays(found.metadata), found.metadata)
-        checkpoint = cls(where, True, _checked_records(where, ours), found.metadata)
+            return cls(where, item, False, _records_of_arrays(found.metadata), found.metadata)
+        checkpoint = cls(where, item, True, _checked_records(where, ours), found.metadata)
         missing = [
             p for p, r in checkpoint.records.items() if not set(array_names(r)) <= set(checkpoint.arrays)
         ]
@@ -105,7 +109,7 @@ class Checkpoint:
         # Orbax reads no array whose place in the tree is taken by an ellipsis.
         tree = jax.tree_util.tree_map_with_path(lambda keys, _: wanted.get(_components(keys), ...), self.tree)
         try:
-            return _by_components(ocp.load(self.path, tree))
+            return _by_components(ocp.load(self.path, tree, checkpointable_name=self.item))
         except Exception as error:
             raise _damaged(self.path, error) from error
 
@@ -239,5 +243,11 @@ def _refuse_nothing(where: str) -> None:
 
 
 def _damaged(where: str, error: Exception) -> DaqError:
-    why = str(error).strip().partition("\n")[0].partition(" See full")[0][:300]
-    return DaqError(f"{where}: this checkpoint is damaged, some of it cannot be read ({why}). Save it again.")
+    return DaqError(
+        f"{where}: this checkpoint is damaged, some of it cannot be read ({_reason(error)}). Save it again."
+    )
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error of Orbax or TensorStore."""
+    return str(error).strip().partition("\n")[0].partition(" See full")[0][:300]

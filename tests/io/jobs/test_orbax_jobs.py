@@ -15,6 +15,7 @@ import daq_jax as daq
 from daq_jax import cli
 from daq_jax.io.jobs.options import Output, Run, in_layout
 from daq_jax.io.jobs.orbax import open_orbax_job
+from daq_jax.rules import rules_called
 from tests import stores
 
 ABSMAX = daq.recipes.absmax
@@ -159,3 +160,55 @@ def test_a_plan_writes_nothing_and_one_kind_takes_the_same(pair, tmp_path):
     (tmp_path / "hf").mkdir()
     with pytest.raises(ValueError, match="needed two of a kind"):
         run((pair[0], tmp_path / "hf"), tmp_path)
+
+
+RULES_FILE = """
+then = "tunix"
+
+[[rule]]
+keep = "bias"
+
+[[rule]]
+use = "attention/query/kernel$"
+matrix = [[0], [1, 2]]
+"""
+
+
+def test_the_command_takes_rules_by_name_and_from_a_file(pair, tmp_path, capsys):
+    words = ["quantize", *map(str, pair), str(tmp_path / "out"), "--recipe", "absmax", "--memory", "4"]
+    file = tmp_path / "rules.toml"
+    file.write_text(RULES_FILE + '[[rule]]\nkeep = "layers/0"\n')
+    assert cli.main([*words, "--rules", "maxtext", "--plan"]) == 0
+    assert "3 of 7 leaves are quantized" in capsys.readouterr().out
+    assert cli.main([*words, "--rules", str(file), "--plan"]) == 0
+    assert "2 of 7 leaves are quantized" in capsys.readouterr().out
+    assert cli.main([*words, "--rules", "mixtext"]) == 1
+    assert (
+        "needed one of default, maxtext, tunix, gemma, hf, keras, or a TOML file" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("then =", "is no TOML"),
+        ('then = "flax"', "got 'flax'"),
+        ("rules = 1", r"got \['rules'\]"),
+        ('[[rule]]\nuse = "x"\naxes = 1', "rule 1 is {'use': 'x', 'axes': 1}; needed"),
+        ('[[rule]]\nkeep = "("', r"rule 1: `\(` is not a regular expression"),
+        ('[[rule]]\nuse = "x"\nmatrix = [0]', "rule 1 is .*maybe `matrix = "),
+    ],
+)
+def test_a_file_of_rules_that_makes_no_sense_is_refused(text, match, tmp_path):
+    file = tmp_path / "rules.toml"
+    file.write_text(text)
+    with pytest.raises(daq.DaqError, match=match):
+        rules_called(str(file))
+
+
+def test_rules_of_a_file_stand_before_the_set_that_it_names(tmp_path):
+    file = tmp_path / "rules.toml"
+    file.write_text(RULES_FILE)
+    first, second, *others = rules_called(str(file))
+    assert (first, second) == (daq.keep("bias"), daq.use("attention/query/kernel$", matrix=((0,), (1, 2))))
+    assert tuple(others) == daq.TUNIX_RULES
