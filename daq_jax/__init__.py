@@ -71,6 +71,7 @@ from daq_jax.version import __version__ as __version__
 
 if typing.TYPE_CHECKING:  # the names of `_EDGES`, for editors and type checkers
     from daq_jax.analysis.inspection import Inspection, inspect
+    from daq_jax.analysis.predictions import Divergence, divergence
     from daq_jax.density.adjustment import Adjustment, LeastSquares, SignSteps
     from daq_jax.density.calibration import calibrate, calibrate_from
     from daq_jax.density.grams import Grams
@@ -91,6 +92,7 @@ if typing.TYPE_CHECKING:  # the names of `_EDGES`, for editors and type checkers
 _EDGES: dict[str, str] = {
     "Adjustment": "daq_jax.density.adjustment",
     "DensityRecipe": "daq_jax.density.recipe",
+    "Divergence": "daq_jax.analysis.predictions",
     "Grams": "daq_jax.density.grams",
     "Inspection": "daq_jax.analysis.inspection",
     "LeastSquares": "daq_jax.density.adjustment",
@@ -98,6 +100,7 @@ _EDGES: dict[str, str] = {
     "calibrate": "daq_jax.density.calibration",
     "calibrate_from": "daq_jax.density.calibration",
     "compare_folders": "daq_jax.io.jobs.compare_folders",
+    "divergence": "daq_jax.analysis.predictions",
     "dot": "daq_jax.models.matmul",
     "enable_compilation_cache": "daq_jax.io.disk.compilation_cache",
     "from_qwix": "daq_jax.models.qwix",
@@ -150,6 +153,7 @@ __all__ = [
     "DaqError",
     "DensityRecipe",
     "DitheredFeedback",
+    "Divergence",
     "Figures",
     "Format",
     "Grams",
@@ -192,6 +196,7 @@ __all__ = [
     "compare_folders",
     "cosine",
     "dequantize",
+    "divergence",
     "dot",
     "enable_compilation_cache",
     "fp4_bnb",

@@ -14,8 +14,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from benchmarks.behaviour.corpora import load_corpora, windows
 from benchmarks.behaviour.envelope.grids import GRIDS
 from benchmarks.behaviour.training import SIZES, Size
+from daq_jax.analysis.predictions import kl_divergences
 from daq_jax.demo.model import (
-    divergences,
     learning_rates,
     make_params,
     next_byte_log_probs,
@@ -110,7 +110,7 @@ class Judge:
 
         @jax.jit
         def kl(params, text, p):
-            return jnp.mean(divergences(p, log_p(params, text)))
+            return jnp.mean(kl_divergences(p, log_p(params, text)))
 
         self._log_p, self._kl = log_p, kl
 
