@@ -9,6 +9,10 @@ direction, its size. Pure functions over pytrees. Letters used throughout: `R, C
 import importlib
 import typing
 
+from daq_jax.display import interrupts as interrupts  # first: what Ctrl-C does while the command loads
+
+# isort: split
+
 from daq_jax import errors as errors
 from daq_jax import formats as formats
 from daq_jax import metrics as metrics

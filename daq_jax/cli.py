@@ -15,11 +15,13 @@ import json as json_format
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
 import tyro
 
+from daq_jax.display import interrupts
 from daq_jax.errors import CannotJudge, DaqError, refuse
 from daq_jax.io.disk.compilation_cache import enable_compilation_cache
 from daq_jax.io.hf.layouts import AS_BASE, LAYOUTS
@@ -271,6 +273,10 @@ def main(args: Sequence[str] | None = None) -> int:
         SystemExit: with 2 if the arguments make no sense, with 0 after `--help`.
     """
     words = list(sys.argv[1:] if args is None else args)
+    return interrupts.run(partial(_run, words), words)
+
+
+def _run(words: list[str]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may lack a letter of a tensor's name
         sys.stdout.reconfigure(errors="backslashreplace")
     if words == ["--version"]:
@@ -291,8 +297,4 @@ def main(args: Sequence[str] | None = None) -> int:
     except (OSError, DaqError) as error:
         print(f"daq-jax: {error}", file=sys.stderr)
         return 3 if isinstance(error, CannotJudge) else 1
-    except KeyboardInterrupt:
-        further = " The same command goes on where it stopped." if words[:1] == ["quantize"] else ""
-        print(f"daq-jax: stopped.{further}", file=sys.stderr)
-        return 130
     return 0
