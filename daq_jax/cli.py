@@ -273,7 +273,7 @@ def main(args: Sequence[str] | None = None) -> int:
         SystemExit: with 2 if the arguments make no sense, with 0 after `--help`.
     """
     words = list(sys.argv[1:] if args is None else args)
-    return interrupts.run(partial(_run, words), words)
+    return interrupts.run(partial(_run, words), words, whole_process=args is None)
 
 
 def _run(words: list[str]) -> int:

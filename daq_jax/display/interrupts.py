@@ -19,12 +19,13 @@ COMMAND = "daq-jax"
 STATUS = 130  # as a shell has it for a process that SIGINT ended
 
 
-def run(work: Callable[[], int], words: Sequence[str]) -> int:
+def run(work: Callable[[], int], words: Sequence[str], *, whole_process: bool) -> int:
     """Does the work of the command.
 
     Args:
         work: returns an exit status.
         words: the arguments of the command.
+        whole_process: the process does nothing else, and may be ended here after Ctrl-C.
 
     Returns:
         The status of the work, or 130 after Ctrl-C; the two lines are then on stderr.
@@ -48,7 +49,7 @@ def run(work: Callable[[], int], words: Sequence[str]) -> int:
         if not (stopped or isinstance(error, KeyboardInterrupt)):
             raise
         print(two_lines(words), file=sys.stderr)
-        if _is_command():
+        if stopped and whole_process:
             # Python's own end waits for threads, and crashes where one of them was compiling.
             sys.stdout.flush()
             os._exit(STATUS)
