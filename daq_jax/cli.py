@@ -226,6 +226,21 @@ def compare(
     print(f"daq-jax: {refuse_low(found, floors)}", file=sys.stderr)
 
 
+def doctor(*, json: bool = False) -> None:
+    """Say what is installed, what the machine has, and what runs where. For a bug report, too.
+
+    Versions, devices and their memory, whether GPU kernels are used and why not, the cache of compiled
+    programs, threads, and packages that are missing with the line that installs them.
+
+    Args:
+        json: print one JSON object and nothing else.
+    """
+    from daq_jax.display.doctor import examine, text
+
+    found = examine()
+    print(json_format.dumps(found) if json else text(found))
+
+
 def _page_for(file: Path) -> Callable[..., str]:
     """What makes a page, if it can be made here and written to a file."""
     if not file.parent.is_dir():
@@ -257,6 +272,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "quantize": quantize,
     "inspect": inspect,
     "compare": compare,
+    "doctor": doctor,
 }
 
 
