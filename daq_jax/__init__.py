@@ -79,7 +79,7 @@ if typing.TYPE_CHECKING:  # the names of `_EDGES`, for editors and type checkers
     from daq_jax.density.adjustment import Adjustment, LeastSquares, SignSteps
     from daq_jax.density.calibration import calibrate, calibrate_from
     from daq_jax.density.grams import Grams
-    from daq_jax.density.quantizer import quantize_density
+    from daq_jax.density.quantizer import UncalibratedWarning, quantize_density
     from daq_jax.density.recipe import DensityRecipe
     from daq_jax.io.disk.compilation_cache import enable_compilation_cache
     from daq_jax.io.jobs.compare_folders import compare_folders
@@ -101,6 +101,7 @@ _EDGES: dict[str, str] = {
     "Inspection": "daq_jax.analysis.inspection",
     "LeastSquares": "daq_jax.density.adjustment",
     "SignSteps": "daq_jax.density.adjustment",
+    "UncalibratedWarning": "daq_jax.density.quantizer",
     "calibrate": "daq_jax.density.calibration",
     "calibrate_from": "daq_jax.density.calibration",
     "compare_folders": "daq_jax.io.jobs.compare_folders",
@@ -191,6 +192,7 @@ __all__ = [
     "UnbiasedFeedback",
     "UnbiasedGain",
     "UnbiasedSubspace",
+    "UncalibratedWarning",
     "UnreadMetricWarning",
     "UnusedRuleWarning",
     "WithBaseScale",
