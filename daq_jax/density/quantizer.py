@@ -88,8 +88,11 @@ def quantize_density(
     pairs = pair_leaves(params if base is None else base, params, Recipe(), rules)
     warn_unused(pairs, rules)
     refuse_unquantizable(pairs, check_finite)
-    pairs = _keep_unused(pairs, grams)
+    unused = _unused(pairs, grams)
+    pairs = [_kept(p) if p.path in unused else p for p in pairs]
     _refuse_uncalibrated(pairs, grams, recipe)
+    if unused:
+        _warn_of(unused)
     return with_leaves(
         params, [_quantize_leaf(p, grams, recipe) if p.decision.quantize else p.tuned for p in pairs]
     )
@@ -107,29 +110,39 @@ def _view(pair: Pair, recipe: DensityRecipe) -> TileView:
     return TileView(tuple(pair.tuned.shape), pair.decision.matrix, recipe.tiling)
 
 
-def _keep_unused(pairs: Sequence[Pair], grams: Grams | None) -> Sequence[Pair]:
-    """The pairs, with each leaf kept that the calibrated model multiplied nothing with; warns of these."""
+def _unused(pairs: Sequence[Pair], grams: Grams | None) -> dict[str, float]:
+    """Leaves to keep, as the calibrated model multiplied nothing with them: shares of the weights, by path.
+
+    A leaf that a rule of the caller's own wants quantized is not among them. Nor is any, if the model
+    multiplied nothing with all leaves: then the model or the tree is another one.
+    """
     wanted = [p for p in pairs if p.decision.quantize]
     known = {kernel.path for kernel in grams.inputs} if grams else set()
-    unused = {
-        p.path: math.prod(p.tuned.shape)
+    if known.isdisjoint(p.path for p in wanted):
+        return {}
+    total = sum(math.prod(p.tuned.shape) for p in wanted)
+    return {
+        p.path: math.prod(p.tuned.shape) / total
         for p in wanted
         if p.path not in known and (p.decision.rule is None or p.decision.rule in NAMED_RULES)
     }
-    if not unused or known.isdisjoint(p.path for p in wanted):  # then the model or the tree is another one
-        return pairs
-    share = sum(unused.values()) / sum(math.prod(p.tuned.shape) for p in wanted)
+
+
+def _kept(pair: Pair) -> Pair:
+    return dataclasses.replace(pair, decision=dataclasses.replace(pair.decision, quantize=False))
+
+
+def _warn_of(unused: dict[str, float]) -> None:
     more = f" and {len(unused) - _NAMED} more" if len(unused) > _NAMED else ""
     names = ", ".join(map(repr, list(unused)[:_NAMED]))
     warnings.warn(
-        f"{names}{more}, {share:.1%} of the weights to quantize, are kept as they are: the calibrated model "
-        "multiplied nothing with them, or did so in a loop or with a batch axis. quantize_density without "
-        "`grams` quantizes them; keep(...) before the other rules says that they are to be kept",
+        f"{names}{more}, {sum(unused.values()):.1%} of the weights to quantize, are kept as they are: the "
+        "calibrated model multiplied nothing with them, or did so in a loop or with a batch axis. "
+        "quantize_density without `grams` quantizes them; keep(...) before the other rules says that they "
+        "are to be kept",
         UncalibratedWarning,
         stacklevel=3,
     )
-    kept = dataclasses.replace
-    return [kept(p, decision=kept(p.decision, quantize=False)) if p.path in unused else p for p in pairs]
 
 
 def _refuse_uncalibrated(pairs: Sequence[Pair], grams: Grams | None, recipe: DensityRecipe) -> None:
