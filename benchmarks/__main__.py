@@ -9,6 +9,7 @@ MODULES = {
     "speed": "benchmarks.speed.study",
     "native_speed": "benchmarks.speed.native",
     "scaling": "benchmarks.speed.scaling",
+    "paper": "benchmarks.paper",
     "behaviour": "benchmarks.behaviour.study",
     "native_bases": "benchmarks.behaviour.native.study",
     "real_pair": "benchmarks.behaviour.real_pair",

@@ -9,6 +9,10 @@ direction, its size. Pure functions over pytrees. Letters used throughout: `R, C
 import importlib
 import typing
 
+from daq_jax.display import interrupts as interrupts  # first: what Ctrl-C does while the command loads
+
+# isort: split
+
 from daq_jax import errors as errors
 from daq_jax import formats as formats
 from daq_jax import metrics as metrics
@@ -71,10 +75,11 @@ from daq_jax.version import __version__ as __version__
 
 if typing.TYPE_CHECKING:  # the names of `_EDGES`, for editors and type checkers
     from daq_jax.analysis.inspection import Inspection, inspect
+    from daq_jax.analysis.predictions import Divergence, divergence
     from daq_jax.density.adjustment import Adjustment, LeastSquares, SignSteps
     from daq_jax.density.calibration import calibrate, calibrate_from
     from daq_jax.density.grams import Grams
-    from daq_jax.density.quantizer import quantize_density
+    from daq_jax.density.quantizer import UncalibratedWarning, quantize_density
     from daq_jax.density.recipe import DensityRecipe
     from daq_jax.io.disk.compilation_cache import enable_compilation_cache
     from daq_jax.io.jobs.compare_folders import compare_folders
@@ -91,13 +96,16 @@ if typing.TYPE_CHECKING:  # the names of `_EDGES`, for editors and type checkers
 _EDGES: dict[str, str] = {
     "Adjustment": "daq_jax.density.adjustment",
     "DensityRecipe": "daq_jax.density.recipe",
+    "Divergence": "daq_jax.analysis.predictions",
     "Grams": "daq_jax.density.grams",
     "Inspection": "daq_jax.analysis.inspection",
     "LeastSquares": "daq_jax.density.adjustment",
     "SignSteps": "daq_jax.density.adjustment",
+    "UncalibratedWarning": "daq_jax.density.quantizer",
     "calibrate": "daq_jax.density.calibration",
     "calibrate_from": "daq_jax.density.calibration",
     "compare_folders": "daq_jax.io.jobs.compare_folders",
+    "divergence": "daq_jax.analysis.predictions",
     "dot": "daq_jax.models.matmul",
     "enable_compilation_cache": "daq_jax.io.disk.compilation_cache",
     "from_qwix": "daq_jax.models.qwix",
@@ -150,6 +158,7 @@ __all__ = [
     "DaqError",
     "DensityRecipe",
     "DitheredFeedback",
+    "Divergence",
     "Figures",
     "Format",
     "Grams",
@@ -183,6 +192,7 @@ __all__ = [
     "UnbiasedFeedback",
     "UnbiasedGain",
     "UnbiasedSubspace",
+    "UncalibratedWarning",
     "UnreadMetricWarning",
     "UnusedRuleWarning",
     "WithBaseScale",
@@ -192,6 +202,7 @@ __all__ = [
     "compare_folders",
     "cosine",
     "dequantize",
+    "divergence",
     "dot",
     "enable_compilation_cache",
     "fp4_bnb",

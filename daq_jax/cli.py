@@ -15,11 +15,13 @@ import json as json_format
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
 import tyro
 
+from daq_jax.display import interrupts
 from daq_jax.errors import CannotJudge, DaqError, refuse
 from daq_jax.io.disk.compilation_cache import enable_compilation_cache
 from daq_jax.io.hf.layouts import AS_BASE, LAYOUTS
@@ -233,6 +235,21 @@ def compare(
     print(f"daq-jax: {refuse_low(found, floors)}", file=sys.stderr)
 
 
+def doctor(*, json: bool = False) -> None:
+    """Say what is installed, what the machine has, and what runs where. For a bug report, too.
+
+    Versions, devices and their memory, whether GPU kernels are used and why not, the cache of compiled
+    programs, threads, and packages that are missing with the line that installs them.
+
+    Args:
+        json: print one JSON object and nothing else.
+    """
+    from daq_jax.display.doctor import examine, text
+
+    found = examine()
+    print(json_format.dumps(found) if json else text(found))
+
+
 def _page_for(file: Path) -> Callable[..., str]:
     """What makes a page, if it can be made here and written to a file."""
     if not file.parent.is_dir():
@@ -264,6 +281,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "quantize": quantize,
     "inspect": inspect,
     "compare": compare,
+    "doctor": doctor,
 }
 
 
@@ -280,6 +298,10 @@ def main(args: Sequence[str] | None = None) -> int:
         SystemExit: with 2 if the arguments make no sense, with 0 after `--help`.
     """
     words = list(sys.argv[1:] if args is None else args)
+    return interrupts.run(partial(_run, words), words, whole_process=args is None)
+
+
+def _run(words: list[str]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may lack a letter of a tensor's name
         sys.stdout.reconfigure(errors="backslashreplace")
     if words == ["--version"]:
@@ -300,8 +322,4 @@ def main(args: Sequence[str] | None = None) -> int:
     except (OSError, DaqError) as error:
         print(f"daq-jax: {error}", file=sys.stderr)
         return 3 if isinstance(error, CannotJudge) else 1
-    except KeyboardInterrupt:
-        further = " The same command goes on where it stopped." if words[:1] == ["quantize"] else ""
-        print(f"daq-jax: stopped.{further}", file=sys.stderr)
-        return 130
     return 0

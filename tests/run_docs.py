@@ -1,13 +1,14 @@
-"""Runs what the documents promise: every example, and the code of Markdown files.
+"""Runs what the documents promise: every example, and the code of Markdown files and of notebooks.
 
     python tests/run_docs.py examples README.md docs
 
 All Python blocks of a Markdown file are one program, with its shell blocks below a line `<!-- run -->`, in
-the order of the file. Each file runs in a process of its own, in an empty folder, so that the installed
-package is what is imported.
+the order of the file, and so are the code cells of a notebook. Each file runs in a process of its own, in an
+empty folder, so that the installed package is what is imported.
 """
 
 import concurrent.futures
+import json
 import os
 import pathlib
 import re
@@ -31,12 +32,19 @@ def program(markdown: str) -> str:
     return "\n".join(found)
 
 
+def cells(notebook: str) -> str:
+    """The code cells of a notebook, as one Python program."""
+    found = json.loads(notebook)["cells"]
+    return "\n\n".join("".join(cell["source"]) for cell in found if cell["cell_type"] == "code")
+
+
 def snippets(path: pathlib.Path) -> list[tuple[str, str]]:
-    """(name, source) of a Markdown file, or of the scripts of a folder and all Markdown files below it."""
+    """(name, source) of a Markdown file, or of the scripts of a folder and all documents below it."""
     if not path.is_dir():
         return [(str(path), program(path.read_text()))]
     scripts = [(str(p), p.read_text()) for p in sorted(path.glob("*.py"))]
     pages = [(str(p), program(p.read_text())) for p in sorted(path.rglob("*.md"))]
+    pages += [(str(p), cells(p.read_text())) for p in sorted(path.rglob("*.ipynb"))]
     return scripts + [(name, source) for name, source in pages if source]
 
 

@@ -1,7 +1,9 @@
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -82,13 +84,101 @@ def test_a_fault_of_the_library_is_shown_whole(error, monkeypatch):
         cli.main(["demo"])
 
 
-def test_ctrl_c_is_status_130_and_one_line_that_says_how_to_go_on(monkeypatch, capsys):
+GOES_ON = "daq-jax: stopped by Ctrl-C.\nRun the same command again: it goes on where it stopped.\n"
+STARTS_OVER = "daq-jax: stopped by Ctrl-C.\nRun the same command again: it starts over.\n"
+
+
+def test_ctrl_c_is_status_130_and_two_lines_that_say_how_to_go_on(monkeypatch, capsys):
     monkeypatch.setattr(demo, "run", raising(KeyboardInterrupt()))
     assert cli.main(["demo"]) == 130
-    assert capsys.readouterr().err == "daq-jax: stopped.\n"
+    assert capsys.readouterr().err == STARTS_OVER
     monkeypatch.setattr(quantize_folders, "quantize_folder", raising(KeyboardInterrupt()))
     assert cli.main(["quantize", "base", "tuned", "out"]) == 130
-    assert capsys.readouterr().err == "daq-jax: stopped. The same command goes on where it stopped.\n"
+    assert capsys.readouterr().err == GOES_ON
+
+
+def test_ctrl_c_that_another_library_turns_into_something_else_is_two_lines_too(monkeypatch, capsys):
+    def run(*_, **__):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as error:
+            raise SystemError("initialization raised unreported exception") from error
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(demo, "run", run)
+    assert cli.main(["demo"]) == 130
+    assert capsys.readouterr().err == STARTS_OVER
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+# As pip writes it, but that the module of the command says when it begins.
+SCRIPT = """\
+import sys
+print("begun", flush=True)
+{before}
+from daq_jax.cli import main
+{after}
+sys.exit(main())
+"""
+
+
+@pytest.fixture
+def interrupted(tmp_path):
+    """Runs the command as an installed script in a process of its own, and sends it Ctrl-C."""
+
+    def run(words, delays, before="", after=""):
+        script = tmp_path / "daq-jax"
+        script.write_text(SCRIPT.format(before=before, after=after))
+        process = subprocess.Popen(
+            [sys.executable, str(script), *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert process.stdout.readline() == "begun\n"
+        for delay in delays:
+            time.sleep(delay)
+            process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=120)
+        return process.returncode, err
+
+    return run
+
+
+def test_ctrl_c_while_libraries_are_imported_is_two_lines(interrupted):
+    # Before jax, whose import takes a second or more.
+    assert interrupted(["quantize", "base", "tuned", "out"], [0.4]) == (130, GOES_ON)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.2, 0.7, 1.2, 1.7, 2.2, 3, 4, 6, 9])
+def test_ctrl_c_at_any_time_is_two_lines(interrupted, delay):
+    assert interrupted(["demo"], [delay]) == (130, STARTS_OVER)
+
+
+SLOW_TO_STOP = """
+from daq_jax import demo
+def run(*_, **__):
+    import time
+    try:
+        signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(60)
+import signal
+demo.run = run
+"""
+
+
+def test_a_second_ctrl_c_ends_the_process_at_once(interrupted):
+    assert interrupted(["demo"], [], after=SLOW_TO_STOP) == (130, STARTS_OVER)
+
+
+def test_a_process_that_ignores_ctrl_c_goes_on_doing_so(interrupted):
+    ignore = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
+    assert interrupted(["--version"], [0.4], before=ignore) == (0, "")
+
+
+def test_importing_the_package_leaves_ctrl_c_as_it_is():
+    call = "import signal, daq_jax; assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
+    assert subprocess.run([sys.executable, "-c", call]).returncode == 0
 
 
 def refused(words, capsys) -> str:

@@ -23,6 +23,7 @@ import pytest
 import daq_jax as daq
 from daq_jax import cli
 from tests.hf_folders import BF16, write_folder
+from tests.run_docs import cells as code_cells
 from tests.run_docs import program
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -109,6 +110,14 @@ def test_the_program_of_a_page_is_its_python_and_its_marked_shell_in_order():
     page = "".join(f"{fence.get(kind, f'```{kind}')}\n{code}\n```\ntext\n" for kind, code in blocks)
     assert re.findall("one|two|three|four|five", program(page)) == ["one", "three", "five"]
     assert program("```sh\ntwo\n```\n") == ""
+
+
+def test_the_code_cells_of_notebooks_are_run_and_kept_without_outputs():
+    for path in (ROOT / "docs").rglob("*.ipynb"):
+        found = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+        assert all(not cell["outputs"] and cell["execution_count"] is None for cell in found)
+        assert code_cells(path.read_text()).count("\n\n") >= len(found) - 1
+        assert path.stat().st_size < 20_000
 
 
 def test_the_readme_is_short():

@@ -36,7 +36,8 @@ from benchmarks.behaviour.corpora import Text, demo_corpora, load_corpora, windo
 from benchmarks.behaviour.methods import LAYOUTS, METHODS, Method, in_layout, methods_for
 from benchmarks.behaviour.report import suffix, write_report
 from benchmarks.behaviour.training import SIZES, STORED, Pair, Size, make_pairs
-from daq_jax.demo.model import ModelSize, Params, divergences, losses, next_byte_log_probs
+from daq_jax.analysis.predictions import kl_divergences
+from daq_jax.demo.model import ModelSize, Params, losses, next_byte_log_probs
 from daq_jax.density.grams import KernelInputs
 
 BASES = ("fp8", "bf16")
@@ -54,7 +55,7 @@ def predict(params: Params, text: Array, *, size: ModelSize) -> Array:
 def judge(params: Params, text: Array, log_p: Array, *, size: ModelSize) -> tuple[Array, Array]:
     """Mean loss on `text`, and mean KL divergence from the predictions `log_p` to those of `params`."""
     log_q = predict(params, text, size=size)
-    return jnp.mean(losses(log_q, text)), jnp.mean(divergences(log_p, log_q))
+    return jnp.mean(losses(log_q, text)), jnp.mean(kl_divergences(log_p, log_q))
 
 
 def quantized_paths(quantized: Any) -> list[str]:

@@ -38,11 +38,11 @@ from benchmarks.behaviour.training import Size, learn
 from benchmarks.density import released
 from benchmarks.density.baselines import BASELINES, Grid, Inputs, baseline
 from benchmarks.density.report import write_report
+from daq_jax.analysis.predictions import kl_divergences
 from daq_jax.demo.model import (
     Decoder,
     ModelSize,
     Params,
-    divergences,
     losses,
     make_params,
     next_byte_log_probs,
@@ -115,7 +115,7 @@ def measure(reference: Params, params: Params, text: Array, *, size: ModelSize) 
     def one(window: Array) -> tuple[Array, Array]:
         with jax.default_matmul_precision("highest"):
             log_p, log_q = (next_byte_log_probs(size, p, window[None]) for p in (reference, params))
-        return jnp.mean(losses(log_q, window[None])), jnp.mean(divergences(log_p, log_q))
+        return jnp.mean(losses(log_q, window[None])), jnp.mean(kl_divergences(log_p, log_q))
 
     return tuple(jnp.mean(x) for x in jax.lax.map(one, text, batch_size=64))
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, UInt8
 
+from daq_jax.analysis.predictions import kl_divergences
 from daq_jax.errors import DaqError
 
 Params = Any  # a nested dict of arrays, as Linen makes it
@@ -117,11 +118,6 @@ def losses(log_probs: Float[Array, "B L V"], text: UInt8[Array, "B M"]) -> Float
     return -jnp.take_along_axis(log_probs, true, axis=-1)[..., 0]
 
 
-def divergences(log_p: Float[Array, "*axes V"], log_q: Float[Array, "*axes V"]) -> Float[Array, "*axes"]:
-    """KL divergence from `p` to `q`, both given by their logarithms. Finite if the logarithms are."""
-    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
-
-
 class TrainState(NamedTuple):
     """Weights and the running means of Adam, all float32."""
 
@@ -211,6 +207,6 @@ def mean_divergence(
 
     def one(window: Array) -> Array:
         log_p = next_byte_log_probs(size, reference, window[None])
-        return jnp.mean(divergences(log_p, next_byte_log_probs(size, params, window[None])))
+        return jnp.mean(kl_divergences(log_p, next_byte_log_probs(size, params, window[None])))
 
     return jnp.mean(jax.lax.map(one, cut_windows(text, size.context), batch_size=batch))

@@ -7,6 +7,8 @@ then chooses codes by that loss. Source: arXiv:2410.12187 for the two stages; th
 
 import dataclasses
 import functools
+import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,12 +32,17 @@ from daq_jax.numerics.sharding import run_sharded, sharding_of
 from daq_jax.pairs import Pair, pair_leaves, refuse_unquantizable, warn_unused
 from daq_jax.qtensor import QTensor
 from daq_jax.recipe import Recipe
-from daq_jax.rules import DEFAULT_RULES, Rule
+from daq_jax.rules import DEFAULT_RULES, NAMED_RULES, Rule
 from daq_jax.tilings import Matrix, TileView, scale_sharding
 from daq_jax.trees import PyTree, with_leaves
 
 _IN_CACHE = 2**18  # weights that a CPU works on at a time
+_NAMED = 8  # leaves that a warning names
 _NARROWEST = 64  # outputs: fewer leave vector lanes empty
+
+
+class UncalibratedWarning(UserWarning):
+    """The calibrated model multiplied nothing with some of the weights, which are therefore kept."""
 
 
 def quantize_density(
@@ -61,11 +68,14 @@ def quantize_density(
         check_finite: look for NaN and infinity first.
 
     Returns:
-        A tree like `params`, with a `QTensor` that has a `zero` for each leaf that was quantized.
+        A tree like `params`, with a `QTensor` that has a `zero` for each leaf that was quantized. A leaf that
+        the calibrated model multiplied nothing with, such as a table of positions, is kept, and an
+        `UncalibratedWarning` names it.
 
     Raises:
-        DaqError: before any work, naming every leaf at fault: what `quantize` refuses, a kernel without a
-            Gram matrix, or one of another group size.
+        DaqError: before any work, naming every leaf at fault: what `quantize` refuses, a kernel with Gram
+            matrices of another group size, and, where the model multiplied nothing with a leaf, one that a
+            `use` of your own names, or all leaves if there is no other.
 
     Source: arXiv:2410.12187, and see `DensityRecipe`.
 
@@ -78,7 +88,11 @@ def quantize_density(
     pairs = pair_leaves(params if base is None else base, params, Recipe(), rules)
     warn_unused(pairs, rules)
     refuse_unquantizable(pairs, check_finite)
+    unused = _unused(pairs, grams)
+    pairs = [_kept(p) if p.path in unused else p for p in pairs]
     _refuse_uncalibrated(pairs, grams, recipe)
+    if unused:
+        _warn_of(unused)
     return with_leaves(
         params, [_quantize_leaf(p, grams, recipe) if p.decision.quantize else p.tuned for p in pairs]
     )
@@ -94,6 +108,41 @@ def _refuse_mismatch(recipe: DensityRecipe, base: PyTree | None) -> None:
 
 def _view(pair: Pair, recipe: DensityRecipe) -> TileView:
     return TileView(tuple(pair.tuned.shape), pair.decision.matrix, recipe.tiling)
+
+
+def _unused(pairs: Sequence[Pair], grams: Grams | None) -> dict[str, float]:
+    """Leaves to keep, as the calibrated model multiplied nothing with them: shares of the weights, by path.
+
+    A leaf that a rule of the caller's own wants quantized is not among them. Nor is any, if the model
+    multiplied nothing with all leaves: then the model or the tree is another one.
+    """
+    wanted = [p for p in pairs if p.decision.quantize]
+    known = {kernel.path for kernel in grams.inputs} if grams else set()
+    if known.isdisjoint(p.path for p in wanted):
+        return {}
+    total = sum(math.prod(p.tuned.shape) for p in wanted)
+    return {
+        p.path: math.prod(p.tuned.shape) / total
+        for p in wanted
+        if p.path not in known and (p.decision.rule is None or p.decision.rule in NAMED_RULES)
+    }
+
+
+def _kept(pair: Pair) -> Pair:
+    return dataclasses.replace(pair, decision=dataclasses.replace(pair.decision, quantize=False))
+
+
+def _warn_of(unused: dict[str, float]) -> None:
+    more = f" and {len(unused) - _NAMED} more" if len(unused) > _NAMED else ""
+    names = ", ".join(map(repr, list(unused)[:_NAMED]))
+    warnings.warn(
+        f"{names}{more}, {sum(unused.values()):.1%} of the weights to quantize, are kept as they are: the "
+        "calibrated model multiplied nothing with them, or did so in a loop or with a batch axis. "
+        "quantize_density without `grams` quantizes them; keep(...) before the other rules says that they "
+        "are to be kept",
+        UncalibratedWarning,
+        stacklevel=3,
+    )
 
 
 def _refuse_uncalibrated(pairs: Sequence[Pair], grams: Grams | None, recipe: DensityRecipe) -> None:

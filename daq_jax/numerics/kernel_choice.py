@@ -20,6 +20,7 @@ from jaxtyping import Array
 Arrays = Sequence[Array]
 
 _MOST_ELEMENTS = 2**31 - 1  # of an array in a kernel: Pallas for Triton counts them in 32 bits
+_FIRST_WITH_FP8 = 8.9  # compute capability of Ada; Hopper has 9.0
 
 
 Use = Literal["where possible", "interpreted", "never"]
@@ -65,18 +66,24 @@ def pallas_call(kernel: Callable[..., None], **options: Any) -> Callable[..., An
 
 def may_take_kernels() -> bool:
     """Whether programs are traced with kernels of ours in them, for GPUs that have FP8 instructions."""
-    return interpreted() or (_use == "where possible" and _has_fp8_gpu())
+    return interpreted() or (_use == "where possible" and not why_no_kernels())
 
 
 @functools.cache
-def _has_fp8_gpu() -> bool:
-    """Whether there is a local NVIDIA GPU with instructions for FP8, and Pallas can compile for it."""
+def why_no_kernels() -> str:
+    """Why kernels of ours cannot run on the local devices, as a clause; "" where they can."""
     try:
         gpus = jax.local_devices(backend="cuda")
     except RuntimeError:  # no such backend
-        return False
-    found = all(float(gpu.compute_capability) >= 8.9 for gpu in gpus)
-    return found and importlib.util.find_spec("jax.experimental.pallas.triton") is not None
+        return "JAX has no NVIDIA GPU here"
+    least = min(float(gpu.compute_capability) for gpu in gpus)
+    if least < _FIRST_WITH_FP8:
+        return (
+            f"a GPU of compute capability {least} has no FP8 instructions, which came with {_FIRST_WITH_FP8}"
+        )
+    if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
+        return "this JAX has no Pallas for Triton"
+    return ""
 
 
 def kernel_or_plain(kernel: Callable[..., Arrays], plain: Callable[..., Arrays], *args: Array) -> list[Array]:

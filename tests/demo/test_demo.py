@@ -57,18 +57,13 @@ def test_holding_out_nothing_or_too_much_is_refused(held_out):
 # --- model ---
 
 
-def test_losses_and_divergences_equal_their_definitions():
+def test_losses_equal_their_definition():
     rng = np.random.default_rng(0)
-    p, q = rng.dirichlet(np.ones(5), (2, 3)), rng.dirichlet(np.ones(5), (2, 3))
+    p = rng.dirichlet(np.ones(5), (2, 3))
     text = rng.integers(0, 5, (2, 4))
     loss = [[-math.log(p[b, i, text[b, i + 1]]) for i in range(3)] for b in range(2)]
-    kl = [
-        [sum(p[b, i, v] * math.log(p[b, i, v] / q[b, i, v]) for v in range(5)) for i in range(3)]
-        for b in range(2)
-    ]
-    log_p, log_q = (jnp.asarray(np.log(x), jnp.float32) for x in (p, q))
+    log_p = jnp.asarray(np.log(p), jnp.float32)
     np.testing.assert_allclose(model.losses(log_p, jnp.asarray(text, jnp.uint8)), loss, rtol=1e-5)
-    np.testing.assert_allclose(model.divergences(log_p, log_q), kl, rtol=1e-4)
 
 
 def test_rotate_multiplies_pairs_as_complex_numbers():

@@ -126,11 +126,12 @@ def test_any_function_will_do_however_it_uses_a_kernel():
     ):
         size = np.abs(wanted).max()
         np.testing.assert_allclose(grams.products[path][0] / size, wanted / size, atol=rtol)
-    with pytest.raises(
-        ValueError,
-        match=r"(?s)'hf': the model contracts its axes \(1,\).*use\(pattern.*'unused': there is no",
-    ):
-        daq.quantize_density(params, grams, daq.DensityRecipe(group=12), rules=[daq.keep("mean")])
+    for rules in ([], [daq.use("unused")]):  # asked for by name, it cannot be kept
+        with pytest.raises(
+            ValueError, match=r"'hf': the model contracts its axes \(1,\).*use\(pattern"
+        ) as told:
+            daq.quantize_density(params, grams, daq.DensityRecipe(group=12), rules=[daq.keep("mean"), *rules])
+        assert ("'unused': there is no Gram" in str(told.value)) == bool(rules)
 
 
 def test_one_at_a_time_makes_the_same_matrices_when_asked():

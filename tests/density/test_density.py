@@ -188,12 +188,36 @@ def test_a_metric_of_the_change_can_be_the_loss():
         quantized(tuned, None, recipe)
 
 
+def test_a_leaf_that_nothing_multiplies_is_kept_with_a_warning():
+    def apply(params, x):
+        return (x + params["prompt"][:4]) @ params["up"]
+
+    rng = np.random.default_rng(0)
+    params = {
+        "prompt": rng.normal(size=(16, 64)).astype(np.float32),
+        "up": rng.normal(size=(64, 48)).astype(np.float32),
+    }
+    grams = daq.calibrate_from(apply, params, [jnp.ones((4, 64))], 32, progress=False)
+    recipe = daq.DensityRecipe(group=32)
+    with pytest.warns(daq.UncalibratedWarning, match=r"^'prompt', 25\.0% of the weights"):
+        q = daq.quantize_density(params, grams, recipe)
+    assert q["prompt"] is params["prompt"]
+    assert isinstance(q["up"], daq.QTensor)
+    silenced = daq.quantize_density(params, grams, recipe, rules=[daq.keep("prompt"), *daq.DEFAULT_RULES])
+    assert silenced["prompt"] is params["prompt"]
+
+
 def test_what_cannot_be_quantized_is_named_before_any_work():
     weight, joint = weight_and_grams("refused", (64, 4))
     blocks = jnp.stack([joint.products["kernel"][i : i + 32, i : i + 32] for i in (0, 32)])
     grams = daq.Grams({"kernel": blocks}, joint.inputs, 32)
+    both, of_32 = {"kernel": weight, "other": weight}, daq.DensityRecipe(group=32)
     with pytest.raises(ValueError, match=r"(?s)'other': there is no Gram matrix.*put keep"):
-        daq.quantize_density({"kernel": weight, "other": weight}, grams, daq.DensityRecipe(group=32))
+        daq.quantize_density(both, grams, of_32, rules=[daq.use("^other$")])
+    with pytest.raises(
+        ValueError, match=r"(?s)2 of the leaves.*'a': there is no Gram .*'b': there is no Gram"
+    ):
+        daq.quantize_density({"a": weight, "b": weight}, grams, of_32)
     with pytest.raises(
         ValueError, match=r"'kernel': its Gram matrices are of groups of 32 but the recipe has .* 16"
     ):
