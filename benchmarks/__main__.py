@@ -17,6 +17,7 @@ MODULES = {
     "folders": "benchmarks.folders.study",
     "native_peers": "benchmarks.native_peers.study",
     "flax_models": "benchmarks.flax_models",
+    "jax_libraries": "benchmarks.jax_libraries.study",
     "inspection": "benchmarks.inspection",
     "comparison_sums": "benchmarks.comparison_sums",
     "exactness": "benchmarks.exactness",
