@@ -19,6 +19,7 @@ MODULES = {
     "native_peers": "benchmarks.native_peers.study",
     "tpu": "benchmarks.tpu",
     "flax_models": "benchmarks.flax_models",
+    "jax_libraries": "benchmarks.jax_libraries.study",
     "inspection": "benchmarks.inspection",
     "comparison_sums": "benchmarks.comparison_sums",
     "exactness": "benchmarks.exactness",

@@ -33,7 +33,8 @@ def quantize(
     Args:
         base: tree of weights before tuning: bfloat16, float16 or float32 arrays `[..., in, out]`, or
             QTensors, each of which stands for what it dequantizes to.
-        tuned: tree of weights after tuning, of the same structure; dtypes agree leaf by leaf.
+        tuned: tree of weights after tuning, of the same structure. Where its dtype is not that of `base`, the
+            change is taken in float32, and the result has the dtype of `tuned`.
         recipe: how to quantize leaves whose rule does not say.
         rules: which leaves are quantized, in place of `DEFAULT_RULES`; write `[..., *daq.DEFAULT_RULES]` to
             add to those.
@@ -46,7 +47,7 @@ def quantize(
         A tree like `tuned`, with a `QTensor` for each leaf that was quantized.
 
     Raises:
-        DaqError: naming every leaf at fault: other structure, shape or dtype, an empty leaf, a rule that
+        DaqError: naming every leaf at fault: other structure or shape, an empty leaf, a rule that
             quantizes what cannot be quantized, all before any work, or NaN or infinity.
 
     Source: arXiv:2603.22324 for the question; see `Recipe` for the answers.

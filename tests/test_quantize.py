@@ -176,3 +176,20 @@ def test_nan_in_a_trace_gives_a_nan_scale_and_harms_no_other_tile():
     )
     unchecked = daq.quantize(base, bad, recipe, check_finite=False)
     np.testing.assert_array_equal(np.isnan(unchecked.scale), np.isnan(q.scale))
+
+
+@pytest.mark.parametrize("recipe", [ABSMAX, SMALL], ids=["absmax", "search"])
+@pytest.mark.parametrize(("before", "after"), [(BF16, np.float32), (np.float32, BF16), (np.float16, BF16)])
+def test_a_pair_may_mix_dtypes(before, after, recipe):
+    base, tuned = (
+        x.astype(t) for x, t in zip(pair("mix", (40, 48), np.float32), (before, after), strict=True)
+    )
+    q = daq.quantize(base, tuned, recipe)
+    assert q.dtype == q.dequantize().dtype == after
+    same = daq.quantize(base.astype(np.float32), tuned.astype(np.float32), recipe)
+    assert_same_bits(q.codes, same.codes)
+    assert_same_bits(q.scale, same.scale)
+    before64, after64, kept = (np.asarray(x, np.float64) for x in (base, tuned, q.dequantize(jnp.float32)))
+    d, k = after64 - before64, kept - before64
+    projection = daq.compare(base, tuned, same).total.to_dict()["projection"]
+    np.testing.assert_allclose(projection, (d * k).sum() / (d * d).sum(), rtol=1e-4)

@@ -99,8 +99,8 @@ def test_an_abstract_model_has_a_plan():
 def test_a_plan_is_refused_and_warned_of_as_quantize_is():
     with pytest.raises(daq.DaqError, match="is in base but not in tuned"):
         daq.plan({"a": shape(4, 4), "b": shape(4, 4)}, {"a": shape(4, 4)})
-    with pytest.raises(daq.DaqError, match="'a': base is bfloat16 but tuned is float32"):
-        daq.plan({"a": shape(4, 4)}, {"a": shape(4, 4, dtype=jnp.float32)})
+    with pytest.raises(daq.DaqError, match=r"'a': base is \(4, 4\) but tuned is \(4, 8\)"):
+        daq.plan({"a": shape(4, 4)}, {"a": shape(4, 8)})
     with pytest.warns(daq.UnusedRuleWarning, match="typo"):
         daq.plan({"a": shape(4, 4)}, rules=[daq.keep("typo")])
 

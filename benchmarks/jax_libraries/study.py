@@ -1,0 +1,150 @@
+"""Are the models of other JAX libraries seen as they compute, and do they run on codes?
+
+    python -m benchmarks jax_libraries
+
+makes a virtual environment in `build/jax_libraries` and installs the libraries there. Tiny models of each are
+planned, quantized, saved, loaded and run on codes. The axes of every quantized leaf are compared with those
+that gradients tell (`axes`), and the result of the run with that on dequantized weights. Writes
+`jax_libraries.json` and `jax_libraries.md`, which name what does not install or run.
+"""
+
+import json
+import os
+import subprocess
+import venv
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks import common
+
+
+class Library(NamedTuple):
+    """What is installed for a library: with its dependencies, and without."""
+
+    packages: tuple[str, ...]
+    alone: tuple[str, ...] = ()
+
+
+LIBRARIES = {
+    "equinox": Library(("equinox",)),
+    "haliax": Library(("equinox", "marin-haliax")),
+    "keras": Library(("keras",)),
+    "penzai": Library(("penzai",)),
+    "tunix": Library((), ("google-tunix", "qwix")),
+    "maxtext": Library(("pydantic", "omegaconf"), ("maxtext", "qwix")),
+}
+LIMIT = 900  # seconds for each library
+HEADS = (
+    "library",
+    "model",
+    "quantized",
+    "right",
+    "finer",
+    "wrong",
+    "not told",
+    "loaded = saved",
+    "difference in jit",
+)
+
+
+def python_of(folder: Path) -> Path:
+    """The interpreter of the environment, which is made if need be, with daq_jax in it."""
+    python = folder / "bin" / "python"
+    if not python.exists():
+        venv.create(folder, with_pip=True)
+        install(python, "-e", str(common.ROOT))
+    return python
+
+
+def install(python: Path, *words: str) -> str:
+    """Installs packages. Returns what went wrong, in a line; "" if nothing did."""
+    done = subprocess.run(
+        [python, "-m", "pip", "install", "-q", "--pre", *words], capture_output=True, text=True
+    )
+    lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+    return "" if done.returncode == 0 else (lines or ["pip failed"])[-1]
+
+
+def rows_of(name: str, library: Library, python: Path) -> list[dict[str, Any]]:
+    """Installs a library and checks its models, each a row; one row with an `error` if that cannot be."""
+    wrong = install(python, *library.packages) if library.packages else ""
+    if not wrong and library.alone:
+        wrong = install(python, "--no-deps", *library.alone)
+    if wrong:
+        return [{"library": name, "model": "", "error": wrong}]
+    call = [python, "-m", "benchmarks.jax_libraries.check", name]
+    settings = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(common.ROOT)}
+    done = subprocess.run(call, cwd=common.ROOT, env=settings, capture_output=True, text=True, timeout=LIMIT)
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"library"')]
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["no word"]
+        rows.append({"library": name, "model": "all", "error": lines[-1]})
+    return rows
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The table of all models, and what is to be said of single leaves."""
+
+    def line(row: dict[str, Any]) -> list[Any]:
+        versions = row.get("versions", {})
+        library = f"{row['library']} {versions.get(row['library'], '')}".strip()
+        library += f", JAX {versions['jax']}" if versions else ""
+        if "error" in row:
+            return [library, row["model"], *["-"] * 6, row["error"].partition("\n")[0][:120]]
+        counts = [row[name] for name in ("quantized", "right", "finer", "wrong", "not told")]
+        return [
+            library,
+            row["model"],
+            *counts,
+            "yes" if row["loaded_is_saved"] else "no",
+            f"{row['difference']:.1g}",
+        ]
+
+    notes = [
+        f"- {row['library']}, {row['model']}: {word.replace('_', ' ')} {', '.join(row[word])}"
+        for row in report["rows"]
+        for word in ("wrong_leaves", "not_told_leaves")
+        if row.get(word)
+    ]
+    head = (
+        "Axes of every quantized leaf, beside those that gradients tell: *right*; right and *finer*, in\n"
+        "more matrices than the model needs; *wrong*; or *not told* by gradients. Then whether a saved\n"
+        "model loads bit for bit, and the largest difference between the results on codes and on\n"
+        "dequantized weights, both inside `jit`.\n"
+    )
+    return "\n".join(
+        [
+            head,
+            common.table(HEADS, map(line, report["rows"])),
+            "",
+            *notes,
+            *[""] * bool(notes),
+            common.provenance(report),
+            "",
+        ]
+    )
+
+
+def main(*, only: tuple[str, ...] = (), out: Path | None = None, quick: bool = False) -> int:
+    """Installs the libraries and checks their models. Status 1 if a leaf is wrong or a result differs.
+
+    Args:
+        only: names of libraries, whose rows take the place of earlier ones; none for all.
+        out: folder for the results; None for `benchmarks/results`.
+        quick: Equinox alone.
+    """
+    python = python_of(common.ROOT / "build" / "jax_libraries")
+    path = common.results(out, quick) / "jax_libraries.json"
+    rows = [row for row in json.loads(path.read_text())["rows"] if row["name"] not in only] if only else []
+    for name in only or (("equinox",) if quick else tuple(LIBRARIES)):
+        found = [{"name": name, **row} for row in rows_of(name, LIBRARIES[name], python)]
+        rows += found
+        for row in found:
+            print(json.dumps(row), flush=True)
+    report = common.environment() | {"rows": rows}
+    common.write(path, report, markdown(report))
+    print(path.with_suffix(".md").read_text())
+    return int(any(row.get("wrong") or row.get("difference") for row in rows))
+
+
+COMMANDS = {"jax_libraries": main}
