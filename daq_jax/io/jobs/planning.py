@@ -33,6 +33,9 @@ from daq_jax.searches.search import as_search
 from daq_jax.tilings import Tiling
 
 _WRITING = 2  # bytes for each element of the matrix before it, which is being written
+_AT_ONCE = 2**22  # elements of a quantized tensor that is kept, which are dequantized at a time
+# Bytes for each tensor, beside those for each letter of its name: specs, tasks, records and the report.
+_EACH_TENSOR, _EACH_LETTER = 3000, 6
 RUNTIME = 700 * 10**6  # bytes of the interpreter, JAX, its compiled programs, and the figures of a band
 
 
@@ -245,6 +248,9 @@ def kept_task(tensor: Tensor, why: str, recipe: Recipe, stored: np.dtype, dtype:
     plain = tensor.copied or tensor.spec
     spec = plain if tensor.coding is None else TensorSpec.of(stored, tensor.plain_shape)
     rows = max(1, *tensor.shape[:1], 1)
+    if tensor.coding is not None:  # dequantized some rows at a time; others are copied by bytes
+        each = max(1, tensor.spec.size // rows)
+        rows = max(1, _AT_ONCE // each // tensor.band_step) * tensor.band_step
     return Task(tensor, None, False, why, {tensor.name: spec}, rows, None, recipe, dtype)
 
 
@@ -290,7 +296,8 @@ def _step(tensor: Tensor, base: Tensor | None, tiling: Tiling) -> int:
 def memory_of(tasks: Sequence[Task]) -> int:
     """Bytes that the work takes at most, the process itself included."""
     units = [task.most_elements * _bytes_each(task.tuned, task.recipe) for task in tasks if task.quantize]
-    return RUNTIME + max(units, default=0)
+    words = sum(_EACH_TENSOR + _EACH_LETTER * len(task.name) for task in tasks)
+    return RUNTIME + words + max(units, default=0)
 
 
 class Work(NamedTuple):
