@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,10 @@ class FolderStore:
     @functools.cached_property
     def _shards(self) -> dict[str, Shard]:
         return {shard.file: shard for shard in self.plan.shards}
+
+    @functools.cached_property
+    def _compiled(self) -> set[Hashable]:
+        return set()
 
     @property
     def units(self) -> Mapping[str, int]:
@@ -133,7 +137,9 @@ class FolderStore:
 
     def write(self, unit: str, *, earlier: Sequence[Record], following: str | None, tell: Tell) -> Record:
         """See `Store.write`."""
-        return ShardJob(self.plan, self.base, self.tuned, tell).do(self._shards[unit], self.out)
+        return ShardJob(self.plan, self.base, self.tuned, tell, self._compiled).do(
+            self._shards[unit], self.out
+        )
 
     def verify(self, unit: str, record: Record) -> None:
         """See `Store.verify`."""

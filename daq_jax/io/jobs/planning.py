@@ -8,7 +8,7 @@ import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -80,6 +80,11 @@ class Task:
         n = self.tuned.shape[0] if self.tuned.shape else 1
         return [slice(i, min(i + self.rows, n)) for i in range(0, n, self.rows)]
 
+    def program(self, rows: slice) -> Hashable:
+        """What a band has in common with the others that one compiled program does."""
+        shape = rows.stop - rows.start, *self.tuned.shape[1:]
+        return self.recipe, self.tuned.matrix, shape, self.dtype, self.base is None
+
     @property
     def most_elements(self) -> int:
         """Most elements that are worked on at a time."""
@@ -138,6 +143,12 @@ class Plan:
     def tasks(self) -> list[Task]:
         """Every tensor of the result."""
         return [task for shard in self.shards for task in shard.tasks]
+
+    @functools.cached_property
+    def programs(self) -> list[Hashable]:
+        """What is compiled apart: the kinds of bands, in the order in which they come; see `Task.program`."""
+        bands = ((task, rows) for task in self.tasks if task.quantize for rows in task.bands)
+        return list(dict.fromkeys(task.program(rows) for task, rows in bands))
 
     @functools.cached_property
     def nbytes(self) -> int:

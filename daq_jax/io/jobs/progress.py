@@ -12,12 +12,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, 
 from rich.table import Table
 
 from daq_jax.analysis.figures import Figures, pool
+from daq_jax.analysis.names import printable
 from daq_jax.io.jobs.planning import Plan
 
 _LOW_SHARE = 0.5  # of the elements: fewer quantized is worth a warning
 _SECONDS = 10.0  # between two plain lines
 
-Tell = Callable[[str, int, Figures | None], None]  # (tensor, bytes of it done, its figures so far)
+# (tensor, bytes of it done, its figures so far); no bytes and no figures: work on it begins
+Tell = Callable[[str, int, Figures | None], None]
 
 
 def _size(nbytes: float | int) -> str:
@@ -62,12 +64,18 @@ class Running:
     def __init__(self, total: int, show: Any) -> None:
         self.total, self.done = total, 0
         self._show = show
+        self._now = ""
         self._finished: Figures | None = None  # of all tensors but the one at hand
         self._at_hand: tuple[str, Figures] | None = None
 
     def tell(self, name: str, nbytes: int, figures: Figures | None) -> None:
-        """Takes note that more of a tensor is done; `figures` are the figures of all its bands so far."""
+        """Takes note that more of a tensor is done; `figures` are the figures of all its bands so far.
+
+        Without bytes and figures, work on the tensor begins, and its name may say what takes time.
+        """
         self.done += nbytes
+        if not nbytes and figures is None:
+            self._now = printable(name)
         if figures is not None:
             if self._at_hand and self._at_hand[0] != name:
                 self._finished = self.pooled
@@ -82,11 +90,12 @@ class Running:
 
     @property
     def words(self) -> str:
-        """Sign rate and projection so far."""
+        """Sign rate and projection so far, and the tensor at hand."""
         found = self.pooled
-        if found is None:
-            return ""
-        return f"sign rate {float(found.sign_rate):.1%}, projection {float(found.projection):.3f}"
+        kept = ""
+        if found is not None:
+            kept = f"sign rate {float(found.sign_rate):.1%}, projection {float(found.projection):.3f}"
+        return ", ".join(filter(None, (kept, self._now)))
 
 
 @contextlib.contextmanager
@@ -102,8 +111,9 @@ def progress_on(console: Console, total: int) -> Iterator[Running]:
             rate = running.done / max(now - start, 1e-9)
             left = (running.total - running.done) / max(rate, 1e-9)
             share = running.done / max(running.total, 1)
-            words = f"{share:.0%} of {_size(total)}, {_size(rate)}/s, {left:.0f} s left", running.words
-            console.print(", ".join(filter(None, words)), highlight=False)
+            speed = f"{_size(rate)}/s, {left:.0f} s left" if running.done else ""
+            words = f"{share:.0%} of {_size(total)}", speed, running.words
+            console.print(", ".join(filter(None, words)), highlight=False, markup=False)
 
     if not console.is_terminal:
         yield Running(total, plain)
@@ -111,7 +121,7 @@ def progress_on(console: Console, total: int) -> Iterator[Running]:
     columns = BarColumn(), TransferSpeedColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("", total=total)
-        yield Running(total, lambda r: bar.update(task, completed=r.done, description=r.words))
+        yield Running(total, lambda r: bar.update(task, completed=r.done, description=escape(r.words)))
 
 
 def result_of(total: Figures | None, nbytes: int, seconds: float, peak: int, promised: int) -> str:

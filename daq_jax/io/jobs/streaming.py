@@ -6,7 +6,7 @@ pair before it. Nothing waits in a queue, so memory does not depend on the size 
 
 import dataclasses
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -35,10 +35,11 @@ class ShardJob:
         base: folder of the model before tuning.
         tuned: folder of the model after tuning.
         tell: takes note of progress.
+        compiled: kinds of bands that this process has done (`Task.program`), to which this shard's are added.
     """
 
-    def __init__(self, plan: Plan, base: Folder, tuned: Folder, tell: Tell) -> None:
-        self.plan, self.base, self.tuned, self.tell = plan, base, tuned, tell
+    def __init__(self, plan: Plan, base: Folder, tuned: Folder, tell: Tell, compiled: set[Hashable]) -> None:
+        self.plan, self.base, self.tuned, self.tell, self.compiled = plan, base, tuned, tell, compiled
         self.sums: dict[str, int] = {}  # crc32 of each written tensor
         self.written: dict[str, int] = {}  # bytes of each so far
         self.figures: dict[str, Figures] = {}
@@ -70,6 +71,7 @@ class ShardJob:
             (task, rows), pair = band, [leaf.result() for leaf in ahead]
             band = next(bands, None)
             ahead = self._read(readers, *band) if band else []
+            self._announce(task, rows)
             result = self._result(task, rows, pair[-1], pair[0]) if pair else None
             del pair
             if writing:
@@ -77,6 +79,14 @@ class ShardJob:
             writing = writer.submit(self._write, file, task, rows, result)
         if writing:
             writing.result()
+
+    def _announce(self, task: Task, rows: slice) -> None:
+        """Says which tensor is at hand, and whether its program has to be compiled first."""
+        words = ""
+        if task.quantize and (program := task.program(rows)) not in self.compiled:
+            self.compiled.add(program)
+            words = f" (compiling shape {len(self.compiled)} of {len(self.plan.programs)})"
+        self.tell(f"{task.name}{words}", 0, None)
 
     def _read(self, readers: ThreadPoolExecutor, task: Task, rows: slice) -> list[Future[Leaf]]:
         """The tuned matrix, and its base if there is one, on their way; none for a tensor that is copied."""
