@@ -201,7 +201,6 @@ def warn_ambiguous(pairs: Sequence[Pair]) -> None:
     shapes = float_shapes({p.path: p.tuned for p in pairs})
     decisions = {p.path: p.decision for p in pairs}
     few = narrow(shapes, decisions)
-    family = family_of(shapes)
     for kind, found in (
         (NarrowMatrixWarning, few),
         (AmbiguousMatrixWarning, {p: why for p, why in doubts(shapes, decisions).items() if p not in few}),
@@ -211,6 +210,7 @@ def warn_ambiguous(pairs: Sequence[Pair]) -> None:
             alike[(re.sub(r"\d+", "*", path), f"{shapes[path]}", why)].append(path)
         for (_, shape, why), paths in alike.items():
             others = f" (and {len(paths) - 1} like it)" if paths[1:] else ""
+            family = family_of(shapes)
             hint = f" The names look like those of daq.{family}." if family else ""
             warnings.warn(
                 f"{paths[0]!r} {shape}{others} {why}; if its rows are on other axes, say which with "

@@ -4,6 +4,7 @@ A class is known by its name and the name of its module, so that no library is i
 counted from the end: stacks of layers are made by `vmap`, which puts their axis in front.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -52,9 +53,12 @@ Reader = Callable[[Any, str], Matrix | tuple[()] | None]  # () for what is no ma
 
 def _reader(node: Any) -> Reader | None:
     """What reads the views off a layer; None for a node of no known type."""
-    if is_box(node) or not hasattr(node, "__dict__"):
-        return None
-    for cls in type(node).__mro__:
+    return None if is_box(node) or not hasattr(node, "__dict__") else _reader_of(type(node))
+
+
+@functools.cache
+def _reader_of(layer: type) -> Reader | None:
+    for cls in layer.__mro__:
         for package, readers in _READERS.items():
             if cls.__module__.startswith(package) and cls.__name__ in readers:
                 return readers[cls.__name__]

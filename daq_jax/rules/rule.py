@@ -1,6 +1,7 @@
 """A rule, how one is made, and what is warned of where rules are applied."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -54,11 +55,16 @@ class Rule:
 
     def matches(self, path: str, ndim: int) -> bool:
         """Whether this rule speaks of a leaf."""
-        return ndim >= self.ndim_at_least and re.search(self.pattern, path) is not None
+        return ndim >= self.ndim_at_least and _is_found(self.pattern, path)
 
     def shown(self) -> str:
         """What the rule is for or, where it does not say, its pattern."""
         return self.about or f"{'use' if self.quantize else 'keep'}({self.pattern!r})"
+
+
+@functools.lru_cache(maxsize=2**16)  # calls repeat with the same trees
+def _is_found(pattern: str, path: str) -> bool:
+    return re.search(pattern, path) is not None
 
 
 def keep(pattern: str) -> Rule:

@@ -5,6 +5,7 @@ whatever it is called; a leaf of two axes in a stack of layers is a vector of ea
 """
 
 import collections
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -68,6 +69,12 @@ def own_axes(shapes: Shapes) -> dict[str, tuple[int, ...]]:
     Args:
         shapes: of all floating-point leaves of a tree, by path.
     """
+    return dict(_own_axes(tuple(shapes.items())))
+
+
+@functools.lru_cache(maxsize=16)  # several parts of a call ask, and calls repeat
+def _own_axes(items: tuple[tuple[str, tuple[int, ...]], ...]) -> dict[str, tuple[int, ...]]:
+    shapes = dict(items)
     parts: dict[str, list[str]] = collections.defaultdict(list)
     for path in shapes:
         names = path.split("/")
@@ -92,7 +99,7 @@ def _stacked(parts: Mapping[str, list[str]], shapes: Shapes) -> dict[str, int]:
 
 def _stack_axis(shapes: Shapes) -> int | None:
     """The axis along which layers are stacked in a part of a tree, if it is a stack."""
-    norms = [s for path, s in shapes.items() if re.search(r"(?i)norm|(^|[/_])(ln\w*|scale)([/_]|$)", path)]
+    norms = [s for path, s in shapes.items() if _is_norm(path)]
     if not any(len(s) == 2 for s in norms) or not any(len(s) > 2 for s in shapes.values()):
         return None
     for axis in (0, 1):
@@ -100,6 +107,11 @@ def _stack_axis(shapes: Shapes) -> int | None:
         if len(lengths) == 1 and -1 not in lengths:
             return axis
     return None
+
+
+@functools.lru_cache(maxsize=2**16)
+def _is_norm(path: str) -> bool:
+    return re.search(r"(?i)norm|(^|[/_])(ln\w*|scale)([/_]|$)", path) is not None
 
 
 def _routers(shapes: Shapes) -> Found:
