@@ -196,7 +196,7 @@ def compare(
 
     from daq_jax.analysis.gates import floors_of, refuse_low
     from daq_jax.display import terminal
-    from daq_jax.io.jobs.compare_folders import compare_folders
+    from daq_jax.io.jobs.compare_folders import compare_folders, facts_of_folders
     from daq_jax.io.jobs.kept_tensors import faults_of_folder
     from daq_jax.io.jobs.progress import progress_on
 
@@ -220,7 +220,9 @@ def compare(
                 raise
             raise CannotJudge(str(error)) from error
     if html and page:
-        html.write_text(page(found, title=f"What {out.name} kept"), encoding="utf-8")
+        facts = facts_of_folders(base, tuned, out)
+        html.write_text(page(found, title=f"What {out.name} kept", facts=facts), encoding="utf-8")
+        print(f"daq-jax: wrote {html}", file=sys.stderr)
     if json:
         print(json_format.dumps(found.to_dict(), allow_nan=False))
     elif csv:

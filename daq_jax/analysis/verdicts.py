@@ -5,9 +5,10 @@ the estimate lies below `KEPT`, and "kept" where all of it lies above.
 """
 
 import math
+from collections.abc import Mapping
 
 from daq_jax.analysis.estimates import Estimate, Findings
-from daq_jax.analysis.figures import ON_GRID
+from daq_jax.analysis.figures import ON_GRID, Figures
 
 # Two unrelated models differ by sqrt(|base|^2 + |tuned|^2), that is by at least the size of the base; no
 # fine-tune comes near.
@@ -51,6 +52,28 @@ def verdict_of(found: Findings, recipe: str, *, format_name: str = "FP8") -> str
     noise = "the default only lowers the ordinary noise of rounding somewhat"
     rest = noise if only_noise else f"{recipe} {_keeps(kept)}"
     return f"{grid} Plain AbsMax keeps the change, {_interval(plain)} of it; {rest}."
+
+
+def verdict_of_result(total: Figures, worst: Mapping[str, Figures]) -> str:
+    """What a quantized model kept of the change, in one or two sentences that end with what to do.
+
+    Args:
+        total: figures of all leaves together.
+        worst: figures of leaves by path, that of which least is kept first; of none, if none is quantized.
+    """
+    if not worst:
+        return "No weight is quantized: there is nothing to judge."
+    kept = float(total.projection)
+    if float(total.dd) == 0:
+        return "The two models do not differ in these weights: there is no change to keep."
+    path, least = next(iter(worst.items()))
+    low = f"least in {path}, {float(least.projection):.0%}"
+    if kept < KEPT:
+        lost = f"{1 - kept:.0%} of the change is lost ({low})"
+        return f"{lost}. Quantize with the default recipe, and compare the predictions."
+    if kept > 2 - KEPT:
+        return f"The change comes out at {kept:.0%} of its size ({low}). Use a rounding that is unbiased."
+    return f"The change is kept, at {kept:.0%} of its size ({low}). Compare the predictions before you ship."
 
 
 def _grid(found: Findings, name: str) -> str:

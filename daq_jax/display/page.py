@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from daq_jax.analysis import sheets
 from daq_jax.analysis.comparison import Comparison
+from daq_jax.analysis.verdicts import verdict_of_result
 from daq_jax.version import __version__
 
 try:
@@ -33,6 +34,7 @@ def page(
     *,
     title: str = "What quantization kept",
     others: Mapping[str, Comparison] | None = None,
+    facts: Mapping[str, str] | None = None,
 ) -> str:
     """An HTML page that shows a comparison. It makes no request, and is below 2 MB for 1,000 leaves.
 
@@ -40,6 +42,7 @@ def page(
         comparison: what to show. Three of the pictures need one made with `details=True`.
         title: title of the page.
         others: comparisons of the same pair under other recipes, by name, which are drawn side by side.
+        facts: what was compared, in words by name, such as base, tuned, recipe, command and date.
 
     Returns:
         The page, to be written to a file as UTF-8.
@@ -50,6 +53,8 @@ def page(
         title=title,
         columns=columns,
         total=list(zip(columns, sheets.cells(comparison.total), strict=True)),
+        verdict=verdict_of_result(comparison.total, ranked),
+        facts=dict(facts or {}),
         notes=[*filter(None, [comparison.doubt]), *comparison.sheet(len(ranked)).after],
         rows=[(path, sheets.cells(figures)) for path, figures in ranked.items()],
         pictures=_pictures(comparison, others or {}),

@@ -13,6 +13,7 @@ import pytest
 from daq_jax.analysis.comparison import Comparison
 from daq_jax.analysis.figures import Figures, pool
 from daq_jax.analysis.histograms import Details
+from daq_jax.analysis.verdicts import verdict_of_result
 from daq_jax.display.page import page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -28,7 +29,8 @@ def shown():
     leaves = dict(zip(names, [*sums][1:], strict=True))
     found = Details(4096, rng.integers(0, 99, (64, 64)), np.full(36, 99), np.full(36, 66), np.arange(97))
     table = Comparison(leaves, pool(leaves.values()), {names[0]: found})
-    return table, page(table, title="A <page>", others={"absmax": table})
+    facts = {"base": "a <base>", "recipe": "default", "date": "2026-11-27"}
+    return table, page(table, title="A <page>", others={"absmax": table}, facts=facts)
 
 
 def many_leaves(n):
@@ -61,7 +63,29 @@ def test_a_thousand_leaves_weigh_less_than_2_mb(shown):
 
 def test_a_page_without_details_or_leaves_still_shows_its_table():
     assert page(many_leaves(2)).count("data:image/png;base64,") == 1
-    assert "0 leaves" in page(Comparison({}, pool([])))
+    assert '<span id="count">0</span> leaves' in page(Comparison({}, pool([])))
+
+
+def test_a_page_says_what_was_compared_and_what_to_do(shown):
+    _, html = shown
+    assert "a &lt;base&gt;" in html
+    assert '<p class="verdict">' in html
+    empty = page(Comparison({}, pool([])))
+    assert "No weight is quantized" in empty
+
+
+@pytest.mark.parametrize(
+    ("kept", "words"),
+    [
+        (0.4, "60% of the change is lost (least in w, 40%). Quantize with the default"),
+        (0.98, "The change is kept, at 98% of its size (least in w, 98%). Compare the predictions"),
+        (1.4, "comes out at 140% of its size"),
+    ],
+)
+def test_a_verdict_ends_with_what_to_do(kept, words):
+    figures = next(iter(many_leaves(1).leaves.values()))
+    figures = dataclasses.replace(figures, dd=np.float64(1), dq=np.float64(kept))
+    assert words in verdict_of_result(figures, {"w": figures})
 
 
 # --- in a browser ---
@@ -123,6 +147,48 @@ def test_in_a_browser_the_table_sorts_the_pictures_load_and_nothing_leaves_the_p
     shots.mkdir(parents=True, exist_ok=True)
     assert browser.save_screenshot(str(shots / "page.png"))
     assert (shots / "page.png").stat().st_size > 20_000
+
+
+@pytest.mark.slow
+def test_a_search_leaves_the_leaves_with_its_words(shown, browser, tmp_path):
+    file = tmp_path / "page.html"
+    file.write_text(shown[1], encoding="utf-8")
+    browser.get(file.as_uri())
+    count = browser.find_element("css selector", "h2 span")
+    assert count.text == "3"
+    box = browser.find_element("css selector", "input")
+    box.send_keys("kernel LAYERS_2")
+    rows = browser.find_elements("css selector", "tbody tr")
+    assert [row.text.split()[0] for row in rows if row.is_displayed()] == ["layers_2/kernel"]
+    assert count.text == "1 of 3"
+    box.clear()
+    box.send_keys(" ")
+    assert all(row.is_displayed() for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280, 1920])
+def test_nothing_is_cut_at_any_width_and_dark_pages_are_dark(shown, browser, tmp_path, width, scheme):
+    file = tmp_path / "page.html"
+    large = dataclasses.replace(many_leaves(30), details=shown[0].details)
+    file.write_text(page(large, title="model" * 20, facts={"base": "path/" * 40}), encoding="utf-8")
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    browser.get(file.as_uri())
+    assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+    shade = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+    inks = browser.execute_script("return getComputedStyle(document.querySelector('td')).color")
+    paper, ink = (np.mean([int(n) for n in re.findall(r"\d+", x)[:3]]) for x in (shade, inks))
+    assert (paper < 50) == (scheme == "dark")
+    assert abs(paper - ink) > 150
+    right = browser.execute_script(
+        "return Math.max(...[...document.querySelectorAll('.verdict, dl, img, input, .rows')]"
+        ".map(x => x.getBoundingClientRect().right))"
+    )
+    assert right <= width
 
 
 @pytest.mark.slow

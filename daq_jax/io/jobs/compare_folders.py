@@ -1,6 +1,7 @@
 """`compare` for checkpoint folders, in bounded memory: two models and a quantized one, whoever wrote it."""
 
 import contextlib
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -8,12 +9,14 @@ from pathlib import Path
 from daq_jax.analysis.comparison import Comparison, compare_leaf
 from daq_jax.analysis.figures import Figures, pool
 from daq_jax.analysis.histograms import Details, details_of
+from daq_jax.analysis.names import printable
 from daq_jax.analysis.relation import Patch, as_patch, chosen, doubt_of
 from daq_jax.errors import DaqError, refuse
 from daq_jax.io.hf.adapters import open_tuned
 from daq_jax.io.hf.bands import MOST_ELEMENTS, bands
 from daq_jax.io.hf.folders import Folder, Tensor, open_safetensors
 from daq_jax.io.hf.paired_names import paired
+from daq_jax.io.jobs.journal import REPORT
 from daq_jax.io.jobs.leftovers import refuse_unread
 from daq_jax.io.jobs.progress import Tell
 from daq_jax.qtensor import QTensor
@@ -75,6 +78,15 @@ def compare_opened(
         closer = found if closer is None or found is None else closer + found
     doubt = doubt_of(patches_of_folders(base, tuned, names))
     return Comparison(leaves, pool(leaves.values()), {} if closer is None else {"": closer}, doubt)
+
+
+def facts_of_folders(base: str | Path, tuned: str | Path, quantized: str | Path) -> dict[str, str]:
+    """What is compared, in words by name; recipe, command and date are those of the report in `quantized`."""
+    words = {"base": str(base), "tuned": str(tuned), "quantized": str(quantized)}
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # no report, or none of ours
+        origin = json.loads(Path(quantized, REPORT).read_text("utf-8")).get("origin", {})
+        words |= {name: str(origin[name]) for name in ("recipe", "command", "date") if name in origin}
+    return {name: printable(word) for name, word in words.items()}
 
 
 def patches_of_folders(base: Folder, tuned: Folder, names: Iterable[str]) -> Iterator[tuple[Patch, Patch]]:
