@@ -42,12 +42,11 @@ def of_page(page: Path) -> None:
 def of_terminal() -> None:
     """A comparison as the command prints it."""
     keys = jax.random.split(jax.random.key(0), 4)
-    base = {
-        f"model.layers.{i}.mlp.down_proj.weight": jax.random.normal(k, (256, 256)) for i, k in enumerate(keys)
-    }
-    base = daq.dequantize(daq.quantize(base, base, daq.recipes.absmax))
+    names = (f"model.layers.{i}.mlp.down_proj.weight" for i in range(len(keys)))
+    base = {name: jax.random.normal(key, (256, 256)) for name, key in zip(names, keys, strict=True)}
+    base = daq.dequantize(daq.quantize(base, base, daq.recipes.absmax, rules=daq.HF_RULES))
     tuned = jax.tree.map(lambda w: w + 0.01 * jax.random.normal(jax.random.key(9), w.shape), base)
-    found = daq.compare(base, tuned, daq.quantize(base, tuned))
+    found = daq.compare(base, tuned, daq.quantize(base, tuned, rules=daq.HF_RULES))
     for width in (80, 120):
         with open("/dev/null", "w") as nowhere:
             console = Console(record=True, width=width, file=nowhere)
