@@ -1,4 +1,8 @@
-"""What the compiler of TPUs makes of our programs; it needs no TPU. All of it: `python -m benchmarks tpu`."""
+"""What the compiler of TPUs makes of our programs; it needs no TPU.
+
+The gate asks for one kind of chip, and `pytest -m tpu tests/test_tpu.py` for all of them. The whole table is that of
+`python -m benchmarks tpu`.
+"""
 
 import math
 
@@ -10,7 +14,10 @@ pytestmark = pytest.mark.tpu
 WEIGHTS = math.prod(tpu.SHAPE)
 
 
-@pytest.fixture(scope="module", params=["v5e:2x2", "v6e:2x2", "tpu7x:2x2x1"])
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("v5e:2x2", "tpu7x:2x2x1")]
+
+
+@pytest.fixture(scope="module", params=["v6e:2x2", *OTHERS])
 def chip(request):
     return tpu.on_one_chip(request.param)
 
@@ -43,7 +50,7 @@ def test_a_weight_that_is_read_as_an_array_is_written_once_in_its_dtype(chip, us
     assert found.accessed <= 5.3
 
 
-@pytest.mark.parametrize("topology", tpu.MESHES)
+@pytest.mark.parametrize("topology", ["v5e:16x16", pytest.param("v6e:2x2", marks=pytest.mark.slow)])
 def test_tiles_on_one_chip_send_nothing(topology):
     where = tpu.over_mesh(topology)
     found = tpu.compiled(tpu.quantizing("absmax", where), WEIGHTS // where.num_devices)
