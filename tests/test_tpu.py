@@ -1,6 +1,6 @@
 """What the compiler of TPUs makes of our programs; it needs no TPU.
 
-The gate asks for one kind of chip, and `pytest -m tpu tests/test_tpu.py` for all of them. The whole table is that of
+The gate asks for one kind of chip; `pytest -m tpu tests/test_tpu.py` asks for all. The whole table is that of
 `python -m benchmarks tpu`.
 """
 
