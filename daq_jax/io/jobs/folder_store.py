@@ -198,6 +198,9 @@ class FolderStore:
         files, found = report.get("files"), []
         if not isinstance(files, dict) or not {*self._shards, CONFIG} <= set(files):
             return [f"{REPORT!r} does not list its files"]
+        sums = report.get("crc32")
+        if not isinstance(sums, dict) or any(type(x) is not int for x in sums.values()):
+            return [f"{REPORT!r} does not list the checksums of its tensors"]
         for name, said in files.items():
             path = self.out / name
             try:
@@ -207,7 +210,7 @@ class FolderStore:
                     found.append(f"{name!r} is not what was written")
             except FileNotFoundError:
                 found.append(f"{name!r} is missing")
-            except (OSError, DaqError) as error:
+            except (OSError, ValueError) as error:  # the latter also of names that no file can have
                 found.append(str(error).removeprefix(f"{self.out}/").rstrip("."))
         return found
 
