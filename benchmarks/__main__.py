@@ -25,6 +25,7 @@ MODULES = {
     "exactness": "benchmarks.exactness",
     "codes": "benchmarks.codes",
     "architectures": "benchmarks.architectures.study",
+    "stops": "benchmarks.stops",
 }
 
 

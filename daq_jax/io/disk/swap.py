@@ -29,18 +29,25 @@ def old_beside(path: Path) -> Path:
 def put_in_place(new: Path, path: Path) -> None:
     """Gives `new` the name `path`, once all its bytes are on the disk; removes what had the name, last."""
     sync_tree(new)
+    old = old_beside(path)
     if not path.exists():
         os.rename(new, path)
-        sync_folder(path.parent)
-        return
-    old = new
-    if not _exchanged(new, path):
-        old = old_beside(path)
+    elif not _exchanged(new, path):
         remove_tree(old)
         os.rename(path, old)
+        sync_folder(path.parent)
         os.rename(new, path)
     sync_folder(path.parent)
-    shutil.rmtree(old)
+    for left in (new, old):  # where the old one is now, or where a stopped process left it
+        remove_tree(left)
+
+
+def put_back(path: Path) -> None:
+    """Gives the folder that was at `path` its name again if a process was stopped between two renames."""
+    old = old_beside(path)
+    if not path.exists() and old.exists() and new_beside(path).exists():
+        os.rename(old, path)
+        sync_folder(path.parent)
 
 
 def remove_tree(path: Path) -> None:

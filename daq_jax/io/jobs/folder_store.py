@@ -9,12 +9,20 @@ import dataclasses
 import functools
 import json
 import zlib
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from daq_jax.errors import DaqError, refuse
-from daq_jax.io.disk.atomic import Checksum, checksum, copy_file, make_folder, temporary_of, write_text
+from daq_jax.io.disk.atomic import (
+    Checksum,
+    checksum,
+    copy_file,
+    make_folder,
+    sync_folder,
+    temporary_of,
+    write_text,
+)
 from daq_jax.io.disk.links import listed_below, stays_inside
 from daq_jax.io.hf.folders import INDEX, SINGLE, Folder
 from daq_jax.io.hf.methods import QUANTIZATION_FILE
@@ -122,14 +130,22 @@ class FolderStore:
                 "Move them away, or pass an empty folder.",
                 one_line=True,
             )
-        first = [self.out / name for name in (CONFIG, INDEX, REPORT)]  # which make the folder look complete
-        for path in [*(p for p in first if p in mine), *sorted(mine.difference(first))]:
-            path.unlink()
-        for path in [p for name in ours for p in listed_below(self.out, [name])]:
+        first = [self.out / CONFIG, self.out / INDEX]  # which make the folder look complete
+        last = self.out / REPORT  # which says whose the other files are
+        self._remove(mine.intersection(first))
+        self._remove(mine.difference(first, [last]))
+        for path in listed_below(self.out, ours):
             temporary_of(path).unlink(missing_ok=True)
             if path.parent != self.out:
                 with contextlib.suppress(OSError):  # not there, or not empty
                     path.parent.rmdir()
+        self._remove(mine.intersection([last]))
+
+    def _remove(self, paths: Iterable[Path]) -> None:
+        """Removes files of the result before any that are removed later, also if the machine loses power."""
+        for path in sorted(paths):
+            path.unlink()
+            sync_folder(path.parent)
 
     def has(self, unit: str) -> bool:
         """See `Store.has`."""
@@ -188,6 +204,9 @@ class FolderStore:
         files, found = report.get("files"), []
         if not isinstance(files, dict) or not {*self._shards, CONFIG} <= set(files):
             return [f"{REPORT!r} does not list its files"]
+        sums = report.get("crc32")
+        if not isinstance(sums, dict) or any(type(x) is not int for x in sums.values()):
+            return [f"{REPORT!r} does not list the checksums of its tensors"]
         for name, said in files.items():
             path = self.out / name
             try:
@@ -197,7 +216,7 @@ class FolderStore:
                     found.append(f"{name!r} is not what was written")
             except FileNotFoundError:
                 found.append(f"{name!r} is missing")
-            except (OSError, DaqError) as error:
+            except (OSError, ValueError) as error:  # the latter also of names that no file can have
                 found.append(str(error).removeprefix(f"{self.out}/").rstrip("."))
         return found
 

@@ -24,7 +24,7 @@ from daq_jax.io.disk.locks import one_writer
 from daq_jax.io.jobs.audit import identity_line, identity_of
 from daq_jax.io.jobs.identity import Inputs
 from daq_jax.io.jobs.journal import Journal, Record, Work
-from daq_jax.io.jobs.progress import Tell, progress_on, result_of
+from daq_jax.io.jobs.progress import Running, Tell, progress_on, result_of
 from daq_jax.io.jobs.store import Store
 
 _SPARE_DISK = 10**8  # bytes left free for report and side files
@@ -82,9 +82,10 @@ class Job:
             if self._begin(journal):
                 self._say(f"{self.store.out} is complete already, and each file is what was written")
                 return journal.report()
-            progress = Finished(self.store, journal, self._say)
-            with progress_on(self.console, sum(self.store.units[unit] for unit in self.units)) as running:
-                self._carry_out(progress, running.tell)
+            progress, running = self._pass(journal)
+            if progress.resumed and not self.store.readable and not self._holds_together(progress):
+                self._say("what was finished before cannot be put together: all is written anew")
+                progress, running = self._pass(journal)
             report = self._complete(progress, inputs)
         seconds = time.monotonic() - started
         self._say(result_of(running.pooled, self.store.nbytes, seconds, _peak(), self.memory))
@@ -137,6 +138,13 @@ class Job:
             way_out = "Pass --overwrite to write it anew."
             refuse(f"{self.store.out}: was complete and is so no more", damaged, way_out, one_line=True)
 
+    def _pass(self, journal: Journal) -> "tuple[Finished, Running]":
+        """Carries out what is left, and shows progress."""
+        done = Finished(self.store, journal, self._say)
+        with progress_on(self.console, sum(self.store.units[unit] for unit in self.units)) as running:
+            self._carry_out(done, running.tell)
+        return done, running
+
     def _carry_out(self, done: "Finished", tell: Tell) -> None:
         """Writes the units of this process that are not finished, in order."""
         records: list[Record] = []
@@ -162,9 +170,7 @@ class Job:
             records = {unit: record for unit, record in found.items() if record is not None}
             if len(records) < len(found):
                 return None
-            self.store.join()
-            if not self.store.readable:
-                self._verify_joined(done.journal, records)
+            self._join(done, records)
             self._refuse_changed(inputs, done.journal)
             work = dataclasses.replace(done.journal.work, origin=done.journal.origin)
             report = _report(work, self.summary, list(records.values()))
@@ -172,16 +178,29 @@ class Job:
             done.journal.close()
             return report
 
-    def _verify_joined(self, journal: Journal, records: Mapping[str, Record]) -> None:
-        """Reads all units back; of a result that is not what was written nothing is left that loads."""
+    def _holds_together(self, done: "Finished") -> bool:
+        """Whether what an earlier call wrote can be joined; a stop while it was written may have torn it."""
         try:
-            for unit, record in records.items():
-                self.store.verify(unit, record)
+            self._join(done, {unit: record for unit in self.units if (record := done.record(unit))})
+        except (OSError, DaqError):
+            return False
+        return True
+
+    def _join(self, done: "Finished", records: Mapping[str, Record]) -> None:
+        """Joins all units and reads them back; of what is not what was written nothing is left that loads."""
+        if done.joined:
+            return
+        try:
+            self.store.join()
+            if not self.store.readable:
+                for unit, record in records.items():
+                    self.store.verify(unit, record)
         except (OSError, DaqError):
             for unit in records:
-                journal.forget(unit)
+                done.journal.forget(unit)
             self.store.discard()
             raise
+        done.joined = True
 
     def _refuse_changed(self, inputs: Inputs, journal: Journal) -> None:
         """Looks at all inputs again: a result of inputs from before and after a change is of neither."""
@@ -215,11 +234,15 @@ class Finished:
         store: where the units are.
         journal: the records of the units.
         say: shows a line to whoever looks.
+        resumed: whether one of the units was finished by an earlier call.
+        joined: whether the units are joined and were read back.
     """
 
     store: Store
     journal: Journal
     say: Callable[[str], None]
+    resumed: bool = False
+    joined: bool = False
     _verified: dict[str, Record] = dataclasses.field(default_factory=dict)
 
     def claims(self, unit: str) -> bool:
@@ -240,6 +263,7 @@ class Finished:
                 self.journal.forget(unit)
                 self.say(f"{unit} was finished before and is not what was written: it is written anew")
                 return None
+        self.resumed = True
         self._verified[unit] = record
         return record
 

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from daq_jax.io.jobs.values import differences
 
 REPORT = "daq_report.json"
 _WORK = "work.json"
-_IN_RECORD = ("crc32", "figures")
+_SUM = "record_crc32"  # of all else in a record, so that none is believed that was damaged
 _NAMED = 4  # differences that a message names
 
 Record = dict[str, Any]
@@ -118,11 +119,12 @@ class Journal:
             record = read_json(path, "the record of a finished unit") if path.is_file() else {}
         except DaqError:
             return None
-        return record if all(isinstance(record.get(key), dict) for key in _IN_RECORD) else None
+        said = record.pop(_SUM, None)
+        return record if type(said) is int and said == _sum(record) else None
 
     def finish(self, unit: str, record: Record) -> None:
         """Notes that a unit is finished."""
-        write_text(self.folder / f"{unit}.json", json.dumps(record))
+        write_text(self.folder / f"{unit}.json", json.dumps({**record, _SUM: _sum(record)}))
 
     def forget(self, unit: str) -> None:
         """Notes that a unit is not finished after all."""
@@ -161,6 +163,10 @@ class Journal:
             (self.folder / _WORK).unlink()
             sync_folder(self.folder)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _sum(record: Record) -> int:
+    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
 
 
 def _lock(file: int, wait: bool, otherwise: str) -> None:

@@ -26,7 +26,7 @@ from daq_jax.analysis.comparison import compare
 from daq_jax.analysis.figures import pool
 from daq_jax.errors import DaqError
 from daq_jax.io.disk.atomic import checksum, temporary_of, write_text
-from daq_jax.io.disk.swap import new_beside, put_in_place, remove_tree
+from daq_jax.io.disk.swap import new_beside, put_back, put_in_place, remove_tree
 from daq_jax.io.jobs.job import Job
 from daq_jax.io.jobs.journal import REPORT, Record
 from daq_jax.io.jobs.options import MissingBase, Output, Run
@@ -207,6 +207,7 @@ class OrbaxStore:
 
     def make_room(self, ours: Sequence[str]) -> None:
         """See `Store.make_room`; the checkpoint that is there stays until the new one takes its place."""
+        put_back(self.out)
         refuse_strangers(self.out, ours)
         self.clear()
 
@@ -258,9 +259,11 @@ class OrbaxStore:
 
     def verify(self, unit: str, record: Record) -> None:
         """See `Store.verify`."""
-        found = Checkpoint.open(self._new).read(dict.fromkeys(record["crc32"], self._place))
+        checkpoint = Checkpoint.open(self._new)
+        there = [path for path in record["crc32"] if path in checkpoint.records]
+        found = checkpoint.read(dict.fromkeys(there, self._place))
         for path, expected in record["crc32"].items():
-            if _checksum(found[path]) != expected:
+            if path not in found or _checksum(found[path]) != expected:
                 raise OSError(f"{self.out}: leaf {path!r} is not what was written; check the disk.")
 
     def join(self) -> None:
@@ -291,6 +294,8 @@ class OrbaxStore:
         write_text(self._new / REPORT, json.dumps(written, indent=1, allow_nan=False) + "\n")
         refuse_strangers(self.out, _files_of(self.out))
         put_in_place(self._new, self.out)
+        for path in self._partial():  # which a stop may have left too
+            remove_tree(path)
         return written
 
     def damaged(self, report: Mapping[str, Any]) -> list[str]:

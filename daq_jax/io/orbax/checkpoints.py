@@ -16,6 +16,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from daq_jax.errors import DaqError, refuse
+from daq_jax.io.disk.swap import put_back
 from daq_jax.io.orbax.placement import placement
 from daq_jax.io.orbax.reader import (
     METADATA_KEY,
@@ -76,6 +77,7 @@ def save(path: str | os.PathLike, tree: PyTree, *, overwrite: bool = False, wait
     state = nested(arrays) or {"_": 0}  # Orbax refuses a tree without arrays
     local = "://" not in where
     if overwrite and local:
+        put_back(Path(where))
         refuse_strangers(Path(where))
     if overwrite and local and jax.process_count() == 1 and Path(where).exists():
         real = Path(where).resolve()  # the place that a link leads to, which stays a link

@@ -16,7 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from daq_jax import cli
+from tests.adapters import lora, write_adapter
 from tests.hf_folders import CONFIG, in_shards, llama, to_fp8, tuned_from, write_folder
+from tests.stops import Disk, Killed
 
 CASES = int(os.environ.get("DAQ_FUZZ_CASES", "40"))
 NASTY = (
@@ -138,13 +140,16 @@ def listing(folder: pathlib.Path) -> list[tuple[str, int]]:
     )
 
 
-@settings(
+FUZZED = settings(
     max_examples=CASES,
     deadline=None,
     suppress_health_check=list(HealthCheck),
     database=None,
     derandomize=CASES <= 100,
 )
+
+
+@FUZZED
 @given(st.data())
 def test_a_damaged_folder_gives_one_line_and_status_1_or_a_whole_result(folders, data):
     here = folders / "case"
@@ -152,15 +157,66 @@ def test_a_damaged_folder_gives_one_line_and_status_1_or_a_whole_result(folders,
     shutil.copytree(folders / "sound", here)
     name = data.draw(st.sampled_from(FILES))
     (here / name).write_bytes(changed(data.draw, here / name))
-    before, err = listing(folders), io.StringIO()
-    words = ["base", "tuned", "out"]
-    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
-        options = ["--recipe", "absmax", "--memory", "2"]
-        status = cli.main(["quantize", *(str(here / word) for word in words), *options])
+    before = listing(folders)
+    status, said = quantized(here, "tuned")
     outside = [x for x in listing(folders) if not x[0].startswith("case/out/")]
     assert outside == before
     assert (here / "out" / "config.json").exists() == (status == 0)
     if status:
-        assert err.getvalue().startswith("daq-jax: ")
-        assert err.getvalue().count("\n") == 1
-        assert str(here) in err.getvalue() or "tensor" in err.getvalue()
+        assert said.startswith("daq-jax: ")
+        assert said.count("\n") == 1
+        assert str(here) in said or "tensor" in said
+
+
+def quantized(here: pathlib.Path, tuned: str, *more: str) -> tuple[int, str]:
+    """Exit status and messages of the command in a folder."""
+    err, words = io.StringIO(), [str(here / word) for word in ("base", tuned, "out")]
+    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
+        return cli.main(["quantize", *words, "--recipe", "absmax", "--memory", "2", *more]), err.getvalue()
+
+
+OF_ADAPTER = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
+OF_A_JOB = ("out/.daq/work.json", "out/.daq/model-00001-of-00002.safetensors.json")
+REPORT = "out/daq_report.json"
+
+
+@pytest.fixture(scope="module")
+def states(tmp_path_factory) -> pathlib.Path:
+    """An adapter and its base; the same with a job on them that was stopped, and with a complete one."""
+    here = tmp_path_factory.mktemp("states")
+    base = {name: x for name, x in llama(layers=1).items() if "mlp" not in name}
+    sound = here / "adapter"
+    write_folder(sound / "base", in_shards(base, 2))
+    write_adapter(sound / "adapter", lora({n[:-7]: (128, 128) for n in base if "_proj" in n}))
+    for word, point in (("stopped", 55), ("complete", None)):
+        shutil.copytree(sound, here / word)
+        disk = Disk(here / word, point)
+        with contextlib.suppress(Killed), disk.watched():
+            quantized(here / word, "adapter")
+    assert all((here / "stopped" / name).exists() for name in OF_A_JOB)
+    assert (here / "complete" / REPORT).exists()
+    return here
+
+
+@FUZZED
+@given(st.data())
+def test_damaged_adapters_and_records_of_jobs_give_one_line_and_status_1_or_a_whole_result(states, data):
+    """What a stopped job finished is written anew where its record is damaged, or the job is refused."""
+    state, names = data.draw(
+        st.sampled_from([("adapter", OF_ADAPTER), ("stopped", OF_A_JOB), ("complete", (REPORT,))])
+    )
+    here = states / "case"
+    shutil.rmtree(here, ignore_errors=True)
+    shutil.copytree(states / state, here)
+    name = data.draw(st.sampled_from(names))
+    (here / name).write_bytes(changed(data.draw, here / name))
+    more = ["--overwrite"] * data.draw(st.booleans())
+    outside = [x for x in listing(states) if not x[0].startswith("case/out/")]
+    status, said = quantized(here, "adapter", *more)
+    assert [x for x in listing(states) if not x[0].startswith("case/out/")] == outside
+    if status:
+        assert status == 1
+        assert said.startswith("daq-jax: ")
+        assert said.count("\n") == 1
+    else:
+        assert (here / "out" / "config.json").exists()

@@ -152,6 +152,34 @@ def test_a_report_that_makes_no_sense_is_refused(report, pair, tmp_path):
         run(pair, tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("crc32", {"lm_head.weight": "x"}, "does not list the checksums"),
+        ("crc32", [1], "does not list the checksums"),
+        ("files", "\0", "embedded null"),
+    ],
+)
+def test_a_report_whose_parts_make_no_sense_is_refused(key, value, said, pair, tmp_path):
+    report = run(pair, tmp_path / "out")
+    report[key] = {**report[key], value: {}} if key == "files" else value
+    (tmp_path / "out" / "daq_report.json").write_text(json.dumps(report))
+    with pytest.raises(daq.DaqError, match=said):
+        run(pair, tmp_path / "out")
+
+
+def test_a_record_that_was_altered_is_not_believed(pair, tmp_path):
+    run_until_third_file(pair, tmp_path / "out")
+    record = tmp_path / "out" / ".daq" / "model-00001-of-00004.safetensors.json"
+    altered = json.loads(record.read_text())
+    for sums in altered["figures"].values():
+        sums.clear()
+    record.write_text(json.dumps(altered))
+    run(pair, tmp_path / "out")
+    run(pair, tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 def test_one_process_at_a_time_writes_a_folder(pair, tmp_path):
     with opened(pair, tmp_path / "out") as job:
 
