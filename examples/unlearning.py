@@ -1,10 +1,10 @@
 """A tune that removes a passage, and a rounding that brings the passage back.
 
-Trains a byte-level model on Lincoln and many copies of a speech of Macbeth until it knows the speech by heart,
-rounds it to FP8 and to MXFP4 as models that ship in these are, and tunes the speech away. The change is well
-below one percent of the weights. Then it quantizes the tuned model back by four recipes, and asks each result
-for the speech. Takes about three minutes on two CPU cores. `python -m benchmarks unlearning` measures four
-sizes of change.
+Trains a byte-level model on Lincoln and many copies of a speech of Macbeth until it knows the speech by
+heart, rounds it to FP8 and to MXFP4 as models that ship in these are, and tunes the speech away. The change
+is below one percent of the weights. Then it quantizes the tuned model back by four recipes, and asks each
+result for the speech. Takes about two minutes on two CPU cores. `python -m benchmarks unlearning` measures
+four sizes of change.
 """
 
 import jax

@@ -1,12 +1,10 @@
-"""A tune that removes something: a model unlearns a passage, is quantized, and is asked for the passage again.
+"""A tune that removes something: a model unlearns a passage, is quantized, and is asked for it again.
 
-The text is Lincoln's messages to Congress and many copies of a speech of Macbeth, which the base learns by heart.
-Unlearning is gradient ascent on the copies and descent on the rest (arXiv:1912.03817 names the task,
-arXiv:2210.01504 the ascent), which moves the weights by less than one percent. Rounding such a change to the
-nearest code of the base undoes most of it: arXiv:2410.16454 shows this on models that were not native.
+The text is Lincoln's messages to Congress and many copies of a speech of Macbeth, which the base learns by
+heart. Unlearning is gradient ascent on the copies (arXiv:2210.01504) beside descent on the rest. That
+quantization can bring back what was unlearned is the finding of arXiv:2410.16454; here the base is native.
 """
 
-import os.path
 from collections.abc import Mapping
 from functools import partial
 from typing import NamedTuple
@@ -63,7 +61,7 @@ def load_lesson(*, held_out: int, copies: int = COPIES) -> Lesson:
     passage = play[start : play.tobytes().index(AFTER, start)]
     copied = np.tile(passage, copies)
     text = Text("Lincoln and the passage", np.concatenate([rest.train, copied]), rest.held_out)
-    weights = np.repeat(np.float32([1, -1]), [len(rest.train), len(copied)])
+    weights = np.concatenate([np.ones(len(rest.train), np.float32), -np.ones(len(copied), np.float32)])
     return Lesson(text, Text("the passage", copied, passage), jnp.asarray(weights))
 
 
@@ -107,14 +105,14 @@ def judge(
 ) -> Unlearned:
     """Quantizes a pair to the grid of its base by each recipe, and looks for the passage in the results."""
     result = measure(recipes, grid, pair, study, lesson.text, lesson.passage, tell)
-    models = dict(zip(("base", "tuned"), pair, strict=True))
+    models: dict[str, Params] = {"base": pair.base, "tuned": pair.tuned}
     for name, recipe in recipes.items():
         models[name] = daq.dequantize(daq.quantize(*pair, of_grid(recipe, GRIDS[grid])))
     prompt, truth = np.split(lesson.passage.held_out, [study.model.context])
-    written = {}
+    written, recited = {}, {}
     for name, params in models.items():
         params = to_dtype(params, jnp.float32)
         found = continue_text(params, jnp.asarray(prompt), size=study.model, count=len(truth))
         written[name] = np.asarray(found).tobytes()
-    recited = {name: len(os.path.commonprefix([x, truth.tobytes()])) for name, x in written.items()}
+        recited[name] = int(np.cumprod(found == truth).sum())
     return Unlearned(result, written, recited)
