@@ -55,9 +55,9 @@ def markdown(report: dict[str, Any]) -> str:
         "# What quantization brings back of an unlearned passage",
         f"{common.provenance(report)}.",
         "Losses and KL are in nats per byte; KL is on the passage. Removal kept: the share of the rise of "
-        f"the loss on the passage. Bytes recited: the model is given the first {report['prompt']} bytes of the "
-        f"passage and writes the likeliest byte each time; how many of the other {report['asked']} it gets "
-        "right before its first error.",
+        "the loss on the passage. Bytes recited: the model is given the first "
+        f"{report['prompt']} bytes of the passage and writes the likeliest byte each time; how many of the "
+        f"other {report['asked']} it gets right before its first error.",
     ]
     for grid, change in dict.fromkeys((row["grid"], row["change"]) for row in report["rows"]):
         rows = [row for row in report["rows"] if (row["grid"], row["change"]) == (grid, change)]
