@@ -68,7 +68,7 @@ def test_a_text_is_continued_by_the_likeliest_byte_each_time():
 
 @pytest.mark.slow
 def test_a_judgement_has_every_model_and_counts_what_it_recites():
-    lesson = unlearning.load_lesson(held_out=TINY.held_out, copies=3)
+    lesson = unlearning.load_lesson(held_out=TINY.held_out)
     params = unlearning.learn_lesson(lesson, TINY, jax.random.key(0), tell)
     pair = unlearning.unlearn(params, study.GRIDS["FP8"], lesson, TINY, 1e-3, jax.random.key(1), tell)
     recipes = {"AbsMax": daq.recipes.absmax}
