@@ -36,7 +36,7 @@ for grid, recipe in GRIDS.items():
         )
     absmax, default = result.recipes[0], result.recipes[-1]
     print(
-        f"\nRounding by AbsMax brings back {1 - kept(result, absmax):.0%} of what was removed, "
-        f"the default {1 - kept(result, default):.0%}."
+        f"\nAbsMax keeps {kept(result, absmax):.0%} of the removal and brings back the rest; "
+        f"the default keeps {kept(result, default):.0%}."
     )
     assert default.divergence < absmax.divergence / 10
