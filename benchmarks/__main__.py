@@ -13,6 +13,7 @@ MODULES = {
     "behaviour": "benchmarks.behaviour.study",
     "native_bases": "benchmarks.behaviour.native.study",
     "real_pair": "benchmarks.behaviour.real_pair",
+    "unlearning": "benchmarks.behaviour.unlearning",
     "density": "benchmarks.density.study",
     "density_layer": "benchmarks.density.layer",
     "folders": "benchmarks.folders.study",

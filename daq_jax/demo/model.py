@@ -150,6 +150,7 @@ def train(
     *,
     size: ModelSize,
     batch: int,
+    weights: Float[Array, " N"] | None = None,
 ) -> tuple[TrainState, Float[Array, " S"]]:
     """Takes one Adam step for each learning rate, in one compiled loop.
 
@@ -160,19 +161,23 @@ def train(
         key: random key, for the places.
         size: of the model.
         batch: sequences in a step.
+        weights: what the loss of each byte of `text` is multiplied by: below 0, the byte is unlearned by
+            gradient ascent. None for 1 everywhere.
 
     Returns:
         The state after the last step, and the training loss before each.
     """
 
-    def loss_of(params: Params, sequences: Array) -> Array:
-        return jnp.mean(losses(next_byte_log_probs(size, params, sequences), sequences))
+    def loss_of(params: Params, places: Array) -> Array:
+        sequences = text[places]
+        found = losses(next_byte_log_probs(size, params, sequences), sequences)
+        return jnp.mean(found if weights is None else found * weights[places[:, 1:]])
 
     def step(state: TrainState, inputs: tuple[Array, Array]) -> tuple[TrainState, Array]:
         rate, step_key = inputs
         starts = jax.random.randint(step_key, (batch, 1), 0, len(text) - size.context)
-        sequences = text[starts + jnp.arange(size.context + 1)]
-        loss, gradient = jax.value_and_grad(loss_of)(state.params, sequences)
+        places = starts + jnp.arange(size.context + 1)
+        loss, gradient = jax.value_and_grad(loss_of)(state.params, places)
         with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer power
             updates, adam = ADAM.update(gradient, state.adam)
         params = jax.tree.map(lambda leaf, update: leaf - rate * update, state.params, updates)

@@ -34,9 +34,9 @@ def _show(pattern: str, figure: float | None) -> str:
 
 
 def kept(result: Result, row: Row) -> float:
-    """The share of the tuning's gain on the second text that a model keeps; NaN without a gain."""
+    """The share of the tuning's effect on the loss on the second text that a model keeps; NaN without one."""
     gain = result.base.second_loss - result.tuned.second_loss
-    return (result.base.second_loss - row.second_loss) / gain if gain else float("nan")
+    return (result.base.second_loss - row.second_loss) / gain + 0.0 if gain else float("nan")  # no -0.0
 
 
 def table_of(results: Sequence[Result]) -> Table:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 import daq_jax as daq
 from daq_jax.demo.model import (
@@ -120,15 +120,27 @@ def of_grid(recipe: daq.Recipe, grid: daq.Recipe) -> daq.Recipe:
 
 
 def learn(
-    params: Params, text: Text, steps: int, rate: float, key: Array, study: Study, tell: Tell
+    params: Params,
+    text: Text,
+    steps: int,
+    rate: float,
+    key: Array,
+    study: Study,
+    tell: Tell,
+    weights: Float[Array, " N"] | None = None,
 ) -> Params:
-    """Trains weights on a text, `study.chunk` steps between two calls of `tell`. Returns them in float32."""
+    """Trains weights on a text, `study.chunk` steps between two calls of `tell`. Returns them in float32.
+
+    `weights` are those of the bytes of `text.train`; see `daq_jax.demo.model.train`.
+    """
     state, data = start_training(params), jnp.asarray(text.train)
     rates = learning_rates(steps, rate, warmup=max(1, steps // 10))
     for done in range(0, steps, study.chunk):
         tell(f"train on {text.name}", done, steps)
         chunk, chunk_key = rates[done : done + study.chunk], jax.random.fold_in(key, done)
-        state, losses = train(state, data, chunk, chunk_key, size=study.model, batch=study.batch)
+        state, losses = train(
+            state, data, chunk, chunk_key, size=study.model, batch=study.batch, weights=weights
+        )
         losses.block_until_ready()  # else `tell` would run ahead of the work
     tell(f"train on {text.name}", steps, steps)
     return state.params
