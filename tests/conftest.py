@@ -1,8 +1,12 @@
 """Set up before JAX starts: eight CPU devices, strict dtype promotion, and types checked on every call."""
 
 import os
+import signal
 import sys
 from pathlib import Path
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell; processes inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # For `from benchmarks import ..`. At the end: an installed daq_jax must be found before the checkout's.
 sys.path.append(str(Path(__file__).parents[1]))

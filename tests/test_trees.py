@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import daq_jax as daq
 from daq_jax import batches, leaves
-from tests.cases import BF16, Stored, assert_same_bits, is_qtensor, leaves_of, pair
+from tests.cases import Stored, assert_same_bits, is_qtensor, leaves_of, pair
 
 ABSMAX = daq.Recipe(search=daq.AbsMax())
 BASE, TUNED = (jnp.asarray(x) for x in pair("trees", (24, 16)))
@@ -218,7 +218,6 @@ GOOD = np.ones((4, 8), np.float32)
 # Each fault: base leaf, tuned leaf, and what its message says of what came.
 STATIC_FAULTS = {
     "shape": (GOOD, np.ones((4, 9), np.float32), [r"\(4, 8\)", r"\(4, 9\)"]),
-    "dtype": (GOOD.astype(BF16), GOOD, ["bfloat16", "float32"]),
     "integer": (GOOD.astype(np.int32), GOOD.astype(np.int32), ["int32"]),
     "integer_base": (GOOD.astype(np.int32), GOOD, ["int32"]),
     "complex": (GOOD.astype(np.complex64), GOOD.astype(np.complex64), ["complex64"]),
