@@ -104,6 +104,7 @@ def test_new_shapes_keep_their_programs_and_no_more():
         for _ in range(20):
             bytes_of(recipe, pair_of(rows, 128))
     grown = {name: size - sizes.get(name, 0) for name, size in caches().items() if size != sizes.get(name, 0)}
+    assert grown.pop("daq_jax.rules.shapes._own_axes", 0) <= 16  # the trees of the last calls
     assert grown == {"daq_jax.leaves._quantize": 25}
     jax.clear_caches()
     objects, arrays, _ = np.subtract(kept(), before)

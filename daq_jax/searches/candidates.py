@@ -139,6 +139,7 @@ class CoarseToFine(Search):
         # A choice for each coarse ratio, the largest first, no table: a TPU looks up one element at a time.
         points = jnp.asarray(self.coarse_ratios[::-1]), jnp.asarray(self.fine_ratios.T[::-1])
         last = jnp.broadcast_to(points[1][0].reshape(-1, *[1] * winner.ndim), (self.fine, *winner.shape))
+        last = jnp.where(winner > 0, last, last)  # inside `shard_map` as device-varying as the loop makes it
         return lax.scan(choose, last, points, unroll=min(self.coarse, 16))[0]
 
     @property
