@@ -3,6 +3,7 @@
 import gc
 import sys
 import threading
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -62,6 +63,8 @@ def caches() -> dict[str, int]:
     found = {}
     for module in [m for name, m in sys.modules.items() if name.startswith("daq_jax")]:
         for name, value in vars(module).items():
+            if isinstance(value, types.ModuleType):  # its own entries come in their turn
+                continue
             if hasattr(value, "cache_info"):
                 found[f"{module.__name__}.{name}"] = value.cache_info().currsize
             elif hasattr(value, "_cache_size"):
