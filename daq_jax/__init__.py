@@ -25,6 +25,7 @@ from daq_jax import searches as searches
 from daq_jax import tilings as tilings
 from daq_jax.analysis.comparison import Comparison, Figures, compare
 from daq_jax.analysis.plans import Plan, PlannedLeaf, plan
+from daq_jax.analysis.relation import UnlikelyPairWarning
 from daq_jax.errors import DaqError
 from daq_jax.formats import (
     Codebook,
@@ -193,6 +194,7 @@ __all__ = [
     "UnbiasedGain",
     "UnbiasedSubspace",
     "UncalibratedWarning",
+    "UnlikelyPairWarning",
     "UnreadMetricWarning",
     "UnusedRuleWarning",
     "WithBaseScale",

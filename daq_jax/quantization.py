@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from daq_jax import recipes
+from daq_jax.analysis.relation import warn_unlikely
 from daq_jax.batches import plan_batches, quantize_batch
 from daq_jax.numerics.arithmetic import is_staged
 from daq_jax.pairs import Pair, planned_pairs, refuse_unquantizable
@@ -46,6 +47,10 @@ def quantize(
     Returns:
         A tree like `tuned`, with a `QTensor` for each leaf that was quantized.
 
+    Warns:
+        UnlikelyPairWarning: if the two trees look swapped or unrelated, told from a corner of a few leaves;
+            not under a trace.
+
     Raises:
         DaqError: naming every leaf at fault: other structure or shape, an empty leaf, a rule that
             quantizes what cannot be quantized, all before any work, or NaN or infinity.
@@ -61,6 +66,9 @@ def quantize(
     donate = donate and not is_staged()
     later = not donate and is_concrete((base, tuned))
     refuse_unquantizable(pairs, check_finite, later=later)
+    if is_concrete((base, tuned)) and not is_staged():
+        chosen = [pair for pair in pairs if pair.decision.quantize]
+        warn_unlikely({p.path: p.base for p in chosen}, {p.path: p.tuned for p in chosen})
     uses = collections.Counter(id(x) for x in jax.tree.leaves((base, tuned)))
     results, finite = [pair.tuned for pair in pairs], []
     for batch in plan_batches(pairs):

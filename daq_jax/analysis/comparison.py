@@ -23,7 +23,7 @@ from jaxtyping import Array
 from daq_jax.analysis import sheets
 from daq_jax.analysis.figures import Figures, pool
 from daq_jax.analysis.histograms import Details, details_of
-from daq_jax.analysis.relation import doubt_of, patches_of
+from daq_jax.analysis.relation import doubt_of_leaves
 from daq_jax.errors import DaqError, refuse
 from daq_jax.grids.membership import lies_on_grid
 from daq_jax.numerics.arithmetic import sum_of_runs, total
@@ -133,7 +133,7 @@ def compare(base: PyTree, tuned: PyTree, quantized: PyTree, *, details: bool = F
     leaves = {path: compare_leaf(before[path], after[path], q) for path, q in found.items()}
     closer = {path: details_of(before[path], after[path], q) for path, q in found.items()} if details else {}
     concrete = is_concrete((base, tuned))
-    doubt = doubt_of(patches_of(before, after, found)) if concrete else ""
+    doubt = doubt_of_leaves(*({path: x[path] for path in found} for x in (before, after))) if concrete else ""
     return Comparison(leaves, pool(leaves.values()), closer, doubt)
 
 

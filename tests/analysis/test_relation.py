@@ -11,7 +11,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
 import daq_jax as daq
-from daq_jax.analysis.relation import doubt_of
+from daq_jax.analysis import relation
+from daq_jax.analysis.relation import doubt_of, doubt_of_leaves
 from tests.hf_folders import write_folder
 
 RNG = np.random.default_rng(0)
@@ -32,9 +33,8 @@ def weights(shape=SHAPE):
 
 def native(grid, dtype=np.float32):
     """Weights on a grid, with inputs along the last axis, as in a folder."""
-    q = daq.quantize(
-        {"w": weights()}, {"w": weights()}, GRIDS[grid], rules=[daq.use("", matrix=((1,), (0,)))]
-    )
+    w = {"w": weights()}
+    q = daq.quantize(w, w, GRIDS[grid], rules=[daq.use("", matrix=((1,), (0,)))])
     return np.asarray(q["w"].dequantize(dtype))
 
 
@@ -89,7 +89,9 @@ def test_small_and_empty_leaves_say_nothing():
 def test_compare_says_it_above_its_table_and_in_its_dictionary():
     base = {"k": native("fp8 block")}
     tuned = {"k": near(base["k"])}
-    wrong = daq.compare(tuned, base, daq.quantize(tuned, base, daq.recipes.absmax))
+    with pytest.warns(daq.UnlikelyPairWarning, match="swapped"):
+        q = daq.quantize(tuned, base, daq.recipes.absmax)
+    wrong = daq.compare(tuned, base, q)
     assert repr(wrong).startswith("Base and tuned may be swapped")
     assert "swapped" in wrong.to_dict()["doubt"]
     right = daq.compare(base, tuned, daq.quantize(base, tuned, daq.recipes.absmax))
@@ -102,7 +104,8 @@ def test_sharded_trees_are_looked_at_on_one_device():
     here = NamedSharding(mesh, PartitionSpec("x", None))
     base = {"k": jax.device_put(native("fp8 block"), here)}
     tuned = {"k": jax.device_put(near(np.asarray(base["k"])), here)}
-    q = daq.quantize(tuned, base, daq.recipes.absmax)
+    with pytest.warns(daq.UnlikelyPairWarning):
+        q = daq.quantize(tuned, base, daq.recipes.absmax)
     assert "swapped" in daq.compare(tuned, base, q).doubt
     apart = {"k": jax.device_put(base["k"], NamedSharding(mesh, PartitionSpec(None, "x")))}
     assert daq.compare(apart, tuned, q).doubt == ""
@@ -110,7 +113,7 @@ def test_sharded_trees_are_looked_at_on_one_device():
 
 def test_a_comparison_with_a_doubt_can_be_exported_under_a_trace():
     base, tuned = {"k": jnp.asarray(weights((128, 128)))}, {"k": jnp.asarray(weights((128, 128)))}
-    q = daq.quantize(base, tuned, daq.recipes.absmax)
+    q = jax.jit(daq.quantize, static_argnums=2)(base, tuned, daq.recipes.absmax)
     assert jax.jit(daq.compare)(base, tuned, q).doubt == ""
 
 
@@ -135,3 +138,24 @@ def test_weights_that_are_not_finite_are_passed_over(bad):
     tuned[3, 5] = bad
     assert doubt_of([(base, tuned)]) == ""
     assert "unrelated" in doubt_of([(base, tuned), (weights(), weights())])
+
+
+def test_quantize_warns_once_in_each_call():
+    base, tuned = {"a": weights(), "b": weights()}, {"a": weights(), "b": weights()}
+    for _ in range(2):
+        with pytest.warns(daq.UnlikelyPairWarning, match="look unrelated: the change is 14[0-9]%") as told:
+            daq.quantize(base, tuned, daq.recipes.absmax)
+        assert len(told) == 1
+    daq.quantize(base, {k: near(x) for k, x in base.items()}, daq.recipes.absmax)
+    daq.quantize(base, tuned, rules=[daq.keep("")])
+
+
+def test_trees_are_told_apart_by_their_arrays_and_not_kept_alive():
+    base = {"k": jnp.asarray(weights())}
+    for _ in range(3 * relation._MOST_KNOWN):  # the next array often takes the place of the last
+        assert doubt_of_leaves(base, {"k": jnp.asarray(near(np.asarray(base["k"])))}) == ""
+        assert "unrelated" in doubt_of_leaves(base, {"k": jnp.asarray(weights())})
+    assert len(relation._known) <= relation._MOST_KNOWN
+    there = len(jax.live_arrays())
+    doubt_of_leaves(base, {"k": jnp.asarray(weights())})
+    assert len(jax.live_arrays()) == there
