@@ -26,6 +26,7 @@ MODULES = {
     "exactness": "benchmarks.exactness",
     "codes": "benchmarks.codes",
     "architectures": "benchmarks.architectures.study",
+    "layers": "benchmarks.architectures.layers",
     "stops": "benchmarks.stops",
 }
 

@@ -1,6 +1,7 @@
 """A sample of the architectures of transformers: loaded right, or refused. See the benchmark of that name."""
 
 import importlib
+import json
 
 import pytest
 
@@ -33,3 +34,13 @@ def test_what_cannot_be_loaded_is_refused(model_type, why, tmp_path):
     (found,) = outcomes(model_type, tmp_path, ["fp8-channel"])
     assert found.verdict == "refused"
     assert why in found.words
+
+
+def test_the_classes_of_transformers_agree_with_what_the_command_decides(tmp_path):
+    pytest.importorskip("transformers")
+    layers = importlib.import_module("benchmarks.architectures.layers")
+    assert layers.study(quick=True, out=tmp_path) == 0
+    found = json.loads((tmp_path / "layers.json").read_text())
+    assert set(found["types"]) == set(layers.SAMPLE)
+    assert found["by_name_alone"]["dac"] == {"quantizer.quantizers.*.codebook.weight": "embedding"}
+    assert set(found["by_name_alone"]["funnel"].values()) == {"linear"}

@@ -1,14 +1,25 @@
-"""What is known of a checkpoint from the `model_type` of its config."""
+"""What is known of a checkpoint from the `model_type` of its config.
 
+Most is read from `model_types.json`, which `python -m benchmarks layers` makes from the model classes of
+transformers.
+"""
+
+import functools
+import json
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-# Types whose stacks of experts are stored [experts, in, out] (`is_transposed` in transformers).
-_TURNED = ("aria", "aria_text", "gpt_oss", "llama4", "llama4_text", "openai_privacy_filter")
 # Whose experts transformers takes apart in the model for compressed-tensors (`SequentialLlama4TextExperts`).
 _PARTED = ("llama4", "llama4_text")
-# Whose linear layers are stored [in, out], by the Conv1D of transformers 5.24.
-_CONV1D = ("clvp", "clvp_decoder", "decision_transformer", "gpt2", "imagegpt", "openai-gpt")
+LINEAR = ("linear", "experts")  # roles of matrices that are quantized
+
+
+@functools.cache
+def known_types() -> dict[str, Any]:
+    """The table of model types: those that are stored [in, out], and roles of matrices by their names."""
+    return json.loads(Path(__file__).with_name("model_types.json").read_text())
 
 
 def part_of(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -23,14 +34,35 @@ def _types(config: Mapping[str, Any]) -> list[Any]:
 
 def turns_experts(config: Mapping[str, Any]) -> bool:
     """Whether the stacks of experts are stored [experts, in, out]."""
-    return any(kind in _TURNED for kind in _types(config))
+    return any(kind in known_types()["turned_experts"] for kind in _types(config))
 
 
 def turns_linear_layers(config: Mapping[str, Any]) -> bool:
     """Whether the linear layers are stored [in, out], as the Conv1D of transformers is."""
-    return any(kind in _CONV1D for kind in _types(config))
+    return any(kind in known_types()["turned_layers"] for kind in _types(config))
 
 
 def parts_experts(config: Mapping[str, Any]) -> bool:
     """Whether a loader of compressed-tensors looks for the single experts of a stack."""
     return any(kind in _PARTED for kind in _types(config))
+
+
+def pattern_of(name: str) -> str:
+    """The name of a tensor with a star for each number of a layer or an expert."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+
+
+def role_of(config: Mapping[str, Any], name: str) -> str:
+    """What a matrix is where its name or its size would mislead: one of `LINEAR`, or such as "embedding".
+
+    The names of a model and those of the same model inside another one differ in what stands before them.
+
+    Returns:
+        "" where nothing is known.
+    """
+    pattern = pattern_of(name)
+    for kind in _types(config):
+        for known, role in known_types()["roles"].get(kind, {}).items():
+            if f".{pattern}".endswith(f".{known}") or f".{known}".endswith(f".{pattern}"):
+                return role
+    return ""

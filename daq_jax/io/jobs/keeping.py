@@ -11,12 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from daq_jax.errors import DaqError, refuse
-from daq_jax.io.hf.architectures import parts_experts, turns_linear_layers
+from daq_jax.io.hf.architectures import LINEAR, parts_experts, role_of, turns_linear_layers
 from daq_jax.io.hf.folders import Folder, Tensor
 from daq_jax.io.hf.layouts import Layout
 from daq_jax.io.hf.weight_names import fused_with, is_matrix
 from daq_jax.rules import DEFAULT_RULES, first_match
 
+BY_NAME = "embedding, norm, head or router"
 TOWER = "in a vision or audio tower, or a projector"
 _TOWERS = re.compile(
     r"(^|\.)(vision_\w+|visual|image_(encoder|model|tower|vit)|img_processor|vpm|vit|audio_\w+|speech_\w+"
@@ -192,10 +193,12 @@ class _Reasons:
         """What a matrix is, where it is not a linear layer that is quantized."""
         if name in self._towers and not self._choice.names(name):
             return TOWER
+        if known := role_of(self._config, name):
+            return "" if known in LINEAR else f"{known}, by its class in transformers"
         rule = first_match(name, len(shape), DEFAULT_RULES)
         outside = not _LAYER.search(f".{name}")
         if (rule and not rule.quantize) or _ROUTERS.search(name) or (outside and _OF_WORDS.search(name)):
-            return "embedding, norm, head or router"
+            return BY_NAME
         if len(shape) == 2 and outside and self._words & {*shape}:
             return f"embedding or head: {max(self._words & {*shape})} rows or columns are its words"
         if len(shape) == 2 and shape[0] in self._experts and not _LINEAR.search(name):

@@ -241,3 +241,21 @@ def test_the_plan_says_that_transformers_does_not_load_experts_in_int8(tmp_path)
     assert words in plan_of(tmp_path / "int8", shapes, {}, format="int8-channel")["server"]
     assert words not in plan_of(tmp_path / "fp8", shapes, {})["server"]
     assert words not in plan_of(tmp_path / "dense", {UP: (128, 128)}, {}, format="int8-channel")["server"]
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_what_a_name_hides_is_known_for_the_model_type(tmp_path, inside):
+    codebook = "quantizer.quantizers.0.codebook.weight"
+    query = "funnel.encoder.blocks.0.1.attention.q_head.weight"
+    shapes = {codebook: (128, 128), query: (128, 128), "model." + query: (128, 128), UP: (128, 128)}
+
+    def quantized(model_type: str) -> set[str]:
+        config = {"text_config": {"model_type": model_type}} if inside else {"model_type": model_type}
+        found = plan_of(tmp_path / model_type, shapes, config)
+        for name, why in found["kept"].items():
+            assert why in ("embedding, norm, head or router", "embedding, by its class in transformers"), name
+        return set(found["quantized"])
+
+    assert quantized("dac") == {UP}
+    assert quantized("funnel") == {UP, codebook, query, "model." + query}
+    assert quantized("llama") == {UP, codebook}
