@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import daq_jax.io.hf.architectures as architectures
-from benchmarks.common import environment, results, table, write
+from benchmarks.common import environment, provenance, results, table, write
 from daq_jax.io.hf.folders import open_folder
 from daq_jax.io.hf.layouts import LAYOUTS
 from daq_jax.io.jobs.keeping import ALL, BY_NAME, kept_of
@@ -297,6 +297,7 @@ def _page(report: Mapping[str, Any], made: Mapping[str, Any]) -> str:
     ]
     matrices = sum(x["matrices"] for x in report["types"].values())
     parts = [
+        "# Linear layers by the model classes of transformers",
         f"{len(report['types'])} model types of transformers {made['transformers']}, {matrices:,} matrices; "
         f"{len(rows)} names mislead, of {len(report['by_name_alone'])} types. With the table of the package "
         f"{sum(map(len, report['misjudged'].values()))} are misjudged.",
@@ -306,6 +307,7 @@ def _page(report: Mapping[str, Any], made: Mapping[str, Any]) -> str:
         "Not built, because the defaults of their config do not fit one another or need another library: "
         + ", ".join(report["not_built"])
         + ".",
+        provenance(report),
     ]
     return "\n\n".join(parts) + "\n"
 
