@@ -239,7 +239,11 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     if name not in _EDGES:
-        raise AttributeError(f"module 'daq_jax' has no attribute {name!r}")
+        import difflib
+
+        close = difflib.get_close_matches(name, __all__)
+        hint = f". Did you mean {' or '.join(close)}?" if close else ""
+        raise AttributeError(f"module 'daq_jax' has no attribute {name!r}{hint}")
     return getattr(importlib.import_module(_EDGES[name]), name)
 
 

@@ -1,6 +1,7 @@
 """Faults of a caller: one class to catch, and one way to word them."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 _ON_A_LINE = 8  # problems listed in full where all stand on one line
@@ -41,6 +42,25 @@ def refuse(headline: str, problems: Sequence[str], way_out: str = "", *, one_lin
         raise DaqError(f"{headline}: {'; '.join([*problems[:_ON_A_LINE], *more])}. {way_out}".strip())
     lines = "".join(f"\n  {p}" for p in problems)
     raise DaqError(f"{headline}:{lines}" + (f"\n{way_out}" if way_out else ""))
+
+
+def check_takes(part: str, function: Callable[..., object], *arguments: str) -> None:
+    """Raises DaqError unless a function may be called with as many arguments by position.
+
+    Args:
+        part: what the function is to be, such as "Recipe: `metric`".
+        function: any callable; one whose signature is not known passes.
+        arguments: what it is called with, for the message.
+    """
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError as error:
+        given = ", ".join(arguments)
+        raise DaqError(
+            f"{part} is called with ({given}), which {function!r} does not take: {error}."
+        ) from None
+    except ValueError:  # of C code
+        return
 
 
 def check_whole_numbers(owner: object, *, least: int = 1, **values: object) -> None:

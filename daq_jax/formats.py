@@ -150,6 +150,13 @@ class SmallFloat(_Cast):
     def __post_init__(self) -> None:
         if not (0 < self.largest < math.inf):
             raise DaqError(f"{self.name}: `largest` must be a number above 0; got {self.largest!r}.")
+        try:
+            jnp.dtype(self.dtype)
+        except TypeError:
+            raise DaqError(
+                f"{self.name}: `dtype` must be one of NumPy or ml_dtypes, such as 'float8_e4m3fn'; got "
+                f"{self.dtype!r}."
+            ) from None
         if self.dtype in _NOT_IN_XLA:
             object.__setattr__(self, "dtype", "uint8")
 

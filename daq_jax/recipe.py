@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxtyping import Array
 
-from daq_jax.errors import DaqError
+from daq_jax.errors import DaqError, check_takes
 from daq_jax.formats import Format, fp8_e4m3fn
 from daq_jax.metrics import cosine
 from daq_jax.roundings.nearest import Nearest
@@ -24,7 +24,8 @@ class UnnamedPartError(DaqError, TypeError):
     """A part of a recipe was passed without its name."""
 
 
-_CALLED = ("metric", "search", "rounding", "scales")
+# What the parts that may be plain functions are called with.
+_CALLED = {"metric": ("d", "q"), "search": ("trials",), "rounding": ("tiles", "scale"), "scales": ("scale",)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,11 +68,12 @@ class Recipe:
             value = getattr(self, part)
             if isinstance(value, type) or not hasattr(value, word):
                 raise DaqError(f"Recipe: `{part}` has no `{word}` method; got {value!r}.")
-        for part in _CALLED:
+        for part, arguments in _CALLED.items():
             value = getattr(self, part)
             if isinstance(value, type) or not callable(value):
                 hint = f"; did you mean {value.__name__}()?" if isinstance(value, type) else "."
                 raise DaqError(f"Recipe: `{part}` must be a callable value; got {value!r}{hint}")
+            check_takes(f"Recipe: `{part}`", value, *arguments)
         try:
             hash(self)
         except TypeError as error:

@@ -6,6 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from daq_jax import DaqError
+from daq_jax.formats import SmallFloat
 from tests.cases import BF16, FORMATS
 
 FAMILIES = pytest.mark.parametrize(("fmt", "number"), FORMATS, ids=lambda f: getattr(f, "name", None))
@@ -110,3 +112,8 @@ def test_formats_are_values():
         assert hash(fmt) == hash(fmt)
         assert fmt == fmt
     assert len({fmt for fmt, _ in FORMATS}) == len(FORMATS)
+
+
+def test_a_dtype_that_does_not_exist_is_refused_when_the_format_is_made():
+    with pytest.raises(DaqError, match="fp6: `dtype` must be one of NumPy or ml_dtypes.*'float6_e3m2'"):
+        SmallFloat("fp6", "float6_e3m2", 28.0, mantissa_bits=2, min_exponent=-2)

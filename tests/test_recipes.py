@@ -1,6 +1,7 @@
 """`daq_jax.recipes`: recipes by name. Those of the density wing load when they are first asked for."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 
@@ -50,3 +51,21 @@ def test_replace_changes_one_part_and_leaves_the_recipe_as_it_is():
     assert changed.format == daq.int8
     assert dataclasses.replace(changed, format=daq.fp8_e4m3fn) == daq.recipes.default
     assert daq.recipes.default.format == daq.fp8_e4m3fn
+
+
+@pytest.mark.parametrize(
+    ("part", "function", "wanted"),
+    [
+        ("metric", lambda d: d, "(d, q)"),
+        ("rounding", lambda tiles: tiles, "(tiles, scale)"),
+        ("search", lambda a, b: a, "(trials)"),
+        ("scales", lambda: 1, "(scale)"),
+    ],
+)
+def test_a_part_that_takes_other_arguments_is_refused_with_those_it_is_called_with(part, function, wanted):
+    with pytest.raises(
+        daq.DaqError, match=re.escape(f"Recipe: `{part}` is called with {wanted}, which <func")
+    ):
+        daq.Recipe(**{part: function})
+    assert daq.Recipe(**{part: lambda *given: given})
+    assert daq.Recipe(**{part: max})  # whose signature Python does not know

@@ -25,6 +25,7 @@ _ALIKE = 0.3  # cosine of the weights of two models; tunes have 0.9 and more, un
 _RUNS = ((32, 16), (256, 128))
 _SHARE = 0.9  # of the runs of a patch that is on a grid
 _MOST_RUNS = 64
+_OUTLIER = 100  # times the median magnitude; of normal weights none is beyond 10
 _MOST_KNOWN = 64  # pairs of trees whose doubt is remembered
 
 Patch = NDArray[np.float32]
@@ -45,9 +46,10 @@ def doubt_of(patches: Iterable[tuple[Patch, Patch]]) -> str:
     pairs = [(b, t) for b, t in patches if b.size >= _FEWEST and _is_telling(b) and _is_telling(t)]
     if not pairs:
         return ""
-    cosines = [float(np.sum(b * t, dtype=np.float64)) / _norms(b, t) for b, t in pairs]
-    change = np.sqrt(sum(float(np.sum((t - b) ** 2, dtype=np.float64)) for b, t in pairs))
-    size = np.sqrt(sum(float(np.sum(b**2, dtype=np.float64)) for b, _ in pairs))
+    usual = [(_usual(b), _usual(t)) for b, t in pairs]
+    cosines = [np.sum(b * t) / (np.linalg.norm(b) * np.linalg.norm(t)) for b, t in usual]
+    change = np.sqrt(sum(np.sum((t - b) ** 2) for b, t in usual))
+    size = np.sqrt(sum(np.sum(b**2) for b, _ in usual))
     if np.median(cosines) < _ALIKE and change >= UNRELATED * size:
         return (
             f"These two models look unrelated: the change is {change / size:.0%} of the weights. "
@@ -125,8 +127,11 @@ def _is_telling(patch: Patch) -> bool:
     return bool(np.any(patch)) and bool(np.all(np.isfinite(patch)))
 
 
-def _norms(b: Patch, t: Patch) -> float:
-    return float(np.linalg.norm(b.astype(np.float64)) * np.linalg.norm(t.astype(np.float64)))
+def _usual(patch: Patch) -> NDArray[np.float64]:
+    """A patch without outliers, one of which would outweigh all others; in float64, where squares fit."""
+    wide = patch.astype(np.float64)
+    limit = _OUTLIER * np.median(np.abs(wide))
+    return np.clip(wide, -limit, limit) if limit > 0 else wide
 
 
 def _on_a_grid(patch: Patch) -> bool:

@@ -17,6 +17,7 @@ UNRELATED = 0.9  # |d| / |base|
 # a small change there, and behaviour shows no loss: what the default still gains, a KL of 0.57 to 0.61 times
 # that of AbsMax, is the rounding noise of any weights (`benchmarks/results/behaviour/gpu_fp8-block.md`).
 KEPT = 0.9  # projection
+_WEAK = ": it keeps less of a change that has no leading directions, as random noise has none"
 
 
 def verdict_of(found: Findings, recipe: str, *, format_name: str = "FP8") -> str:
@@ -40,6 +41,9 @@ def verdict_of(found: Findings, recipe: str, *, format_name: str = "FP8") -> str
     plain, kept = found.absmax_projection, found.projection
     if not math.isfinite(plain.bound):
         return f"{grid} The change lies in too few of the weights looked at to say what is kept of it."
+    if max(kept.high, kept.value) < min(KEPT, plain.value):
+        both = f"AbsMax would keep {_interval(plain)} of this fine-tune, {recipe} {_interval(kept)}"
+        return f"{grid} {both}{_WEAK}."
     if plain.high < KEPT:
         lost = f"AbsMax would erase about {1 - plain.value:.0%} of this fine-tune{_span(plain)}"
         return f"{grid} {lost}; {recipe} {_keeps(kept)}."

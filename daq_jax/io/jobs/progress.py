@@ -95,6 +95,7 @@ class Running:
         kept = ""
         if found is not None:
             kept = f"sign rate {float(found.sign_rate):.1%}, projection {float(found.projection):.3f}"
+            kept = kept if float(found.dd) else "no change so far"
         return ", ".join(filter(None, (kept, self._now)))
 
 
@@ -127,7 +128,9 @@ def progress_on(console: Console, total: int) -> Iterator[Running]:
 def result_of(total: Figures | None, nbytes: int, seconds: float, peak: int, promised: int) -> str:
     """What was done, in one line, with the memory that it took beside what the plan said."""
     kept = ""
-    if total is not None:
+    if total is not None and not float(total.dd):
+        kept = "; tuned does not differ from base in these weights"
+    elif total is not None:
         kept = (
             f"; of the change, sign rate {float(total.sign_rate):.1%}, cosine {float(total.cosine):.3f}, "
             f"projection {float(total.projection):.3f}"

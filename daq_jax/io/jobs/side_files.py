@@ -91,7 +91,7 @@ def _why_left_out(path: Path, custom_code: bool) -> str:
     if name.endswith(_INDEXES):
         return "an index of other files"
     if path.suffix in _WEIGHTS:
-        return "other weights, which are not read"
+        return "weights, which the result has its own of"
     if path.suffix == _CODE:
         return "" if custom_code else "code of the model: --custom-code copies it"
     if path.suffix in _SUFFIXES or _TERMS.fullmatch(name):
