@@ -4,6 +4,9 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+import ml_dtypes
+import numpy as np
+
 _ON_A_LINE = 8  # problems listed in full where all stand on one line
 
 
@@ -61,6 +64,13 @@ def check_takes(part: str, function: Callable[..., object], *arguments: str) -> 
         ) from None
     except ValueError:  # of C code
         return
+
+
+def check_dtype(name: str, dtype: str) -> None:
+    """Raises DaqError unless NumPy or ml_dtypes has a dtype of this name, which is to be that of `name`."""
+    if not hasattr(ml_dtypes, dtype) and not hasattr(np, dtype):
+        example = "such as 'float8_e4m3fn'"
+        raise DaqError(f"{name}: `dtype` must be one of NumPy or ml_dtypes, {example}; got {dtype!r}.")
 
 
 def check_whole_numbers(owner: object, *, least: int = 1, **values: object) -> None:

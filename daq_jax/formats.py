@@ -32,7 +32,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from daq_jax.errors import DaqError
+from daq_jax.errors import DaqError, check_dtype
 from daq_jax.numerics.arithmetic import multiply, traced_once
 
 _FEW_LEVELS = 32  # that codes are decoded by a choice for each
@@ -150,13 +150,7 @@ class SmallFloat(_Cast):
     def __post_init__(self) -> None:
         if not (0 < self.largest < math.inf):
             raise DaqError(f"{self.name}: `largest` must be a number above 0; got {self.largest!r}.")
-        try:
-            jnp.dtype(self.dtype)
-        except TypeError:
-            raise DaqError(
-                f"{self.name}: `dtype` must be one of NumPy or ml_dtypes, such as 'float8_e4m3fn'; got "
-                f"{self.dtype!r}."
-            ) from None
+        check_dtype(self.name, self.dtype)
         if self.dtype in _NOT_IN_XLA:
             object.__setattr__(self, "dtype", "uint8")
 

@@ -229,9 +229,7 @@ def test_the_verdict_says_what_is_erased_and_what_the_recipe_keeps():
     )
     weak = findings(absmax_projection=Estimate(0.55, 0.02), projection=Estimate(0.4, 0.02))
     said = verdict_of(weak, "the default")
-    assert (
-        "AbsMax would keep 53 to 57% of this fine-tune, the default 38 to 42%: it keeps less of a" in said
-    )
+    assert "AbsMax would keep 53 to 57% of this fine-tune, the default 38 to 42%: it keeps less of a" in said
     assert verdict_of(findings(), "it", format_name="INT8").startswith("This base is on an INT8 grid.")
     said = verdict_of(findings(projection=Estimate(1.4, 0.02)), "the default")
     assert "the default would overshoot to 138 to 142% of it" in said
