@@ -115,5 +115,5 @@ def test_formats_are_values():
 
 
 def test_a_dtype_that_does_not_exist_is_refused_when_the_format_is_made():
-    with pytest.raises(DaqError, match="fp6: `dtype` must be one of NumPy or ml_dtypes.*'float6_e3m2'"):
+    with pytest.raises(DaqError, match=r"fp6: `dtype` must be one of NumPy or ml_dtypes.*'float6_e3m2'"):
         SmallFloat("fp6", "float6_e3m2", 28.0, mantissa_bits=2, min_exponent=-2)
