@@ -6,6 +6,7 @@ a result nor a `DaqError`, or came late; and `counts.json`.
 
 import hashlib
 import json
+import os
 import random
 import sys
 import tempfile
@@ -54,14 +55,22 @@ class Engine:
             raise
         except (Exception, SystemExit) as error:
             outcome = "crashes"
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            self._note(
-                data, f"{type(error).__name__} {where.filename} {where.lineno}", traceback.format_exc()
+            frames = [
+                f
+                for f in traceback.extract_tb(error.__traceback__)
+                if f"{os.sep}daq_jax{os.sep}" in f.filename
+            ]
+            where = frames[-1] if frames else None
+            file = (
+                "daq_jax" + where.filename.rpartition(f"{os.sep}daq_jax")[2]
+                if where
+                else "outside of daq_jax"
             )
+            self._note(data, f"{type(error).__name__} in {file}, line {where.lineno if where else 0}")
         seconds = time.thread_time() - start
         if seconds > SLOW:
             self.counts["hangs"] += 1
-            self._note(data, f"slow {outcome}", f"{seconds:.2f} s")
+            self._note(data, f"{outcome} after more than {SLOW:g} s")
         self.counts[outcome] += 1
         self.counts["executions"] += 1
         self.counts["slowest_s"] = max(self.counts["slowest_s"], round(seconds, 3))
@@ -69,13 +78,13 @@ class Engine:
             self.noted = time.monotonic()
             (self.folder / "counts.json").write_text(json.dumps(self.counts))
 
-    def _note(self, data: bytes, kind: str, words: str) -> None:
+    def _note(self, data: bytes, kind: str) -> None:
         """Keeps the first input of a kind."""
         if kind not in self.seen:
             self.seen.add(kind)
             path = self.folder / "findings" / hashlib.sha1(kind.encode()).hexdigest()[:12]
             path.write_bytes(data)
-            path.with_suffix(".txt").write_text(words)
+            path.with_suffix(".txt").write_text(kind)
 
     def change(self, data: bytes, most: int, seed: int) -> bytes:
         """A new input, made from one before."""

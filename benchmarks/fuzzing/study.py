@@ -36,7 +36,7 @@ _STATUS = {70: "hangs", 71: "crashes", 77: "crashes"}  # by which libFuzzer says
 def fuzz_one(name: str, folder: Path, seconds: float) -> dict[str, Any]:
     """Fuzzes a reader for some time, anew where it was given up. Returns counts and findings."""
     found: dict[str, Any] = dict.fromkeys(HEADS[1:-1], 0)
-    end, findings = time.monotonic() + seconds, dict[str, str]()
+    end, findings = time.monotonic() + seconds, set[str]()
     while (left := int(end - time.monotonic())) > 0:
         how = [f"-max_total_time={left}", f"-max_len={LONGEST}", f"-timeout={STUCK}", "-mutate_depth=2"]
         how += ["-print_final_stats=1", f"-rss_limit_mb={MEMORY}", f"-artifact_prefix={folder}/"]
@@ -49,9 +49,9 @@ def fuzz_one(name: str, folder: Path, seconds: float) -> dict[str, Any]:
         found["peak_mb"] = max([found["peak_mb"], *map(int, peaks)])
         if done.returncode:
             found[_STATUS.get(done.returncode, "crashes")] += 1
-            findings[f"status {done.returncode}"] = done.stderr[-2000:]
-    findings |= {path.stem: path.read_text() for path in folder.glob("findings/*.txt")}
-    return {"reader": name, **found, "findings": findings}
+            findings.add(f"given up with status {done.returncode}")
+    findings |= {path.read_text() for path in folder.glob("findings/*.txt")}
+    return {"reader": name, **found, "findings": sorted(findings)}
 
 
 def fewest(reader: Reader, inputs: Iterable[bytes]) -> list[bytes]:
@@ -139,6 +139,8 @@ def markdown_of(report: dict[str, Any]) -> str:
         "`tests/corpus`, which `tests/io/test_corpus.py` tries."
     )
     body = common.table(HEADS, [*rows, ["all", *sums, *most, sum(row[-1] for row in rows)]])
+    found = [f"- {row['reader']}: {finding}" for row in report["readers"] for finding in row["findings"]]
+    body += "\n\nFindings:\n\n" + "\n".join(found) if found else ""
     return f"# Fuzzing\n\n{words}\n\n{body}\n\n{common.provenance(report)}\n"
 
 
