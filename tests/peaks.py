@@ -1,6 +1,7 @@
 """The most memory that a command takes, in a process of its own."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -31,13 +32,14 @@ class Ran(NamedTuple):
 
 
 def run(*words: str | pathlib.Path) -> Ran:
-    """Runs `daq-jax` with these words and `--json`.
+    """Runs `daq-jax` with these words and `--json`, without programs that earlier runs compiled.
 
     Raises:
         RuntimeError: with what it printed, if its exit status is not 0.
     """
     command = [sys.executable, "-c", _RUN, *map(str, words), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    env = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode:
         raise RuntimeError(f"daq-jax {' '.join(map(str, words))} ended with {done.returncode}: {done.stderr}")
     return Ran(json.loads(done.stdout), 1024 * int(done.stderr.splitlines()[-1]))
