@@ -28,6 +28,7 @@ MODULES = {
     "architectures": "benchmarks.architectures.study",
     "layers": "benchmarks.architectures.layers",
     "stops": "benchmarks.stops",
+    "fuzz": "benchmarks.fuzzing.study",
 }
 
 

@@ -2,11 +2,16 @@
 
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+
+import daq_jax as daq
+from tests.hf_folders import BF16
 
 EXAMPLE = str(pathlib.Path(__file__).parents[1] / "examples" / "pod.py")
 DEVICES = 8
@@ -59,9 +64,37 @@ for axis_type in (AxisType.Auto, AxisType.Explicit):
     same(daq.load_weights(f"{folder}/{axis_type}", {"kept": pair[0]["w"]})["kept"], base)
 """
 
+# The victim is gone before the others save; the coordinator of JAX misses it after ten seconds.
+DEATH = """
+import os, signal, sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+import daq_jax as daq
+
+address, process, folder, victim = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+jax.distributed.initialize(address, 4, process, heartbeat_timeout_seconds=10)
+rng = np.random.default_rng(0)
+base = rng.normal(0, 0.02, (256, 512)).astype(jnp.bfloat16)
+tuned = (base.astype(np.float32) + rng.normal(0, 4e-4, base.shape).astype(np.float32)).astype(jnp.bfloat16)
+sharding = NamedSharding(jax.make_mesh((2, 4), ("x", "y"), (AxisType.Auto,) * 2), P("x", "y"))
+put = lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+q = jax.block_until_ready(daq.quantize({"w": put(base)}, {"w": put(tuned)}, daq.recipes.absmax))
+if process == victim:
+    os.kill(os.getpid(), signal.SIGKILL)
+daq.save(f"{folder}/out", q)
+"""
+
 
 def run(processes, command):
-    """Outputs of as many processes, each with its share of the devices."""
+    """Outputs of as many processes, each with its share of the devices; none of them fails."""
+    found = ended(processes, command)
+    for status, _, error in found:
+        assert status == 0, error[-3000:]
+    return [output for _, output, _ in found]
+
+
+def ended(processes, command):
+    """Exit status, output and messages of as many processes, each with its share of the devices."""
     flags = f"--xla_force_host_platform_device_count={DEVICES // processes}"
     env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
     with socket.socket() as free:
@@ -82,9 +115,7 @@ def run(processes, command):
     finally:
         for child in children:
             child.kill()
-    for child, (_, error) in zip(children, outputs, strict=True):
-        assert child.returncode == 0, error[-3000:]
-    return [output for output, _ in outputs]
+    return [(child.returncode, *output) for child, output in zip(children, outputs, strict=True)]
 
 
 @pytest.mark.slow
@@ -110,3 +141,24 @@ def test_the_example_gives_the_same_codes_on_one_two_and_four_processes(tmp_path
     assert len(found) == 1
     codes, loaded = [part.split()[-1] for part in found.pop().split(",")[1:]]
     assert codes == loaded
+
+
+@pytest.mark.slow
+def test_of_four_processes_one_is_killed_and_the_same_call_saves_the_checkpoint(tmp_path):
+    def command(victim):
+        return lambda address, i: ["-c", DEATH, address, str(i), str(tmp_path), str(victim)]
+
+    found = ended(4, command(victim=3))
+    assert found.pop(3)[0] == -signal.SIGKILL
+    for status, _, error in found:
+        assert status != 0
+        assert "Task 3 heartbeat timeout" in error
+    assert not (tmp_path / "out").exists()
+    run(4, command(victim=-1))
+    rng = np.random.default_rng(0)
+    base = rng.normal(0, 0.02, (256, 512)).astype(BF16)
+    tuned = (base.astype(np.float32) + rng.normal(0, 4e-4, base.shape).astype(np.float32)).astype(BF16)
+    loaded = daq.load(tmp_path / "out")["w"]
+    wanted = daq.quantize({"w": base}, {"w": tuned}, daq.recipes.absmax)["w"]
+    assert np.asarray(loaded.codes).tobytes() == np.asarray(wanted.codes).tobytes()
+    assert np.asarray(loaded.scale).tobytes() == np.asarray(wanted.scale).tobytes()

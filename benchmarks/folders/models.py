@@ -136,7 +136,7 @@ def make(path: Path, model: Model, seed: int | None) -> Path:
         with TensorWriter(path / file, shard) as writer:
             for name, spec in shard.items():
                 if spec not in made:
-                    made[spec] = weights(spec.shape, seed)
+                    made[spec] = content(name, spec, seed)
                 writer.write(name, made[spec])
             writer.finish()
     where = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
@@ -144,6 +144,14 @@ def make(path: Path, model: Model, seed: int | None) -> Path:
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
     (path / "config.json").write_text(json.dumps(model.config))
     return path
+
+
+def content(name: str, spec: TensorSpec, seed: int) -> np.ndarray:
+    """What a tensor holds: weights, or the scales of codes."""
+    assert spec.numpy_dtype is not None
+    if "_scale" in name:
+        return np.full(spec.shape, 0.01, spec.numpy_dtype)
+    return weights(spec.shape, seed).reshape(spec.shape).astype(spec.numpy_dtype, copy=False)
 
 
 def weights(shape: tuple[int, ...], seed: int) -> np.ndarray:

@@ -1,14 +1,15 @@
 """Folders larger than memory: what memory the command takes, how long a plan takes, how fast work streams.
 
     python -m benchmarks folders memory --disk DIR     # 6 GB and 12 GB of tuned weights under --memory 2
+    python -m benchmarks folders peaks --disk DIR      # 30 shapes and recipes, beside their plans
     python -m benchmarks folders plan --disk DIR       # headers of 671B parameters over sparse files
     python -m benchmarks folders plan-as-base --disk DIR     # of 2.8T parameters in MXFP4
     python -m benchmarks folders speed --disk DIR      # beside the same tensors in memory, and beside a copy
     python -m benchmarks folders speed --disk DIR --recipe default --layers 8     # on a GPU
 
-Each prints its figures and writes them to `folders_memory.json`, `folders_plan.json`,
+Each prints its figures and writes them to `folders_memory.json`, `folders_peaks.json`, `folders_plan.json`,
 `folders_plan_as_base.json` or `folders_speed_DEVICE.json`. Folders are made below DIR and removed. Peak
-memory is that of a process of its own, as the system counts it (`ru_maxrss`).
+memory is that of a process of its own, as the system counts it.
 """
 
 import dataclasses
@@ -25,9 +26,11 @@ import jax
 
 import daq_jax as daq
 from benchmarks import common
+from benchmarks.folders import peaks as drawn
 from benchmarks.folders.models import WIDTH, deepseek, kimi, llama, make
 from daq_jax.io.hf.folders import open_folder
 from daq_jax.io.hf.layouts import LAYOUTS
+from tests.peaks import run as run_counted
 
 RUN = "import sys; from daq_jax.cli import main; sys.exit(main(sys.argv[1:]))"
 
@@ -72,6 +75,39 @@ def memory(
     first, second = (row["peak_gb"] for row in rows)
     figures = {"recipe": recipe, "limit_gb": limit, "runs": rows, "ratio": second / first}
     note(common.results(out, quick) / "folders_memory.json", figures)
+
+
+def peaks(*, disk: Path, count: int = 30, out: Path | None = None, quick: bool = False) -> int:
+    """Peak memory of jobs on drawn shapes and recipes, beside what plans promise. Returns 1 if one is above.
+
+    Args:
+        disk: where to make the folders.
+        count: of jobs.
+        out: folder for the results; None for `benchmarks/results`.
+        quick: two jobs, to see that it runs.
+    """
+    rows = []
+    for case in drawn.cases(2 if quick else count):
+        here = disk / "folders_peaks"
+        shutil.rmtree(here, ignore_errors=True)
+        base, tuned = make(here / "base", case.model, 0), make(here / "tuned", case.model, 1)
+        how = ["--recipe", case.recipe, "--memory", case.memory]
+        if (coded := case.format.removeprefix("as-base ")) != case.format:
+            run_counted("quantize", base, base, here / "coded", "--recipe", "absmax", "--format", coded)
+            found = run_counted("quantize", here / "coded", tuned, here / "out", *how)
+        else:
+            found = run_counted("quantize", base, tuned, here / "out", *how, "--format", case.format)
+        size = sum(spec.nbytes for spec in case.model.tensors.values())
+        largest = max(case.model.tensors.values(), key=lambda spec: spec.size)
+        row = {"kind": case.kind, "recipe": case.recipe, "format": case.format, "memory_gb": case.memory}
+        row |= {"tensors": len(case.model.tensors), "largest": list(largest.shape), "tuned_mb": size / 1e6}
+        row |= {"promise_mb": found.said["memory_bytes"] / 1e6, "peak_mb": found.peak / 1e6}
+        rows.append(row | {"promise / peak": found.said["memory_bytes"] / found.peak})
+        print(json.dumps(rows[-1]), flush=True)
+        shutil.rmtree(here)
+        report = common.environment() | {"jobs": rows}
+        common.write(common.results(out, quick) / "folders_peaks.json", report, drawn.markdown_of(report))
+    return int(any(row["promise / peak"] < 1 for row in rows))
 
 
 def plan(*, disk: Path, layers: int = 61, out: Path | None = None, quick: bool = False) -> None:
@@ -210,4 +246,4 @@ def note(path: Path, figures: dict[str, Any]) -> None:
     common.write(path, report)
 
 
-COMMANDS = {"memory": memory, "plan": plan, "plan-as-base": plan_as_base, "speed": speed}
+COMMANDS = {"memory": memory, "peaks": peaks, "plan": plan, "plan-as-base": plan_as_base, "speed": speed}

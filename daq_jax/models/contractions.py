@@ -7,7 +7,7 @@ of the weight are its inputs, and the axes that the weight alone gives to the re
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax.extend import core
@@ -233,13 +233,21 @@ def _mixed(given: list[_Value], ndim: int, found: Contractions) -> tuple[Weight,
 
 
 def _scan(eqn: Any, given: list[_Value], found: Contractions) -> list[_Value]:
-    consts, carry = eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carry = _sizes_of_scan(eqn.params)
     inside = [*given[:consts], *(_Value(True) for _ in range(carry))]
     for value in given[consts + carry :]:
         sliced = tuple(w.pick(range(1, len(w.axes))) for w in value.weights)
         inside.append(_Value(value.is_data, sliced))
     walk(eqn.params["jaxpr"].jaxpr, inside, found)
     return [_Value(True) for _ in eqn.outvars]
+
+
+def _sizes_of_scan(params: Mapping[str, Any]) -> tuple[int, int]:
+    """How many inputs of a scan are constants, and how many are carried."""
+    if "num_consts" in params:  # as older versions of JAX have it
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()
+    return len(consts), len(carry)
 
 
 def _while(eqn: Any, given: list[_Value], found: Contractions) -> list[_Value]:

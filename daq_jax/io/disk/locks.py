@@ -58,7 +58,7 @@ class Owner:
             return True
         try:
             os.kill(self.pid, 0)
-        except ProcessLookupError:
+        except (ProcessLookupError, OverflowError):  # the latter of a number that no process has
             return False
         except PermissionError:
             return True
@@ -124,9 +124,11 @@ def _refuse_unless_stale(path: Path, out: Path, take_over: bool) -> None:
 
 def _owner(data: bytes) -> Owner | None:
     try:
-        return Owner(**json.loads(data))
-    except (ValueError, TypeError):  # its owner was stopped before it wrote its name
+        owner = Owner(**json.loads(data))
+    except (ValueError, TypeError, RecursionError):  # its owner was stopped before it wrote its name
         return None
+    kinds = [type(value) for value in dataclasses.astuple(owner)]
+    return owner if kinds == [str, str, int, str] else None
 
 
 def _held(file: int) -> bool | None:

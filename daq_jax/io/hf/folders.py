@@ -349,7 +349,15 @@ def _weight_map(index: Path) -> dict[str, str]:
             raise DaqError(
                 f"{index}: tensor {name!r} is said to be in {file!r}; needed a .safetensors file in it."
             )
-        if not (index.parent / file).is_file():
+        if not _is_file(index.parent / file):
             raise DaqError(f"{index}: tensor {name!r} is in {file!r}, which is not in the folder.")
         there.add(file)
     return found
+
+
+def _is_file(path: Path) -> bool:
+    """Whether a file is there; False for a name that no file can have."""
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long
+        return False

@@ -92,7 +92,7 @@ class _Search:
 
     def coding(self, weight: str, codes: str) -> Coding | None:
         """The coding of a weight; None if it has none, or one that cannot be read: see `problems`."""
-        if codes.endswith("_blocks"):
+        if codes == f"{weight}_blocks":
             return self._nibbles(weight, codes, f"{weight}_scales", blocks=16)
         if codes != weight and self.specs[codes].dtype == "I32":
             return self._words(weight, codes)

@@ -21,6 +21,7 @@ from daq_jax.io.hf.folders import Folder, Tensor
 from daq_jax.io.hf.layouts import AS_BASE
 from daq_jax.io.hf.methods import QUANTIZATION_KEYS, quantizes_cache, uses_static_inputs
 from daq_jax.io.jobs.leftovers import CACHE, dropped_of, refuse_unread, scale_without_use, unquantized
+from daq_jax.io.jobs.memory import Room
 from daq_jax.io.jobs.other_names import renamed
 from daq_jax.io.jobs.planning import (
     Plan,
@@ -103,6 +104,7 @@ def plan_as_base(
     stored = dtype or stored_dtype(tuned)
     working = dtype or tuned.working_dtype or stored
     recipe_for = functools.cache(functools.partial(recipe_as_base, recipe))
+    room = Room.of(memory, (t for t in base.tensors.values() if t.coding))
     tasks = []
     for name, before in base.tensors.items():
         after = tuned.tensors.get(name)
@@ -115,7 +117,7 @@ def plan_as_base(
             tasks.append(kept_task(after, "not quantized in base", recipe, stored, working))
         else:
             own = recipe_for(before.coding.full_format, before.coding.tiling, before.coding.storage)
-            tasks.append(_coded_task(before, before.coding, after, own, dtype or working, memory))
+            tasks.append(_coded_task(before, before.coding, after, own, dtype or working, room))
     files = {name: tensor.file for name, tensor in base.tensors.items()}
     config = config_as_base(base.config, tuned.config)
     return Plan(
@@ -124,11 +126,11 @@ def plan_as_base(
 
 
 def _coded_task(
-    before: Tensor, coding: Coding, after: Tensor, recipe: Recipe, dtype: np.dtype, memory: int
+    before: Tensor, coding: Coding, after: Tensor, recipe: Recipe, dtype: np.dtype, room: Room
 ) -> Task:
     if after.coding is None and after.dtype is not None:
         dtype = after.dtype
-    task = quantized_task(after, before, recipe, coding, dtype, memory)
+    task = quantized_task(after, before, recipe, coding, dtype, room)
     return dataclasses.replace(task, as_base=True)
 
 

@@ -1,7 +1,6 @@
 """`compare` for checkpoint folders, in bounded memory: two models and a quantized one, whoever wrote it."""
 
 import contextlib
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from daq_jax.io.hf.adapters import open_tuned
 from daq_jax.io.hf.bands import MOST_ELEMENTS, bands
 from daq_jax.io.hf.folders import Folder, Tensor, open_safetensors
 from daq_jax.io.hf.paired_names import paired
+from daq_jax.io.hf.tensor_files import read_json
 from daq_jax.io.jobs.journal import REPORT
 from daq_jax.io.jobs.leftovers import refuse_unread
 from daq_jax.io.jobs.progress import Tell
@@ -83,8 +83,9 @@ def compare_opened(
 def facts_of_folders(base: str | Path, tuned: str | Path, quantized: str | Path) -> dict[str, str]:
     """What is compared, in words by name; recipe, command and date are those of the report in `quantized`."""
     words = {"base": str(base), "tuned": str(tuned), "quantized": str(quantized)}
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # no report, or none of ours
-        origin = json.loads(Path(quantized, REPORT).read_text("utf-8")).get("origin", {})
+    with contextlib.suppress(DaqError):  # no report
+        origin = read_json(Path(quantized, REPORT), "the report").get("origin")
+        origin = origin if isinstance(origin, dict) else {}  # not one of ours
         words |= {name: str(origin[name]) for name in ("recipe", "command", "date") if name in origin}
     return {name: printable(word) for name, word in words.items()}
 

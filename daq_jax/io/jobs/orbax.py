@@ -29,8 +29,8 @@ from daq_jax.io.disk.atomic import checksum, temporary_of, write_text
 from daq_jax.io.disk.swap import new_beside, put_back, put_in_place, remove_tree
 from daq_jax.io.jobs.job import Job
 from daq_jax.io.jobs.journal import REPORT, Record
+from daq_jax.io.jobs.memory import RUNTIME, work_of
 from daq_jax.io.jobs.options import MissingBase, Output, Run
-from daq_jax.io.jobs.planning import RUNTIME, work_of
 from daq_jax.io.jobs.progress import Tell
 from daq_jax.io.jobs.values import describe, flags
 from daq_jax.io.orbax.reader import METADATA_KEY, VERSION, Checkpoint, array_names, nested

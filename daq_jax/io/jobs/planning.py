@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -24,19 +24,16 @@ from daq_jax.io.hf.weight_names import is_matrix
 from daq_jax.io.jobs.factors import shared_factors
 from daq_jax.io.jobs.keeping import ALL, Choice, kept_of, refuse_parted_experts
 from daq_jax.io.jobs.leftovers import FLOATS, dropped_of, refuse_unread, unquantized
+from daq_jax.io.jobs.memory import RUNTIME, Room, bytes_each_of, runtime_of, work_of
 from daq_jax.io.jobs.options import MissingBase, in_layout
 from daq_jax.io.jobs.other_names import renamed
 from daq_jax.recipe import Recipe
-from daq_jax.roundings.nearest import Nearest
-from daq_jax.roundings.rounding import as_rounding
-from daq_jax.searches.search import as_search
 from daq_jax.tilings import Tiling
 
-_WRITING = 2  # bytes for each element of the matrix before it, which is being written
 _AT_ONCE = 2**22  # elements of a quantized tensor that is kept, which are dequantized at a time
 # Bytes for each tensor, beside those for each letter of its name: specs, tasks, records and the report.
 _EACH_TENSOR, _EACH_LETTER = 3000, 6
-RUNTIME = 700 * 10**6  # bytes of the interpreter, JAX, its compiled programs, and the figures of a band
+_KEPT_EACH = 24  # bytes for each element of a quantized tensor that is kept, while it is dequantized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,6 +222,7 @@ def make_plan(
             one_line=True,
         )
     tasks, quantized = [], [name for name in tuned.tensors if name not in kept and name not in dropped]
+    room = Room.of(memory, (tuned.tensors[name] for name in quantized))
     factors = shared_factors(base, tuned, layout, quantized) if layout.factor else {}
     for name, tensor in tuned.tensors.items():
         if name in dropped:
@@ -236,7 +234,7 @@ def make_plan(
             coding = layout.of(name).coding(name, tensor.shape, factors.get(name, 1.0))
             own = recipe if layout.of(name) is layout else in_layout(recipe, layout.of(name))
             own = own.replace(scales=coding.storage.rule) if layout.factor else own
-            tasks.append(quantized_task(tensor, partner, own, coding, dtype, memory))
+            tasks.append(quantized_task(tensor, partner, own, coding, dtype, room))
     skipped = skip_list((n for n in kept if is_matrix(n, len(tuned.tensors[n].shape))), tuned.config)
     config = unquantized(tuned.config) | {"quantization_config": layout.config(skipped)} | dict(layout.says)
     beside = layout.beside(skipped)
@@ -266,33 +264,34 @@ def kept_task(tensor: Tensor, why: str, recipe: Recipe, stored: np.dtype, dtype:
 
 
 def quantized_task(
-    tensor: Tensor, base: Tensor | None, recipe: Recipe, coding: Coding, dtype: np.dtype, memory: int
+    tensor: Tensor, base: Tensor | None, recipe: Recipe, coding: Coding, dtype: np.dtype, room: Room
 ) -> Task:
     """The task of a tensor that is quantized with the format and the tiling of a coding.
 
     Raises:
         DaqError: if the memory does not suffice.
     """
-    rows = _rows_at_a_time(tensor, base, recipe, coding.tiling, memory)
+    rows = _rows_at_a_time(tensor, base, recipe, coding.tiling, room)
     why = "" if base else "no base"
     return Task(tensor, base, True, why, coding.specs, rows, coding, recipe, dtype)
 
 
-def _rows_at_a_time(tensor: Tensor, base: Tensor | None, recipe: Recipe, tiling: Tiling, memory: int) -> int:
+def _rows_at_a_time(tensor: Tensor, base: Tensor | None, recipe: Recipe, tiling: Tiling, room: Room) -> int:
     """Whole matrices one by one; a matrix too large for the memory in bands, if its tiles are independent."""
     *batch, outputs, inputs = tensor.shape
-    each = _bytes_each(tensor, recipe)
-    room = (memory - RUNTIME) // each
+    each, runtime = bytes_each_of(tensor, recipe), runtime_of(recipe, room.programs)
+    most = (room.memory - runtime) // each
     whole = 1 if batch else outputs
-    if outputs * inputs <= room:
+    if outputs * inputs <= most:
         return whole
     step = _step(tensor, base, tiling)
-    rows = room // inputs // step * step
+    rows = most // inputs // step * step
     if batch or rows < step or not work_of(recipe).by_tile or can_be_cut(tiling, tensor.shape):
-        needed = (RUNTIME + outputs * inputs * each) / 10**9
+        needed = (runtime + outputs * inputs * each) / 10**9
         raise DaqError(
             f"{tensor.file}: {tensor.name!r} is {outputs} x {inputs}, which takes {needed:.1f} GB at once; "
-            f"the memory given is {memory / 10**9:.1f} GB: raise it (--memory {math.ceil(10 * needed) / 10})."
+            f"the memory given is {room.memory / 10**9:.1f} GB: raise it "
+            f"(--memory {math.ceil(10 * needed) / 10})."
         )
     return rows
 
@@ -306,35 +305,19 @@ def _step(tensor: Tensor, base: Tensor | None, tiling: Tiling) -> int:
 
 def memory_of(tasks: Sequence[Task]) -> int:
     """Bytes that the work takes at most, the process itself included."""
-    units = [task.most_elements * _bytes_each(task.tuned, task.recipe) for task in tasks if task.quantize]
+    chosen = [task for task in tasks if task.quantize]
+    units = [task.most_elements * bytes_each_of(task.tuned, task.recipe) for task in chosen]
+    decoded = [task for task in tasks if not task.quantize and task.tuned.coding]
+    kept = [_KEPT_EACH * task.most_elements for task in decoded]
     words = sum(_EACH_TENSOR + _EACH_LETTER * len(task.name) for task in tasks)
-    return RUNTIME + words + max(units, default=0)
+    programs = _programs_of([*chosen, *decoded])
+    runtimes = [runtime_of(recipe, programs) for recipe in {task.recipe for task in chosen}]
+    return max(runtimes, default=RUNTIME) + words + max(units, default=0) + max(kept, default=0)
 
 
-class Work(NamedTuple):
-    """What a recipe asks of memory.
-
-    Attributes:
-        bytes_each: bytes that quantizing takes for each element, two inputs of 16 bits included.
-        by_tile: whether codes depend on one tile at a time, so that a band of a matrix is coded by itself.
-    """
-
-    bytes_each: int
-    by_tile: bool
-
-
-def work_of(recipe: Recipe) -> Work:
-    """What a recipe asks of memory; the one place that asks its rounding and its search."""
-    rounding = as_rounding(recipe.rounding)
-    # Other roundings of single tiles draw numbers by the place in the weight, or align their sets of tiles.
-    by_tile = rounding == Nearest() and as_search(recipe.search).is_tile_local
-    return Work(rounding.bytes_per_element, by_tile)
-
-
-def _bytes_each(tensor: Tensor, recipe: Recipe) -> int:
-    """Bytes of memory for each element of the largest matrix: while a pair is quantized, the next is read."""
-    wide = max(2, tensor.dtype.itemsize if tensor.dtype else 2)
-    return work_of(recipe).bytes_each + _WRITING + 2 * wide + 2 * (wide - 2)
+def _programs_of(tasks: Sequence[Task]) -> int:
+    """How many programs are compiled to quantize tensors, and to dequantize those that are kept."""
+    return len({task.program(rows) for task in tasks for rows in task.bands})
 
 
 def stored_dtype(folder: Folder) -> np.dtype:

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 
@@ -124,8 +125,15 @@ def test_a_lock_of_another_machine_falls_only_if_the_user_says_so(tmp_path):
     take(tmp_path, take_over=True)
 
 
-@pytest.mark.parametrize("words", ["", "{", "[]", '{"pid": 1}'])
-def test_a_lock_without_a_name_is_stale(words, tmp_path):
+OWNER = '{"host": %s, "boot": "b", "pid": %s, "since": "2026"}'
+UNREADABLE = ["", "{", "[]", '{"pid": 1}', "[" * 4000, OWNER % ('"h"', '"7"'), OWNER % ("[]", "7")]
+
+
+@pytest.mark.parametrize("locked", [True, False])
+@pytest.mark.parametrize("words", [*UNREADABLE, OWNER % (json.dumps(socket.gethostname()), 10**30)])
+def test_a_lock_without_a_name_is_stale(words, locked, tmp_path, monkeypatch):
+    if not locked:  # a file system that does not know locks
+        monkeypatch.setattr(locks, "_held", lambda file: None)
     (tmp_path / ".daq.lock").write_text(words)
     take(tmp_path)
 

@@ -148,3 +148,15 @@ def test_zero_points_of_eight_bits_are_read_only_where_they_are_zero(end, dtype,
     write_folder(tmp_path / "one", [tensors | {f"a.weight{end}": stray}])
     with pytest.raises(ValueError, match=rf"'a\.weight' comes with 'a\.weight{end}'"):
         open_folder(tmp_path / "one")
+
+
+def test_a_weight_whose_own_name_ends_as_blocks_do_is_no_stack_of_blocks(tmp_path):
+    codes = np.ones((2, 4, 4), np.uint8).view(E4M3)
+    folder = open_folder(write_folder(tmp_path / "plain", [{"a.weight_blocks": codes}]))
+    assert folder.tensors["a.weight_blocks"].coding is None
+    scale = np.full((2, 4, 1), 0.5, np.float32)
+    coded = {"a.weight_blocks": codes, "a.weight_blocks_scale": scale}
+    folder = open_folder(write_folder(tmp_path / "coded", [coded]))
+    np.testing.assert_array_equal(
+        folder.read("a.weight_blocks", dtype=F32).dequantize(), codes.astype(F32) * np.float32(0.5)
+    )

@@ -15,7 +15,7 @@ from daq_jax import cli
 from daq_jax.io.hf.bands import band_around, bands
 from daq_jax.io.hf.folders import Folder, open_folder
 from daq_jax.io.hf.layouts import LAYOUTS
-from daq_jax.io.jobs.compare_folders import compare_opened
+from daq_jax.io.jobs.compare_folders import compare_opened, facts_of_folders
 from daq_jax.io.jobs.inspect_folders import inspect_opened
 from tests import oracles
 from tests.cases import pair
@@ -420,3 +420,11 @@ def test_what_compressed_tensors_compresses_is_compared(kind, strategy, trees, f
     table = daq.compare_folders(*folders, path)
     assert len(table.leaves) == 4
     assert_figures(table, wanted_figures(*trees, path))
+
+
+@pytest.mark.parametrize(
+    "report", ["", "[" * 10**5, "[]", '{"origin": 3}', '{"origin": null}', '{"origin": ["recipe"]}']
+)
+def test_a_page_says_nothing_of_a_report_that_is_not_ours(report, tmp_path):
+    (tmp_path / "daq_report.json").write_text(report)
+    assert facts_of_folders("b", "t", tmp_path) == {"base": "b", "tuned": "t", "quantized": str(tmp_path)}
