@@ -26,6 +26,7 @@ MODULES = {
     "exactness": "benchmarks.exactness",
     "codes": "benchmarks.codes",
     "architectures": "benchmarks.architectures.study",
+    "servers": "benchmarks.servers.study",
     "stops": "benchmarks.stops",
 }
 
