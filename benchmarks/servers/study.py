@@ -66,14 +66,15 @@ class Case(NamedTuple):
         return f"{name}, --tp {self.processes}" if self.processes > 1 else name
 
 
-def cases_of(model: str, quick: bool) -> list[Case]:
-    """All cases of a model."""
+def cases_of(model: str, formats: Sequence[str] = (), quick: bool = False) -> list[Case]:
+    """All cases of a model, or those of some formats by the names of the table."""
     if quick:
         return [Case(model, "fp8-channel")]
     native = OF_GPT_OSS if model == "gpt-oss" else NATIVE
     formats = (*FORMATS, *OF_GPT_OSS) if model == "gpt-oss" else FORMATS
     found = [Case(model, format) for format in formats] + [Case(model, "as-base", base) for base in native]
-    return found + [Case(model, format, processes=2) for format in TWO if model == "llama"]
+    found += [Case(model, format, processes=2) for format in TWO if model == "llama"]
+    return [case for case in found if not formats or case.column in formats]
 
 
 def environment(folder: Path) -> Path:
@@ -128,13 +129,13 @@ def prepared(case: Case, pair: Path, recipe: str) -> dict[str, Any]:
     return {"out": str(out), "plain": str(plain), "format": case.format, **counts}
 
 
-def rows_of(model: str, python: Path, recipe: str, quick: bool, folder: Path) -> Iterator[dict[str, Any]]:
-    """All rows of a model."""
-    list(within(python, "benchmarks.servers.models", model, str(folder)))
+def rows_of(cases: Sequence[Case], python: Path, recipe: str, folder: Path) -> Iterator[dict[str, Any]]:
+    """A row for each case of one model."""
+    list(within(python, "benchmarks.servers.models", cases[0].model, str(folder)))
     waiting: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
-    for case in cases_of(model, quick):
+    for case in cases:
         found = prepared(case, folder, recipe)
-        row = {"model": model, "format": case.column}
+        row = {"model": case.model, "format": case.column}
         if "refused" in found:
             yield row | {"command_refused": found["refused"]}
             continue
@@ -211,7 +212,8 @@ def markdown(report: dict[str, Any]) -> str:
     rows = report["rows"]
     of = {(row["model"], row["format"]): row for row in rows}
     reasons = list(dict.fromkeys(filter(None, map(reason, rows))))
-    columns = list(dict.fromkeys(row["format"] for row in rows))
+    taken = {row["format"] for row in rows}
+    columns = dict.fromkeys(c.column for model in MODELS for c in cases_of(model) if c.column in taken)
     models = list(dict.fromkeys(row["model"] for row in rows))
     counts = {kind: sum(verdict(row) == kind for row in rows) for kind in ("served", "loaded", "fault")}
     head = (
@@ -241,6 +243,7 @@ def versions(python: Path) -> dict[str, str]:
 def servers(
     *,
     only: tuple[str, ...] = (),
+    formats: tuple[str, ...] = (),
     place: Path | None = None,
     recipe: str = "absmax",
     out: Path | None = None,
@@ -250,6 +253,8 @@ def servers(
 
     Args:
         only: names of models, whose rows take the place of earlier ones; none for all.
+        formats: formats to take, by the names of the table, whose rows take the place of earlier ones; none
+            for all.
         place: folder of the engine's environment; None for `build/servers`.
         recipe: of the command.
         out: folder for the results; None for `benchmarks/results`.
@@ -257,16 +262,19 @@ def servers(
     """
     python = environment((place or common.ROOT / "build" / "servers").absolute())
     path = common.results(out, quick) / "servers.json"
-    rows = json.loads(path.read_text())["rows"] if only and path.exists() else []
+    rows = json.loads(path.read_text())["rows"] if (only or formats) and path.exists() else []
     for model in only or (("llama",) if quick else tuple(MODELS)):
+        if not (cases := cases_of(model, formats, quick)):
+            continue
+        taken = {case.column for case in cases}
+        rows = [row for row in rows if row["model"] != model or row["format"] not in taken]
         folder = Path(tempfile.mkdtemp(prefix="servers"))
-        rows = [row for row in rows if row["model"] != model]
-        for row in rows_of(model, python, recipe, quick, folder):
+        for row in rows_of(cases, python, recipe, folder):
             rows.append(row)
             print(f"{model}, {row['format']}: {verdict(row)} {reason(row)}", flush=True)
         shutil.rmtree(folder)
-        order = list(MODELS)
-        rows.sort(key=lambda row: order.index(row["model"]))
+        order = [(name, case.column) for name in MODELS for case in cases_of(name)]
+        rows.sort(key=lambda row: order.index((row["model"], row["format"])))
         report = common.environment() | {"engine": versions(python), "recipe": recipe, "rows": rows}
         common.write(path, report, markdown(report))
     print(path.with_suffix(".md").read_text())
