@@ -71,8 +71,8 @@ def cases_of(model: str, formats: Sequence[str] = (), quick: bool = False) -> li
     if quick:
         return [Case(model, "fp8-channel")]
     native = OF_GPT_OSS if model == "gpt-oss" else NATIVE
-    formats = (*FORMATS, *OF_GPT_OSS) if model == "gpt-oss" else FORMATS
-    found = [Case(model, format) for format in formats] + [Case(model, "as-base", base) for base in native]
+    plain = (*FORMATS, *OF_GPT_OSS) if model == "gpt-oss" else FORMATS
+    found = [Case(model, format) for format in plain] + [Case(model, "as-base", base) for base in native]
     found += [Case(model, format, processes=2) for format in TWO if model == "llama"]
     return [case for case in found if not formats or case.column in formats]
 
