@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from benchmarks.servers.places import Place, judge, place_of
+from benchmarks.servers.study import MOST_DIVERGENCE, MOST_ERROR, cases_of, reason, verdict
 
 LAYER, EXPERTS = "model.layers.0.self_attn", "model.layers.1.mlp.experts"
 RNG = np.random.default_rng(0)
@@ -68,3 +69,33 @@ def test_a_wrong_parameter_is_named(fault):
     parts = {"experts": EXPERTS, "more": "none"}.get(fault, f"{LAYER}.[qkv]")
     assert len(verdict["lost"]) == {"experts": 4, "more": 0}.get(fault, 3)
     assert all(name.startswith(parts.partition("[")[0]) for name in verdict["lost"])
+
+
+RIGHT = {"tensors": 3, "lost": [], "unfilled": []}
+SERVED = RIGHT | {"served": True, "divergence": MOST_DIVERGENCE / 2, "layer_error": MOST_ERROR / 2}
+
+
+@pytest.mark.parametrize(
+    ("row", "wanted"),
+    [
+        (SERVED, "served"),
+        (SERVED | {"divergence": 2 * MOST_DIVERGENCE}, "fault"),
+        (SERVED | {"divergence": float("nan")}, "fault"),
+        (SERVED | {"layer_error": 2 * MOST_ERROR}, "fault"),
+        (SERVED | {"lost": ["a.weight"]}, "fault"),
+        (RIGHT | {"served": False, "refused": "no kernel", "without_kernels": ""}, "loaded"),
+        (RIGHT | {"served": False, "refused": "no kernel", "unfilled": ["a.weight"]}, "fault"),
+        ({"served": False, "refused": "no kernel", "without_kernels": "no loader"}, "refused"),
+        ({"served": False, "died": "no answer"}, "fault"),
+        ({"command_refused": "not a multiple"}, "refused by the command"),
+    ],
+)
+def test_a_row_is_served_or_loaded_only_where_all_of_it_is_right(row, wanted):
+    assert verdict(row) == wanted
+    assert bool(reason(row)) == (wanted != "served")
+
+
+def test_cases_are_chosen_by_the_names_of_the_table():
+    assert [c.base for c in cases_of("llama", ("as-base, nvfp4", "nvfp4"))] == ["", "nvfp4"]
+    assert "int4-group, --tp 2" in [c.column for c in cases_of("llama")]
+    assert {c.base for c in cases_of("gpt-oss")} == {"", "gpt-oss"}

@@ -175,8 +175,8 @@ def verdict(row: dict[str, Any]) -> str:
     if "died" in row or row.get("lost") or row.get("unfilled"):
         return "fault"
     if row["served"]:
-        wrong = row["divergence"] > MOST_DIVERGENCE or (row.get("layer_error") or 0) > MOST_ERROR
-        return "fault" if wrong else "served"
+        right = row["divergence"] <= MOST_DIVERGENCE and (row.get("layer_error") or 0) <= MOST_ERROR
+        return "served" if right else "fault"
     return "loaded" if "tensors" in row else "refused"
 
 
