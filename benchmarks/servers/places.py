@@ -29,7 +29,7 @@ _OF_EXPERTS = {
     "down_proj": ("w2", 0),
     "w2": ("w2", 0),
 }
-# What no tensor of a folder fills: scales of the cache of keys and values, and scales of the inputs of experts
+# What no tensor of a folder fills: scales of the cache of keys and values, and scales of inputs of experts
 # in NVFP4, which vLLM makes but does not use where, as here, inputs are not quantized.
 _OWN = re.compile(r"attn\.(q|k|v|prob)_(scale|zero_point)$|experts\.w(13|2)_input_global_scale$")
 # Sizes of packed weights, of which a fused parameter keeps those of one member.
