@@ -27,6 +27,7 @@ MODULES = {
     "codes": "benchmarks.codes",
     "architectures": "benchmarks.architectures.study",
     "layers": "benchmarks.architectures.layers",
+    "servers": "benchmarks.servers.study",
     "stops": "benchmarks.stops",
     "fuzz": "benchmarks.fuzzing.study",
 }

@@ -20,7 +20,7 @@ RESULTS = Path(__file__).parent / "results"
 QUICK = ROOT / "build" / "benchmarks"  # not committed
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "daq_jax", "wheels").expanduser()
 PACKAGES = ("daq-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "ml_dtypes")
-OF_A_MACHINE = ("--out", "--wheels", "--weights", "--disk")  # options that hold one path each
+OF_A_MACHINE = ("--out", "--wheels", "--weights", "--disk", "--place")  # options that hold one path each
 _WARM_UP = 0.3  # seconds
 
 

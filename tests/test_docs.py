@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 
 import daq_jax as daq
+from benchmarks.servers.study import verdict
 from daq_jax import cli
 from tests.hf_folders import BF16, write_folder
 from tests.run_docs import cells as code_cells
@@ -185,6 +186,19 @@ def test_the_table_of_native_bases_is_that_of_the_result_files():
 def test_the_table_of_formats_lists_those_of_the_command():
     formats = [name for row in rows_of("folders.md", "Formats") for name in re.findall("`([^`]+)`", row[0])]
     assert sorted(formats) == sorted([*cli.FORMATS, "--format"])
+
+
+def test_the_matrix_of_vllm_is_that_of_the_result_file():
+    found = json.loads((ROOT / "benchmarks/results/servers.json").read_text())["rows"]
+    verdicts = {(row["model"], row["format"]): verdict(row) for row in found}
+    (_, *models), *lines = rows_of("folders.md", "What vLLM loads")
+    said = {
+        (model, format.strip("`")): cell
+        for format, *cells in lines
+        for model, cell in zip(models, cells, strict=True)
+        if cell
+    }
+    assert said == verdicts
 
 
 def test_figures_of_memory_and_time_are_those_of_the_result_files():

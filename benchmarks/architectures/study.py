@@ -147,7 +147,9 @@ def dequantized(tuned: Path, out: Path, path: Path) -> Path:
             for name in tensors.keys() & folder.tensors.keys():
                 found = folder.read(name, dtype=np.dtype(np.float32))
                 if isinstance(found, daq.QTensor):
-                    tensors[name] = np.asarray(found.dequantize(np.float32))
+                    weight = np.asarray(found.dequantize(np.float32))
+                    turned = folder.tensors[name].turned
+                    tensors[name] = np.ascontiguousarray(weight.swapaxes(-1, -2)) if turned else weight
             save_file(tensors, file, {"format": "pt"})
     finally:
         folder.close()

@@ -11,11 +11,11 @@ that gradients tell (`axes`), and the result of the run with that on dequantized
 import json
 import os
 import subprocess
-import venv
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import common
+from benchmarks.environments import install, python_of
 
 
 class Library(NamedTuple):
@@ -47,29 +47,11 @@ HEADS = (
 )
 
 
-def python_of(folder: Path) -> Path:
-    """The interpreter of the environment, which is made if need be, with daq_jax in it."""
-    python = folder / "bin" / "python"
-    if not python.exists():
-        venv.create(folder, with_pip=True)
-        install(python, "-e", str(common.ROOT))
-    return python
-
-
-def install(python: Path, *words: str) -> str:
-    """Installs packages. Returns what went wrong, in a line; "" if nothing did."""
-    done = subprocess.run(
-        [python, "-m", "pip", "install", "-q", "--pre", *words], capture_output=True, text=True
-    )
-    lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-    return "" if done.returncode == 0 else (lines or ["pip failed"])[-1]
-
-
 def rows_of(name: str, library: Library, python: Path) -> list[dict[str, Any]]:
     """Installs a library and checks its models, each a row; one row with an `error` if that cannot be."""
-    wrong = install(python, *library.packages) if library.packages else ""
+    wrong = install(python, "--pre", *library.packages) if library.packages else ""
     if not wrong and library.alone:
-        wrong = install(python, "--no-deps", *library.alone)
+        wrong = install(python, "--pre", "--no-deps", *library.alone)
     if wrong:
         return [{"library": name, "model": "", "error": wrong}]
     call = [python, "-m", "benchmarks.jax_libraries.check", name]
@@ -133,7 +115,7 @@ def main(*, only: tuple[str, ...] = (), out: Path | None = None, quick: bool = F
         out: folder for the results; None for `benchmarks/results`.
         quick: Equinox alone.
     """
-    python = python_of(common.ROOT / "build" / "jax_libraries")
+    python = python_of(common.ROOT / "build" / "jax_libraries", "-e", str(common.ROOT))
     path = common.results(out, quick) / "jax_libraries.json"
     rows = [row for row in json.loads(path.read_text())["rows"] if row["name"] not in only] if only else []
     for name in only or (("equinox",) if quick else tuple(LIBRARIES)):

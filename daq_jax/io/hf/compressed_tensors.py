@@ -1,5 +1,6 @@
 """`quantization_config` as compressed-tensors reads it, which vLLM and transformers do too."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,8 +24,22 @@ def compressed_config(
         "format": stored_as,
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
-        "ignore": list(skipped),
+        "ignore": [*skipped, *_within(skipped)],
     }
+
+
+def _within(skipped: Sequence[str]) -> list[str]:
+    """Patterns of the single experts in a stack that is not quantized.
+
+    vLLM 0.32 asks for `experts.0.gate_proj` and the like, also where the file holds one stack, and loads a
+    stack that is not listed by these names into layers of codes. Its models may have other prefixes than the
+    file, so a pattern begins at the layer.
+    """
+    found = (re.search(r"\b(layers\.\d+\..*)?\bexperts$", name) for name in skipped)
+    stacks = {
+        match[0] for match in found if match and not any(n.startswith(f"{match.string}.") for n in skipped)
+    }
+    return [rf"re:.*\b{re.escape(stack)}\..+" for stack in sorted(stacks)]
 
 
 def how_quantized(

@@ -321,14 +321,24 @@ TARGETS: dict[str, Target] = {
         "fp8-channel",
         {},
         dict.fromkeys(LAYOUTS, "tpu-inference is not known to load this layout")
+        | dict.fromkeys(
+            ("fp8-block", "fp8-block-ue8m0"),
+            "tpu-inference re-quantizes blocks to one AbsMax scale for each output, which undoes the choice "
+            "made here, unless DISABLE_WEIGHT_REQUANTIZATION=1 is set; it uses fp8-channel as it is",
+        )
+        | dict.fromkeys(
+            ("int4-group", "int4-group64", "int4-group32"),
+            "tpu-inference takes groups of dense models alone, and only groups that are narrower than its "
+            "matrix unit",
+        )
+        | dict.fromkeys(
+            ("gpt-oss", "deepseek-v4"),
+            "tpu-inference re-quantizes MXFP4 experts in blocks of 512, which undoes the choice made here",
+        )
         | {
             "fp8-channel": "tpu-inference uses one scale for each output as it is stored",
-            "fp8-block": "tpu-inference re-quantizes blocks to one AbsMax scale for each output, which "
-            "undoes the choice made here, unless DISABLE_WEIGHT_REQUANTIZATION=1 is set; it uses fp8-channel "
-            "as it is",
             "int8-channel": "tpu-inference refuses it where it serves with JAX",
-            "int4-group": "tpu-inference takes groups of dense models alone, and only groups that are "
-            "narrower than its matrix unit",
+            "nvfp4": "tpu-inference loads dense layers of it where it serves with PyTorch, no experts",
             "nvfp4-modelopt": "tpu-inference keeps the codes, and multiplies both levels of scales",
         },
     ),

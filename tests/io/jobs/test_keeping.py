@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 import daq_jax as daq
 from daq_jax import cli
+from daq_jax.io.hf.compressed_tensors import compressed_config
 from daq_jax.io.hf.skip_lists import skip_list
 from tests.hf_folders import BF16, CONFIG, llama, tuned_from, write_folder
 
@@ -131,6 +133,24 @@ def test_a_skip_list_has_the_head_and_the_names_of_both_loaders():
     }
     assert loaded | {name.removesuffix(".weight") for name in stored} <= set(found)
     assert found == sorted(set(found))
+
+
+@pytest.mark.parametrize(
+    ("stored", "asked"),
+    [
+        ("model.layers.1.mlp.experts.down_proj", ["model.layers.1.mlp.experts.0.down_proj"]),
+        ("model.layers.1.mlp.experts.0.down_proj.weight", []),
+    ],
+)
+def test_single_experts_of_a_stack_that_is_kept_are_ignored_and_no_others(stored, asked):
+    ignored = compressed_config("int-quantized", skip_list([stored], {}), weights={})["ignore"]
+    patterns = [name.removeprefix("re:") for name in ignored if name.startswith("re:")]
+    others = ["model.layers.11.mlp.experts.0.down_proj", "model.layers.1.mlp.down_proj"]
+    renamed = [name.replace("model.", "language_model.model.") for name in asked]
+    for name in asked + renamed:
+        assert any(re.match(pattern, name) for pattern in patterns)
+    assert not any(re.match(pattern, name) for pattern in patterns for name in others)
+    assert bool(patterns) == bool(asked)
 
 
 @pytest.mark.parametrize("same", [True, False])

@@ -1,0 +1,1 @@
+"""Do servers load the folders that the command writes?"""
