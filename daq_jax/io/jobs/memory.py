@@ -16,7 +16,7 @@ RUNTIME = 700 * 10**6  # bytes of the interpreter, JAX, its compiled programs, a
 # What the libraries of an accelerator take of the host's memory was not measured apart.
 _RUNTIME_CPU = 380 * 10**6
 _BY_TILE = {False: (0, 17 * 10**6), True: (0, 40 * 10**6)}  # by whether scales are scored
-_BY_MATRIX = 330 * 10**6, 60 * 10**6
+_BY_MATRIX = 450 * 10**6, 60 * 10**6
 _WRITING = 2  # bytes for each element of the matrix before it, which is being written
 
 
