@@ -19,13 +19,14 @@ from daq_jax.tilings import DEFAULT_MATRIX, Matrix, TileView, Tiling
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class QTensor:
     """A quantized weight: `float32(code) * scale`, each scale spread over its tile.
 
     With a `zero` it is `(float32(code) - zero) * scale`. A pytree whose leaves are `codes`, `scale` and
-    `zero`, where there is one; the rest is static. jnp functions take it in place of
-    an array (it becomes one, in its original dtype); for lax functions call `dequantize` first.
+    `zero`, where there is one; the rest is static. Functions of jnp and NumPy take it in place of an array
+    (it becomes one, in its original dtype); for lax functions call `dequantize` first. `==` asks whether two
+    hold the same objects as arrays.
 
     Attributes:
         codes: storage dtype of the format, in the weight's own shape and axis order.
@@ -104,8 +105,22 @@ class QTensor:
         """
         return _dequantize(self, _dtype_of(self.dtype if dtype is None else dtype))
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, QTensor) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    @property
+    def _key(self) -> tuple[Any, ...]:
+        arrays = (id(x) for x in (self.codes, self.scale, self.zero))
+        return *arrays, self.format, self.tiling, self.dtype, self.matrix
+
     def __jax_array__(self) -> Array:
         return self.dequantize()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.dequantize(), dtype)
 
 
 def _dtype_of(dtype: jax.typing.DTypeLike) -> np.dtype:

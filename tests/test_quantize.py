@@ -1,5 +1,7 @@
 """One leaf: exact codes and scales, what a QTensor is, and every kind of input that stands for a weight."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -193,3 +195,16 @@ def test_a_pair_may_mix_dtypes(before, after, recipe):
     d, k = after64 - before64, kept - before64
     projection = daq.compare(base, tuned, same).total.to_dict()["projection"]
     np.testing.assert_allclose(projection, (d * k).sum() / (d * d).sum(), rtol=1e-4)
+
+
+def test_a_qtensor_is_an_array_for_numpy_and_equal_to_itself_alone():
+    weight = jax.random.normal(jax.random.key(0), (64, 64), jnp.bfloat16)
+    q, same = (daq.quantize(weight, weight, daq.recipes.absmax) for _ in range(2))
+    assert np.asarray(q).dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(q), np.asarray(q.dequantize()))
+    np.testing.assert_array_equal(np.asarray(q, np.float32), np.asarray(q.dequantize(), np.float32))
+    assert q == dataclasses.replace(q)
+    assert q != same
+    assert q != dataclasses.replace(q, dtype=np.dtype(np.float32))
+    assert q != weight
+    assert len({q, dataclasses.replace(q), same}) == 2
