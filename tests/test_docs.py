@@ -300,3 +300,26 @@ def test_on_grid_tells_the_two_cases_of_the_readme_apart():
     assert on.on_grid > 0.5
     assert apart.projection == pytest.approx(1, abs=0.05)
     assert on.projection < 0.5
+
+
+def test_figures_of_density_are_those_of_the_result_file():
+    rows = json.loads((ROOT / "benchmarks/results/density/gpu.json").read_text())["rows"]
+    rows = [row for row in rows if (row["group"], row["tokens"]) == (128, 16)]
+    found = {(row["format"], row["method"]): row for row in rows}
+    ours = "stages 1, 2, rounding, row"
+    table = rows_of("results/density.md", "Beside the best of round to nearest, AWQ and GPTQ")[1:5]
+    for fmt, *cells in table:
+        peers = [row for row in rows if row["format"] == fmt and row["kind"] == "peer"]
+        for cell, figure in zip(cells, ("kl", "increase"), strict=True):
+            best = min(peers, key=lambda row: row[figure])
+            assert best["method"].startswith("gptq")
+            said = cell.partition(" %")[0]
+            digits = len(said.partition(".")[2])
+            assert said == f"{100 * (1 - found[fmt, ours][figure] / best[figure]):.{digits}f}"
+    assert len(table) == 4
+    stages = ("stage 1", "stage 2", "stages 1, 2, rounding", ours, "rounding, row")
+    plain = found["nf4", "no stage"]["kl"]
+    shares = [f"{max(0, 100 * (1 - found['nf4', stage]['kl'] / plain)):.0f} %" for stage in stages]
+    told = [cells[1] for cells in rows_of("results/density.md", "What each stage adds")[1:6]]
+    assert told[0].startswith("nothing")
+    assert [shares[0], *told[1:]] == ["0 %", *shares[1:]]
