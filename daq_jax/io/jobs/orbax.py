@@ -29,7 +29,7 @@ from daq_jax.io.disk.atomic import checksum, temporary_of, write_text
 from daq_jax.io.disk.swap import new_beside, put_back, put_in_place, remove_tree
 from daq_jax.io.jobs.job import Job
 from daq_jax.io.jobs.journal import REPORT, Record
-from daq_jax.io.jobs.memory import RUNTIME, work_of
+from daq_jax.io.jobs.memory import RUNTIME, runtime_of, work_of
 from daq_jax.io.jobs.options import MissingBase, Output, Run
 from daq_jax.io.jobs.progress import Tell
 from daq_jax.io.jobs.values import describe, flags
@@ -123,7 +123,10 @@ def _memory(where: str, pairs: Sequence[Pair], recipe: Recipe, memory: int, unit
     if not quantized:
         raise DaqError(f"{where}: no leaf of it is quantized by these rules.")
     largest = max(quantized, key=lambda pair: pair.tuned.size)
-    needed = RUNTIME + work_of(recipe).bytes_each * largest.tuned.size + 4 * unit_bytes
+    programs = len({(pair.tuned.shape, pair.decision.recipe) for pair in quantized})
+    unit = min(unit_bytes, sum(_nbytes(pair.tuned) for pair in pairs))
+    work = work_of(recipe).bytes_each * largest.tuned.size + 4 * unit
+    needed = max(RUNTIME, runtime_of(recipe, programs)) + work
     if needed > memory:
         raise DaqError(
             f"{where}: {largest.path!r} is {tuple(largest.tuned.shape)}; with it the work takes "
