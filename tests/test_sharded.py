@@ -176,3 +176,58 @@ def test_a_rounding_of_whole_matrices_sends_little_for_a_weight_sharded_over_its
         assert sum(bytes_sent(program.as_text()).values()) < 10 * base.size
         assert q.codes.sharding == base.sharding
     assert np.mean(codes[0] == codes[1]) > 0.999
+
+
+FORWARD = {
+    "blocks": daq.recipes.absmax,
+    "channel": daq.Recipe(tiling=daq.Channel()),
+    "int4 groups": daq.Recipe(format=daq.int4, tiling=daq.Group(32)),
+}
+
+
+@pytest.mark.parametrize("recipe", FORWARD.values(), ids=FORWARD)
+@pytest.mark.parametrize("kind", BOTH, ids=lambda k: k.name)
+def test_two_layers_in_tensor_parallel_send_the_last_product_alone(kind, recipe):
+    mesh = jax.make_mesh((4,), ("x",), (kind,))
+    rng = np.random.default_rng(0)
+    weights = {
+        "up": (P(None, "x"), rng.normal(size=(256, 512))),
+        "down": (P("x", None), rng.normal(size=(512, 256))),
+    }
+    whole = {name: jnp.asarray(0.02 * w, jnp.float32) for name, (_, w) in weights.items()}
+    here = {name: jax.device_put(whole[name], NamedSharding(mesh, weights[name][0])) for name in whole}
+    x = jnp.asarray(rng.normal(size=(8, 256)), jnp.float32)
+    everywhere = NamedSharding(mesh, P(None, None))
+
+    def forward(q, x, out_sharding=None):
+        return daq.dot(jax.nn.gelu(daq.dot(x, q["up"])), q["down"], out_sharding=out_sharding)
+
+    wanted = forward(daq.quantize(whole, whole, recipe), x)
+    run = jax.jit(functools.partial(forward, out_sharding=everywhere))
+    q, x = daq.quantize(here, here, recipe), jax.device_put(x, everywhere)
+    found = run(q, x)
+    assert found.sharding.is_equivalent_to(everywhere, 2)
+    np.testing.assert_allclose(np.asarray(found), np.asarray(wanted), atol=1e-5)
+    assert bytes_sent(run.lower(q, x).compile().as_text()) == {"all-reduce": found.nbytes}
+    np.testing.assert_allclose(np.asarray(forward(q, x, everywhere)), np.asarray(wanted), atol=1e-5)
+
+
+@pytest.mark.parametrize("spec", [P(), P(None, "x"), P("x", None)], ids=str)
+@pytest.mark.parametrize("over", [P(), P("x", None), P(None, "x")], ids=str)
+def test_a_product_on_explicit_axes_is_sharded_or_refused_as_that_of_arrays(over, spec):
+    mesh = jax.make_mesh((4,), ("x",), (AxisType.Explicit,))
+    weight = jax.device_put(
+        0.02 * np.random.default_rng(1).normal(size=(64, 128)).astype(np.float32), NamedSharding(mesh, spec)
+    )
+    x = jax.device_put(jnp.ones((8, 64)), NamedSharding(mesh, over))
+    q = daq.quantize(weight, weight, daq.recipes.absmax)
+    for how in (lambda f: f, jax.jit):
+        try:
+            wanted = how(jnp.dot)(x, weight)
+        except Exception as refused:
+            with pytest.raises(type(refused)):
+                how(daq.dot)(x, q)
+        else:
+            found = how(daq.dot)(x, q)
+            assert found.sharding == wanted.sharding
+            np.testing.assert_allclose(found, jnp.dot(np.asarray(x), np.asarray(q.dequantize())), atol=1e-5)

@@ -6,7 +6,8 @@ Strong scaling: one weight, sharded over its outputs, its inputs or both, and th
 Llama 7B, each sharded over its outputs. Weak scaling: a stack of experts that grows with the devices, sharded
 over experts. Codes and scales must be those of one device: bit for bit for recipes that go tile by tile, and
 `ALIKE` of the codes for the default, whose products of matrices round by their shape. Beside the times stand
-the bytes that the compiled program sends between devices. At last the sharded result goes through Orbax.
+the bytes that the compiled program sends between devices. Then two layers run on codes in tensor parallelism,
+and at last the sharded result goes through Orbax.
 Writes `scaling_DEVICE.json` and `.md`. On CPUs, devices share their cores: `--quick`, which makes two of
 them, only shows that it runs.
 """
@@ -141,6 +142,28 @@ def through_orbax(case: Case, devices: list[jax.Device]) -> dict[str, Any]:
     return {"devices": len(devices), "bytes": size, **rates}
 
 
+def forward(columns: int, devices: list[jax.Device], repeats: int) -> dict[str, Any]:
+    """Two layers of a quantized model, `columns` to four times as many and back, in tensor parallelism."""
+    mesh = Mesh(np.array(devices), ("x",))
+    place = functools.partial(NamedSharding, mesh)
+    specs = {"up": PartitionSpec(None, "x"), "down": PartitionSpec("x", None)}
+    shapes = {"up": (columns, 4 * columns), "down": (4 * columns, columns)}
+    tree = {name: jax.device_put(workloads.pair(shapes[name])[1], place(specs[name])) for name in specs}
+    q = daq.quantize(tree, tree, daq.recipes.absmax, rules=())
+    x = jax.device_put(jnp.ones((64, columns), jnp.bfloat16), place(PartitionSpec()))
+
+    @jax.jit
+    def layers(q: Tree, x: jax.Array) -> jax.Array:
+        hidden = jax.nn.gelu(daq.dot(x, q["up"]))
+        return daq.dot(hidden, q["down"], out_sharding=place(PartitionSpec()))
+
+    sent = collectives(layers.lower(q, x).compile().as_text())
+    result = np.asarray(layers(q, x), np.float32)
+    times = common.seconds(lambda: layers(q, x), repeats)
+    row = {"devices": len(devices), "seconds": statistics.median(times), "sent_bytes": sent}
+    return row | {"size": float(np.linalg.norm(result))}
+
+
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "case": lambda r: r["case"],
     "recipe": lambda r: r["recipe"],
@@ -213,6 +236,11 @@ def main(
                 )
                 print(table.splitlines()[-1], flush=True)
                 common.write(name, report, table + "\n")
+    report["forward"] = [forward(columns, devices[:n], repeats) for n in counts]
+    print(report["forward"], flush=True)
+    sizes = [row["size"] for row in report["forward"]]
+    if not np.allclose(sizes, sizes[0], rtol=1e-2):
+        raise SystemExit(f"WRONG: the outputs of the layers have the norms {sizes}")
     for n in counts:
         report["orbax"].append(through_orbax(cases(rows, columns, 0, 0)[0], devices[:n]))
         print(report["orbax"][-1], flush=True)

@@ -4,19 +4,30 @@ Where a scale does not vary along the inputs of a weight, the activations are mu
 product by the scale. Codes of 8 bits and fewer are exact in bfloat16 and float16.
 """
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 
 from daq_jax.errors import DaqError
 from daq_jax.formats import Format, codes_are_values, round_to_dtype
 from daq_jax.numerics.arithmetic import divide
 from daq_jax.numerics.machine import on_tpu
+from daq_jax.numerics.sharding import is_explicit, run_sharded, sharding_of
 from daq_jax.qtensor import QTensor
 from daq_jax.scales import absmax_scale
 
 
-def dot(x: Float[Array, "..."], q: QTensor, *, activations: Format | None = None) -> Float[Array, "..."]:
+def dot(
+    x: Float[Array, "..."],
+    q: QTensor,
+    *,
+    activations: Format | None = None,
+    out_sharding: NamedSharding | None = None,
+) -> Float[Array, "..."]:
     """`x` times a quantized weight, decoded within the product; for use inside `jax.jit`.
 
     Args:
@@ -27,6 +38,8 @@ def dot(x: Float[Array, "..."], q: QTensor, *, activations: Format | None = None
             factors are then narrow, and on hardware with FP8 units the product is an FP8 product. Needs a
             weight with one scale per output (`Channel`) or per matrix (`PerTensor`), and formats whose codes
             are numbers.
+        out_sharding: of the result. None leaves it to the compiler and, where mesh axes are Explicit, to the
+            rules of `jax.lax.dot_general`, which asks for it where both factors are sharded over the inputs.
 
     Returns:
         `[batch..., ..., outputs]` in the dtype of `x`, summed in float32.
@@ -52,19 +65,36 @@ def dot(x: Float[Array, "..."], q: QTensor, *, activations: Format | None = None
             f"activations={activations.name} needs a weight in Channel() or PerTensor() and formats whose "
             f"codes are numbers; the weight is in {q.tiling}, {q.format.name}."
         )
-    if activations is not None:
-        codes, scale = _rounded(x, activations, first)
-        product = lax.dot_general(codes, q.codes, contracted, preferred_element_type=jnp.float32)
-        product *= scale.reshape(*x.shape[:first], *[1] * len(columns))
-    elif late:
-        product = lax.dot_general(x, q.codes.astype(x.dtype), contracted, preferred_element_type=jnp.float32)
-    else:
 
-        def plain(x: Array, q: QTensor) -> Array:
-            return lax.dot_general(x, q.dequantize(x.dtype), contracted, preferred_element_type=jnp.float32)
+    def run(x: Array, q: QTensor) -> Array:
+        if activations is not None:
+            codes, scale = _rounded(x, activations, first)
+            product = lax.dot_general(codes, q.codes, contracted, preferred_element_type=jnp.float32)
+            product *= scale.reshape(*x.shape[:first], *[1] * len(columns))
+        elif late:
+            codes = q.codes.astype(x.dtype)
+            product = lax.dot_general(x, codes, contracted, preferred_element_type=jnp.float32)
+        else:
 
-        product = on_tpu(_product_on_tpu, plain, x, q)
-    return (product * _after(q, first) if late else product).astype(x.dtype)
+            def plain(x: Array, q: QTensor) -> Array:
+                weight = q.dequantize(x.dtype)
+                return lax.dot_general(x, weight, contracted, preferred_element_type=jnp.float32)
+
+            product = on_tpu(_product_on_tpu, plain, x, q)
+        return (product * _after(q, first) if late else product).astype(x.dtype)
+
+    return run_sharded(run, _sharding_of_product(x, q, contracted, out_sharding))(x, q)
+
+
+def _sharding_of_product(
+    x: Array, q: QTensor, contracted: Any, wanted: NamedSharding | None
+) -> NamedSharding | None:
+    """What is wanted; or what JAX gives a product, if mesh axes of a factor are Explicit; else None."""
+    if wanted is not None or not any(map(is_explicit, (x, q.codes))):
+        return wanted
+    weight = jax.ShapeDtypeStruct(q.shape, x.dtype, sharding=sharding_of(q.codes))
+    product = jax.eval_shape(lambda x, w: lax.dot_general(x, w, contracted), x, weight)
+    return sharding_of(product)
 
 
 def _product_on_tpu(x: Array, q: QTensor) -> Array:

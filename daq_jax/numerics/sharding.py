@@ -26,6 +26,12 @@ def _is_explicit(sharding: NamedSharding) -> bool:
     return AxisType.Explicit in sharding.mesh.axis_types
 
 
+def is_explicit(x: Any) -> bool:
+    """Whether an array lies on a mesh with Explicit axes, where the caller states every sharding."""
+    sharding = sharding_of(x)
+    return sharding is not None and _is_explicit(sharding)
+
+
 def run_sharded(function: Callable[..., Any], out: Any) -> Callable[..., Any]:
     """`function`, with its result sharded as `out` says and everything inside left to the compiler.
 
