@@ -26,7 +26,7 @@ class QTensor:
     With a `zero` it is `(float32(code) - zero) * scale`. A pytree whose leaves are `codes`, `scale` and
     `zero`, where there is one; the rest is static. Functions of jnp and NumPy take it in place of an array
     (it becomes one, in its original dtype); for lax functions call `dequantize` first. `==` asks whether two
-    hold the same objects as arrays.
+    hold the same objects as arrays, or equal shapes and the like in their places.
 
     Attributes:
         codes: storage dtype of the format, in the weight's own shape and axis order.
@@ -106,15 +106,21 @@ class QTensor:
         return _dequantize(self, _dtype_of(self.dtype if dtype is None else dtype))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, QTensor) and self._key == other._key
+        if not isinstance(other, QTensor) or self._rest != other._rest:
+            return False
+        pairs = zip(self._arrays, other._arrays, strict=True)
+        return all(a is b or (not isinstance(a, jax.Array | np.ndarray) and a == b) for a, b in pairs)
 
     def __hash__(self) -> int:
-        return hash(self._key)
+        return hash(self._rest)
 
     @property
-    def _key(self) -> tuple[Any, ...]:
-        arrays = (id(x) for x in (self.codes, self.scale, self.zero))
-        return *arrays, self.format, self.tiling, self.dtype, self.matrix
+    def _arrays(self) -> tuple[Any, ...]:
+        return self.codes, self.scale, self.zero
+
+    @property
+    def _rest(self) -> tuple[Any, ...]:
+        return self.format, self.tiling, self.dtype, self.matrix
 
     def __jax_array__(self) -> Array:
         return self.dequantize()

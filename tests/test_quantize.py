@@ -208,3 +208,5 @@ def test_a_qtensor_is_an_array_for_numpy_and_equal_to_itself_alone():
     assert q != dataclasses.replace(q, dtype=np.dtype(np.float32))
     assert q != weight
     assert len({q, dataclasses.replace(q), same}) == 2
+    assert jax.eval_shape(lambda: q) == jax.eval_shape(lambda: same)
+    assert jax.eval_shape(lambda: q) != q

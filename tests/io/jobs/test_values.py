@@ -22,6 +22,10 @@ def with_closure(factor):
     return lambda d, q: factor * daq.neg_mse(d, q)
 
 
+def scaled(factor, d, q):
+    return factor * daq.neg_mse(d, q)
+
+
 def with_default(factor):
     def metric(d, q, factor=factor):
         return factor * daq.neg_mse(d, q)
@@ -82,7 +86,7 @@ KINDS = {
     "method": lambda factor: Plain(factor).method,
     "dataclass": Fields,
     "class made in a function": local_class,
-    "partial": lambda factor: functools.partial(with_closure, factor),
+    "partial": lambda factor: functools.partial(scaled, factor),
     "jit": lambda factor: jax.jit(with_closure(factor)),
     "array": lambda factor: Plain(jnp.full(3, factor)),
     "NumPy array": lambda factor: Plain(np.full(3, factor)),
