@@ -171,6 +171,23 @@ def test_a_second_ctrl_c_ends_the_process_at_once(interrupted):
     assert interrupted(["demo"], [], after=SLOW_TO_STOP) == (130, STARTS_OVER)
 
 
+IGNORED_ONCE = """
+import signal, time
+from daq_jax import demo
+class Last:
+    def __del__(self):  # what is raised here is ignored
+        signal.raise_signal(signal.SIGINT)
+def run(*_, **__):
+    Last()
+    time.sleep(60)
+demo.run = run
+"""
+
+
+def test_ctrl_c_in_a_callback_whose_exceptions_are_ignored_is_heard(interrupted):
+    assert interrupted(["demo"], [], after=IGNORED_ONCE) == (130, STARTS_OVER)
+
+
 def test_a_process_that_ignores_ctrl_c_goes_on_doing_so(interrupted):
     ignore = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
     assert interrupted(["--version"], [0.4], before=ignore) == (0, "")

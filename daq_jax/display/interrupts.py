@@ -13,9 +13,10 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 COMMAND = "daq-jax"
+_AGAIN = 0.05  # seconds after which an interrupt that was ignored is tried again
 STATUS = 130  # as a shell has it for a process that SIGINT ended
 
 
@@ -30,7 +31,7 @@ def run(work: Callable[[], int], words: Sequence[str], *, whole_process: bool) -
     Returns:
         The status of the work, or 130 after Ctrl-C; the two lines are then on stderr.
     """
-    stopped = False
+    stopped, again = False, threading.Timer(_AGAIN, _interrupt)
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
         nonlocal stopped
@@ -38,11 +39,21 @@ def run(work: Callable[[], int], words: Sequence[str], *, whole_process: bool) -
         signal.signal(signal.SIGINT, end_at_once)
         raise KeyboardInterrupt
 
-    before = signal.getsignal(signal.SIGINT)
+    def ignored(told: Any) -> None:
+        # Python ignores what is raised in some callbacks, such as JAX's after a collection of garbage.
+        nonlocal again
+        if not (stopped and issubclass(told.exc_type, KeyboardInterrupt)):
+            return tell(told)
+        signal.signal(signal.SIGINT, stop)
+        again = threading.Timer(_AGAIN, _interrupt)
+        again.start()
+
+    before, tell = signal.getsignal(signal.SIGINT), sys.unraisablehook
     # Only the main thread may set handlers; a process in the background of a shell ignores Ctrl-C.
     watched = threading.current_thread() is threading.main_thread() and callable(before)
     if watched:
         signal.signal(signal.SIGINT, stop)
+        sys.unraisablehook = ignored
     try:
         return work()
     except BaseException as error:  # of another library's making, if Ctrl-C came while it was imported
@@ -55,8 +66,15 @@ def run(work: Callable[[], int], words: Sequence[str], *, whole_process: bool) -
             os._exit(STATUS)
         return STATUS
     finally:
+        again.cancel()
         if watched:
+            sys.unraisablehook = tell
             signal.signal(signal.SIGINT, before)
+
+
+def _interrupt() -> None:
+    """Ctrl-C once more: a signal, which wakes the main thread."""
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def end_at_once(number: int, frame: FrameType | None) -> NoReturn:
