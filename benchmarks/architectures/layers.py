@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
-import math
 import re
 import tempfile
 import warnings
@@ -25,8 +24,10 @@ from typing import Any
 
 import daq_jax.io.hf.architectures as architectures
 from benchmarks.common import environment, provenance, results, table, write
+from benchmarks.folders.models import Model, make
 from daq_jax.io.hf.folders import open_folder
 from daq_jax.io.hf.layouts import LAYOUTS
+from daq_jax.io.hf.tensor_files import TensorSpec
 from daq_jax.io.jobs.keeping import ALL, BY_NAME, kept_of
 
 PACKAGED = Path(architectures.__file__).with_name("model_types.json")
@@ -167,25 +168,11 @@ def _is_of_layers(owners: list[Any], path: str) -> bool:
     return layers and not special and not any(re.search(r"heads?$", part) for part in parents)
 
 
-def write_folder(path: Path, known: Known) -> None:
-    """A folder with the config and the names of a model, whose weights take no room on a disk."""
-    path.mkdir(parents=True)
-    (path / "config.json").write_text(json.dumps(known.config))
-    header, end = {}, 0
-    for name, stored in known.matrices.items():
-        start, end = end, end + 2 * math.prod(stored.shape)
-        header[name] = {"dtype": "BF16", "shape": stored.shape, "data_offsets": [start, end]}
-    content = json.dumps(header).encode()
-    with (path / "model.safetensors").open("wb") as file:
-        file.write(len(content).to_bytes(8, "little") + content)
-        file.truncate(8 + len(content) + end)
-
-
 def decided(known: Known) -> dict[str, str]:
     """Why the command keeps each matrix; "" for one that it quantizes."""
     with tempfile.TemporaryDirectory() as temporary:
-        write_folder(Path(temporary) / "model", known)
-        folder = open_folder(Path(temporary) / "model")
+        tensors = {name: TensorSpec("BF16", stored.shape) for name, stored in known.matrices.items()}
+        folder = open_folder(make(Path(temporary) / "model", Model(tensors, known.config), None))
         try:
             kept = kept_of(folder, LAYOUTS["fp8-channel"], 1, ALL)
         finally:
@@ -206,7 +193,7 @@ def misjudged(known: Known) -> dict[str, str]:
     found = {}
     for name, why in decided(known).items():
         stored = known.matrices[name]
-        is_layer = stored.role in ("linear", "experts")
+        is_layer = stored.role in architectures.LINEAR
         wide = min(stored.shape) >= _SMALLEST
         if (not why and not is_layer) or (why == BY_NAME and is_layer and stored.of_layers and wide):
             found[architectures.pattern_of(name)] = stored.role

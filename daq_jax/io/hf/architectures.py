@@ -60,9 +60,9 @@ def role_of(config: Mapping[str, Any], name: str) -> str:
     Returns:
         "" where nothing is known.
     """
-    pattern = pattern_of(name)
-    for kind in _types(config):
-        for known, role in known_types()["roles"].get(kind, {}).items():
-            if f".{pattern}".endswith(f".{known}") or f".{known}".endswith(f".{pattern}"):
-                return role
+    known = {p: r for kind in _types(config) for p, r in known_types()["roles"].get(kind, {}).items()}
+    pattern = pattern_of(name) if known else ""  # most types have no entry
+    for entry, role in known.items():
+        if f".{pattern}".endswith(f".{entry}") or f".{entry}".endswith(f".{pattern}"):
+            return role
     return ""
