@@ -28,8 +28,9 @@ def part_of(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
-def _types(config: Mapping[str, Any]) -> list[Any]:
-    return [part.get("model_type") for part in (config, part_of(config, "text_config"))]
+def _types(config: Mapping[str, Any]) -> list[str]:
+    found = [part.get("model_type") for part in (config, part_of(config, "text_config"))]
+    return [kind for kind in found if isinstance(kind, str)]
 
 
 def turns_experts(config: Mapping[str, Any]) -> bool:

@@ -279,3 +279,8 @@ def test_what_a_name_hides_is_known_for_the_model_type(tmp_path, inside):
     assert quantized("dac") == {UP}
     assert quantized("funnel") == {UP, codebook, query, "model." + query}
     assert quantized("llama") == {UP, codebook}
+
+
+def test_a_model_type_that_is_no_word_is_one_of_which_nothing_is_known(tmp_path):
+    config = {"model_type": ["funnel"], "text_config": {"model_type": {}}}
+    assert list(plan_of(tmp_path, {UP: (128, 128)}, config)["quantized"]) == [UP]
