@@ -30,7 +30,7 @@ class ModelSize:
     """What shapes a model.
 
     Each layer has four matrices `[in, out]`: `[width, 3 width]`, `[width, width]`, `[width, 4 width]` and
-    `[4 width, width]`.
+    `[4 width, width]`. With experts, the last two are stacks `[experts, in, out]`.
     """
 
     layers: int = 2
@@ -38,10 +38,13 @@ class ModelSize:
     heads: int = 4
     context: int = 64  # bytes that a prediction can see
     vocab: int = 256
+    experts: int = 0  # perceptrons of a layer, of which each byte takes two; 0 for one perceptron
 
     def __post_init__(self) -> None:
-        if min(dataclasses.astuple(self)) < 1:
+        if min(self.layers, self.width, self.heads, self.context, self.vocab) < 1:
             raise DaqError(f"each size must be 1 or more; got {self}.")
+        if self.experts != 0 and self.experts < 2:
+            raise DaqError(f"`experts` must be 0, or 2 and more, since each byte takes two; got {self}.")
         if self.width % (2 * self.heads):
             raise DaqError(
                 f"`width` must be a multiple of 2 * `heads`, to rotate pairs within a head; got {self}."
@@ -56,6 +59,24 @@ def rotate(x: Float[Array, "B L H D"]) -> Float[Array, "B L H D"]:
     first, second = jnp.split(x, 2, axis=-1)
     sin, cos = jnp.sin(angle), jnp.cos(angle)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+class Experts(nn.Module):
+    """Two-layer perceptrons, of which each byte takes the two that a router prefers, by their softmax."""
+
+    size: ModelSize
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B L width"]) -> Float[Array, "B L width"]:
+        """The next hidden state, before it is added. All experts are computed: simple, for small models."""
+        size, init = self.size, nn.initializers.lecun_normal(batch_axis=(0,))
+        up = self.param("up_proj", init, (size.experts, size.width, 4 * size.width))
+        down = self.param("down_proj", init, (size.experts, 4 * size.width, size.width))
+        preferred = nn.Dense(size.experts, use_bias=False, name="router")(x)
+        second = jax.lax.top_k(preferred, 2)[0][..., 1:]
+        shares = jax.nn.softmax(jnp.where(preferred >= second, preferred, -jnp.inf), axis=-1)
+        h = nn.gelu(jnp.einsum("blw,ewh->bleh", x, up)) * shares[..., None]
+        return jnp.einsum("bleh,ehw->blw", h, down)
 
 
 class Layer(nn.Module):
@@ -76,6 +97,8 @@ class Layer(nn.Module):
         x = x + nn.Dense(size.width, use_bias=False, name="out_proj")(h)
 
         h = nn.RMSNorm(name="mlp_norm")(x)
+        if size.experts:
+            return x + Experts(size, name="experts")(h)
         h = nn.gelu(nn.Dense(4 * size.width, use_bias=False, name="up_proj")(h))
         return x + nn.Dense(size.width, use_bias=False, name="down_proj")(h)
 

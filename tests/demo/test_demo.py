@@ -91,6 +91,25 @@ def test_model_sizes_that_cannot_be_built_are_refused():
         model.ModelSize(layers=0)
     with pytest.raises(ValueError, match=r"multiple of 2 \* `heads`"):
         model.ModelSize(width=12, heads=4)
+    with pytest.raises(ValueError, match=r"`experts` must be 0, or 2 and more"):
+        model.ModelSize(experts=1)
+
+
+def test_each_byte_takes_the_two_experts_that_its_router_prefers():
+    experts, x = (
+        model.Experts(dataclasses.replace(TINY, experts=4)),
+        jax.random.normal(jax.random.key(0), (1, 3, 16)),
+    )
+    params = experts.init(jax.random.key(1), x)["params"]
+    found = experts.apply({"params": params}, x)
+
+    for row, byte in zip(np.asarray(found)[0], np.float64(x[0]), strict=True):
+        preferred = byte @ np.float64(params["router"]["kernel"])
+        best = np.argsort(preferred)[-2:]
+        shares = np.exp(preferred[best]) / np.exp(preferred[best]).sum()
+        hidden = [np.float64(jax.nn.gelu(jnp.float32(byte @ params["up_proj"][e]))) for e in best]
+        each = [h @ np.float64(params["down_proj"][e]) for h, e in zip(hidden, best, strict=True)]
+        np.testing.assert_allclose(row, shares @ each, rtol=1e-4, atol=1e-6)
 
 
 def test_learning_rates_rise_to_the_peak_and_fall_to_zero():

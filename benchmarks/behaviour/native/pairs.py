@@ -67,6 +67,8 @@ class Plan:
 # Rates whose changes run from 0.004 % to 6 %.
 PLANS = {
     "gpu": Plan((8e-6, 1.5e-4, 5e-7, 2e-6, 3e-5, 2e-8, 1e-7), (8e-6, 5e-7, 2e-6), 2e-5),
+    "large": Plan((8e-6, 1.5e-4, 5e-7, 2e-6, 3e-5), (8e-6, 2e-6), 2e-5),
+    "experts": Plan((8e-6, 1.5e-4, 5e-7, 2e-6, 3e-5), (8e-6, 2e-6), 2e-5),
     "cpu": Plan((4e-5, 6e-4, 2.5e-6, 1e-5, 1.5e-4, 1e-7, 6e-7), (4e-5, 2.5e-6, 1e-5), 1e-4),
     "tiny": Plan((1e-3, 1e-4), (1e-3,), 1e-3),
 }
