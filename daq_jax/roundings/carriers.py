@@ -27,6 +27,8 @@ _FEWEST = 1e-5  # share of weights that carry at least
 _SAMPLE = 2**18  # elements of a matrix from which that share is found
 _NEARER = 8  # steps towards the size of a change before it was stored
 _WITHIN = 0.4  # units in the last place: smaller changes are single units, if any
+_TOLD = 0.5  # units in the last place: beside an exact base, smaller changes leave too few traces to count
+_NOISIEST = 10.0  # times the squares of a change that rounding of the stored weights may make of them
 _MEAN_SIZE = 0.8  # of a normal variable, in units of its root mean square
 _RANDOM = 1.5  # times the coherence of a random matrix counts as none
 _TINY = 1e-37
@@ -43,7 +45,8 @@ class Pair(NamedTuple):
         scale: `[B, t, 1, C]` float32, weight units per code unit.
         native: `[B, t, 1, C]` bool, whether the base of the tile lies on the grid of its scale.
         unit: `[B, t, r, C]` float32, a unit in the last place of each weight as it is stored.
-        both: whether both weights are stored in such units; if not, the base is exact.
+        held: `[B, t, r, C]` bool, whether the base is a number of the dtype of the stored tuned weights.
+        both: whether both weights are stored in such units; if not, the base is as it was before.
     """
 
     base: Array
@@ -51,6 +54,7 @@ class Pair(NamedTuple):
     scale: Array
     native: Array
     unit: Array
+    held: Array
     both: bool
 
     @property
@@ -67,6 +71,7 @@ class Carried(NamedTuple):
         plain: squared error of rounding the tuned weights to nearest, a sum.
         excess: squared error expected beyond that, a sum.
         size: squared change, a sum.
+        known: the part of `size` that the change is expected to have been before it was stored, a sum.
         price: what a move costs in units of its square: the sum of `|x| h` over the sum of `x^2`.
     """
 
@@ -74,6 +79,7 @@ class Carried(NamedTuple):
     plain: PerMatrix
     excess: PerMatrix
     size: PerMatrix
+    known: PerMatrix
     price: PerMatrix
 
 
@@ -90,8 +96,8 @@ def carry(number: Format, pair: Pair, reach: float) -> Carried:
     code = number.round(divide(pair.base, pair.scale))
     step = step_towards(code, d > 0, number)
     carries = pair.native & (d != 0) & (step > 0)
-    exact = pair.both & (pair.base == weights_of(code, pair.scale))  # and so small changes are not stored
-    known = _known_before_storing(pair._replace(unit=jnp.where(exact, 0, pair.unit)))
+    exact = pair.held & (pair.base == weights_of(code, pair.scale))
+    known = _known_before_storing(pair, exact)
     on = jnp.where(carries, _share_on(pair, step, carries, reach, known.rms), 0)
     size = jnp.where(pair.native, known.share * d * d, 0)
     move = jnp.where(pair.native, on * _balance(on * size, size) * d, d)
@@ -108,6 +114,7 @@ def carry(number: Format, pair: Pair, reach: float) -> Carried:
         plain=_total(off * off),
         excess=_total(error - off * off),
         size=_total(d * d),
+        known=_total(jnp.where(pair.native, size, d * d)),
         price=_total(jnp.abs(moved) * step * pair.scale) / jnp.maximum(_total(moved * moved), _TINY),
     )
 
@@ -134,9 +141,13 @@ def coherence(seen: Float[Array, "B k C"], total: Float[Array, "B"], rows: int) 
 def worth_keeping(carried: Carried, coherence: Float[Array, "B"], native: Bool[Array, "..."]) -> PerMatrix:
     """The share of the change that is worth the noise of keeping it, from 0 to 1.
 
-    It minimizes `(1 - a)^2 c |d|^2 + a (excess error)` with the coherence `c`; 1 for a matrix off the grid.
+    It minimizes `(1 - a)^2 c |d|^2 + a (excess error)`; 1 for a matrix off the grid. `c` is the coherence:
+    sixth powers of the singular values of `d` over the third power of its size. Rounding of the stored
+    weights adds to the size and little to the powers, and the harm goes with the square of what the change
+    was before: `c` is multiplied by the square of their ratio.
     """
-    worth = 2 * coherence[:, None, None, None] * carried.size
+    noise = jnp.minimum(carried.size / jnp.maximum(carried.known, _TINY), _NOISIEST)
+    worth = 2 * coherence[:, None, None, None] * carried.size * noise**2
     share = jnp.clip(1 - carried.excess / jnp.maximum(worth, _TINY), 0, 1)
     return jnp.where(jnp.any(native, (1, 2, 3), keepdims=True), share, 1)
 
@@ -150,27 +161,35 @@ class _Known(NamedTuple):
 
     Attributes:
         rms: its root mean square over the native tiles.
-        share: `[B, t, r, C]`, from 0 to 1: the part of the squared change that it is expected to be.
+        share: `[B, t, r, C]`, from 0 to 1: the part of the stored squared change that it is expected to be.
     """
 
     rms: PerMatrix
     share: Array
 
 
-def _known_before_storing(pair: Pair) -> _Known:
+def _known_before_storing(pair: Pair, exact: Bool[Array, "B t r C"]) -> _Known:
     """Tells a change from the rounding of the stored weights, which is noise.
 
     A change of a weight that is stored in units `u` has `u^2 / 12` more in squares, and `u^2 / 6` where both
     weights are stored so. Changes `x` well below `u` are then a whole unit with probability `|x| / u`, which
-    comes to `|x| u`. The root mean square of `x` is that under which the changes have the squares expected.
+    comes to `|x| u`. Beside an exact base they are stored only from half a unit on, as a whole one, so that
+    about half of what is stored is change. The root mean square of `x` is that under which the changes have
+    the squares expected.
+
+    Args:
+        pair: the matrices.
+        exact: whether the base is on its grid, and a number of the dtype of the stored tuned weights.
     """
 
-    def expected(rms: Array, unit: Array) -> Array:
+    def expected(rms: Array, unit: Array, exact: Array) -> Array:
+        once = rms * rms + unit * unit / 12
         if not pair.both:
-            return rms * rms + unit * unit / 12
-        return jnp.where(rms < _WITHIN * unit, _MEAN_SIZE * rms * unit, rms * rms + unit * unit / 6)
+            return once
+        twice = jnp.where(rms < _WITHIN * unit, _MEAN_SIZE * rms * unit, rms * rms + unit * unit / 6)
+        return jnp.where(exact, once, twice)
 
-    square, unit = _every_nth(pair.change) ** 2, _every_nth(pair.unit)
+    square, unit, known = (_every_nth(x) for x in (pair.change**2, pair.unit, exact))
     native = _every_nth(jnp.broadcast_to(pair.native, pair.base.shape))
 
     def mean(x: Array, where: Array) -> PerMatrix:
@@ -180,10 +199,15 @@ def _known_before_storing(pair: Pair) -> _Known:
     counted = native & ((square > 0) | (unit > _WITHIN * first))  # zeros of changes too small to be stored
 
     def nearer(_: Array, rms: Array) -> Array:
-        return rms * jnp.sqrt(mean(square / jnp.maximum(expected(rms, unit), _TINY), counted))
+        telling = counted & ~(known & (rms < _TOLD * unit))
+        ratio = mean(square / jnp.maximum(expected(rms, unit, known), _TINY), telling)
+        return rms * jnp.where(ratio > 0, jnp.sqrt(ratio), 1)
 
     rms = lax.fori_loop(0, _NEARER, nearer, jnp.sqrt(mean(square, counted)))
-    return _Known(rms, rms * rms / jnp.maximum(expected(rms, pair.unit), _TINY))
+    squared, units = rms * rms, pair.unit * pair.unit
+    beside_exact = 1 - units / jnp.maximum(2 * units + 8 * squared, _TINY)  # of a normal change, within 0.03
+    share = jnp.where(exact, beside_exact, squared / jnp.maximum(expected(rms, pair.unit, exact), _TINY))
+    return _Known(rms, share)
 
 
 def _share_on(pair: Pair, step: Array, carries: Array, reach: float, rms: PerMatrix) -> Array:

@@ -4,6 +4,7 @@ import dataclasses
 import math
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from daq_jax.errors import DaqError, check_whole_numbers
@@ -131,9 +132,11 @@ def pair_of(blocks: RowBlocks, scale: Array, native: Array) -> Pair:
         return x.reshape(len(x), -1, blocks.height, x.shape[-1])
 
     scale, native = (by_rows(blocks, x) for x in (scale, native))
-    unit = 2 * half_unit(tiles.tuned, tiles.stored_tuned.dtype)
-    both = tiles.stored_base.dtype == tiles.stored_tuned.dtype
-    return Pair(elements(tiles.base), elements(tiles.tuned), scale, native, elements(unit), both)
+    dtype, form = tiles.stored_tuned.dtype, jnp.finfo(tiles.stored_tuned.dtype)
+    unit = 2 * half_unit(tiles.tuned, dtype)
+    held = tiles.base == lax.reduce_precision(tiles.base, form.nexp, form.nmant)
+    both = tiles.stored_base.dtype == dtype
+    return Pair(*map(elements, (tiles.base, tiles.tuned)), scale, native, *map(elements, (unit, held)), both)
 
 
 def coherence_of(change: Array, directions: Array, rows: int) -> Array:
