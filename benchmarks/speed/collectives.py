@@ -10,6 +10,7 @@ _COLLECTIVE = re.compile(
 )
 _WHILE = re.compile(r" while\(.*body=%?([\w.\-]+)")
 _TURNS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
+_CALLER = re.compile(r" (call|conditional|fusion|fusion-start|async-start)\(")
 _CALL = re.compile(r"(?:to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
 
 
@@ -49,7 +50,7 @@ def collectives(program: str) -> dict[str, int]:
             if match := _WHILE.search(line):
                 turns = _TURNS.search(line)
                 walk(match[1], times * (int(turns[1]) if turns else 1), found)
-            elif " call(" in line or " conditional(" in line:
+            elif _CALLER.search(line):
                 for callee in _CALL.findall(line):
                     walk(callee, times, found)
 

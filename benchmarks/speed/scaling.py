@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,8 @@ from benchmarks.speed.study import RECIPES, Tree
 
 COMPARED = ("absmax", "paper_cosine", "unbiased_gain", "default")
 WHOLE = ("default",)  # recipes that see whole matrices
+RATES = ("save_gb_per_s", "load_gb_per_s")
+PARTS = ("quantize", "forward", "orbax")
 ALIKE = 0.998  # share of codes; the libraries of a GPU differ by as much from run to run
 
 
@@ -138,7 +140,7 @@ def through_orbax(case: Case, devices: list[jax.Device]) -> dict[str, Any]:
     same = all(bool(jnp.all(a == b)) for a, b in zip(*map(jax.tree.leaves, (q, again)), strict=True))
     if not same:
         raise SystemExit("WRONG: what Orbax gives back is not what was saved")
-    rates = {"save_gb_per_s": size / (saved - start) / 1e9, "load_gb_per_s": size / (loaded - saved) / 1e9}
+    rates = dict(zip(RATES, (size / (saved - start) / 1e9, size / (loaded - saved) / 1e9), strict=True))
     return {"devices": len(devices), "bytes": size, **rates}
 
 
@@ -186,6 +188,49 @@ def faster(row: dict[str, Any], one: dict[str, Any]) -> dict[str, float]:
     }
 
 
+def compared(
+    case: Case, recipe: str, devices: list[jax.Device], counts: list[int], repeats: int
+) -> list[dict[str, Any]]:
+    """The rows of a case and a recipe, one for each number of devices; the first number is 1."""
+    rows: list[dict[str, Any]] = []
+    reference = None
+    for n in counts:
+        row, result = measure(case, recipe, devices[:n], repeats)
+        if case.grows:  # other experts on more devices: the first are those of one device
+            one = len(next(iter(result.codes.values()))) // n
+            result = Result(*({p: x[:one] for p, x in part.items()} for part in result))
+        reference = reference or result
+        rows.append(row | check(row, reference, result) | faster(row, rows[0] if rows else row))
+        print(" ".join(cell(rows[-1]) for cell in COLUMNS.values()), flush=True)
+    return rows
+
+
+def table_of(report: dict[str, Any]) -> str:
+    """The parts that were run, as tables."""
+    found = []
+    if report["rows"]:
+        found.append(common.table(COLUMNS, ([cell(r) for cell in COLUMNS.values()] for r in report["rows"])))
+    if rows := report.get("forward"):
+        heads = ("devices", "ms of two layers", "times one device", "MB sent a device")
+        cells = (
+            [
+                str(r["devices"]),
+                f"{1e3 * r['seconds']:.3g}",
+                f"{rows[0]['seconds'] / r['seconds']:.2f}",
+                f"{sum(r['sent_bytes'].values()) / 1e6:.3g}",
+            ]
+            for r in rows
+        )
+        found.append(common.table(heads, cells))
+    if rows := report["orbax"]:
+        heads = ("devices", "GB", "saved, GB/s", "loaded, GB/s")
+        cells = (
+            [str(r["devices"]), f"{r['bytes'] / 1e9:.3g}", *(f"{r[k]:.3g}" for k in RATES)] for r in rows
+        )
+        found.append(common.table(heads, cells))
+    return "\n\n".join(found) + "\n"
+
+
 def main(
     *,
     rows: int = 65536,
@@ -194,6 +239,7 @@ def main(
     experts: int = 16,
     repeats: int = 10,
     recipe: tuple[str, ...] = COMPARED,
+    parts: tuple[Literal[*PARTS], ...] = PARTS,
     out: Path | None = None,
     quick: bool = False,
 ) -> None:
@@ -206,6 +252,7 @@ def main(
         experts: for each device.
         repeats: timed calls.
         recipe: recipes by name.
+        parts: what is run; of some of them the files are called `scaling_DEVICE_PARTS`.
         out: folder for the results; None for `benchmarks/results`.
         quick: small weights on two CPU devices, to see that it runs.
     """
@@ -217,34 +264,22 @@ def main(
         raise SystemExit("scaling needs two devices or more; there is one")
     counts = [n for n in (1, 2, 4, 8) if n <= len(devices)]
     report = common.environment() | {"shape": (rows, columns), "rows": [], "orbax": []}
-    name = common.named("scaling", report, common.results(out, quick))
-    for case in cases(rows, columns, layers, experts):
-        for recipe_name in recipe:
-            first: dict[str, Any] = {}
-            reference = None
-            for n in counts:
-                row, result = measure(case, recipe_name, devices[:n], repeats)
-                first = first or row
-                if case.grows:  # other experts on more devices: the first are those of one device
-                    one = len(next(iter(result.codes.values()))) // n
-                    result = Result(*({p: x[:one] for p, x in part.items()} for part in result))
-                reference = reference or result
-                row |= check(row, reference, result) | faster(row, first)
-                report["rows"].append(row)
-                table = common.table(
-                    COLUMNS, ([cell(r) for cell in COLUMNS.values()] for r in report["rows"])
-                )
-                print(table.splitlines()[-1], flush=True)
-                common.write(name, report, table + "\n")
-    report["forward"] = [forward(columns, devices[:n], repeats) for n in counts]
-    print(report["forward"], flush=True)
-    sizes = [row["size"] for row in report["forward"]]
-    if not np.allclose(sizes, sizes[0], rtol=1e-2):
-        raise SystemExit(f"WRONG: the outputs of the layers have the norms {sizes}")
-    for n in counts:
-        report["orbax"].append(through_orbax(cases(rows, columns, 0, 0)[0], devices[:n]))
-        print(report["orbax"][-1], flush=True)
-    common.write(name, report, table + "\n")
+    kind = "scaling" if parts == PARTS else f"scaling_{'_'.join(parts)}"
+    name = common.named(kind, report, common.results(out, quick))
+    if "quantize" in parts:
+        for case in cases(rows, columns, layers, experts):
+            for recipe_name in recipe:
+                report["rows"] += compared(case, recipe_name, devices, counts, repeats)
+                common.write(name, report, table_of(report))
+    if "forward" in parts:
+        report["forward"] = [forward(columns, devices[:n], repeats) for n in counts]
+        sizes = [row["size"] for row in report["forward"]]
+        if not np.allclose(sizes, sizes[0], rtol=1e-2):
+            raise SystemExit(f"WRONG: the outputs of the layers have the norms {sizes}")
+    if "orbax" in parts:
+        for n in counts:
+            report["orbax"].append(through_orbax(cases(rows, columns, 0, 0)[0], devices[:n]))
+    common.write(name, report, table_of(report))
 
 
 COMMANDS = {"scaling": main}

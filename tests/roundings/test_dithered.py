@@ -87,6 +87,30 @@ def test_it_errs_little_more_than_a_draw_and_less_along_the_change(name):
     assert leading[0] < 0.8 * leading[1]
 
 
+@pytest.mark.parametrize("size", [3e-5, 1e-4, 1e-3])
+def test_of_a_tune_stored_in_bfloat16_beside_an_exact_base_what_was_tuned_is_kept_at_its_size(size):
+    """Codes times powers of two are exact in bfloat16: small changes are lost, or become a whole unit."""
+    shape = (512, 512)
+    recipe = daq.Recipe(
+        format=daq.fp8_e4m3fn,
+        tiling=daq.Block(128, 128),
+        scales=daq.PowerOfTwo(),
+        rounding=daq.DitheredFeedback(),
+        search=daq.BaseScale(),
+    )
+    w = np.random.default_rng(0).normal(0, 0.02, shape).astype(np.float32)
+    q = daq.quantize({"w": w}, {"w": w}, recipe, rules=())["w"]
+    base, d = kept(q), change_of(size, shape)
+    tuned = jnp.asarray(base + d, jnp.bfloat16)
+    stored = np.asarray(tuned, np.float64) - base
+    left, _, right = np.linalg.svd(d)
+    along = [left[:, k] @ stored @ right[k] for k in range(8)]  # what is left of the tune when it is stored
+    for pair in ((q, tuned), (jnp.asarray(base, jnp.bfloat16), tuned)):
+        found = kept(daq.quantize({"w": pair[0]}, {"w": pair[1]}, recipe, rules=())["w"]) - base
+        share = [left[:, k] @ found @ right[k] for k in range(8)]
+        assert abs(np.mean(np.divide(share, along)) - 1) < 0.05
+
+
 def test_a_weight_moves_by_one_step_towards_its_change_or_not_at_all():
     base, grid = base_on("fp4"), ro.grids()["fp4_e2m1"]
     tuned = (kept(base) + change_of(2e-4)).astype(np.float32)
