@@ -21,7 +21,7 @@ from typing import Annotated, Literal, NoReturn
 
 import tyro
 
-from daq_jax.display import interrupts
+from daq_jax.display import interrupts, usage
 from daq_jax.errors import CannotJudge, DaqError, refuse
 from daq_jax.io.disk.compilation_cache import enable_compilation_cache
 from daq_jax.io.hf.layouts import AS_BASE, LAYOUTS
@@ -309,17 +309,23 @@ def _run(words: list[str]) -> int:
     if words == ["--version"]:
         print(f"daq-jax {__version__}")
         return 0
+    if fault := usage.fault_of(words, COMMANDS, interrupts.COMMAND):
+        print(fault, file=sys.stderr)
+        raise SystemExit(2)
     if words and not words[0].startswith("-"):
         enable_compilation_cache()
         # The default inverts matrices of 128 x 128, and threads waited 8 ms for each other at each.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    config = (tyro.conf.FlagCreatePairsOff,)
     try:
+        if words and words[0] in COMMANDS:  # by itself, so that messages name its own help
+            command, *options = words
+            prog = f"{interrupts.COMMAND} {command}"
+            tyro.cli(COMMANDS[command], prog=prog, args=options, config=config)
+            return 0
+        about = "Quantization that keeps what fine-tuning changed. `--version` prints the version."
         tyro.extras.subcommand_cli_from_dict(
-            COMMANDS,
-            prog="daq-jax",
-            description="Quantization that keeps what fine-tuning changed. `--version` prints the version.",
-            args=words,
-            config=(tyro.conf.FlagCreatePairsOff,),
+            COMMANDS, prog=interrupts.COMMAND, description=about, args=words, config=config
         )
     except (OSError, DaqError) as error:
         print(f"daq-jax: {error}", file=sys.stderr)
