@@ -160,7 +160,8 @@ def inspect(
     from daq_jax.display import terminal
     from daq_jax.io.jobs.inspect_folders import inspect_folder
 
-    found = inspect_folder(base, tuned, RECIPES[recipe], format=format, keep=keep, only=only)
+    with terminal.working("looking at a sample of the weights"):
+        found = inspect_folder(base, tuned, RECIPES[recipe], format=format, keep=keep, only=only)
     if json:
         print(json_format.dumps(found.to_dict(), allow_nan=False))
     else:

@@ -96,7 +96,8 @@ class Job:
         return dict(self.summary) if report is None else report
 
     def _say(self, words: str) -> None:
-        self.console.print(printable(words), highlight=False, markup=False)
+        whole = not self.console.is_terminal  # a line for whoever reads a log
+        self.console.print(printable(words), highlight=False, markup=False, soft_wrap=whole)
 
     def _begin(self, journal: Journal) -> bool:
         """Opens the journal, or finds it as the same job left it; returns whether the job is complete."""

@@ -1,17 +1,17 @@
 """What people see of the work on a folder: the plan as a table, progress, and what was kept at the end."""
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from rich.box import HORIZONTALS
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
     Progress,
-    ProgressColumn,
     TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
@@ -128,7 +128,9 @@ class Running:
         seconds = self._pace.seconds_left if self._pace and self.done < self.total else None
         if seconds is None:
             return ""
-        return f"about {seconds:.0f} s left" if seconds < 100 else f"about {seconds / 60:.0f} min left"
+        return (
+            f"about {max(seconds, 1):.0f} s left" if seconds < 100 else f"about {seconds / 60:.0f} min left"
+        )
 
     @property
     def pooled(self) -> Figures | None:
@@ -147,16 +149,24 @@ class Running:
         return ", ".join(filter(None, (kept, self._now)))
 
 
-class _Left(ProgressColumn):
-    """The time that is left, which goes down between two steps too."""
+class _Bar(Progress):
+    """A bar with times, and below it the figures so far and the tensor at hand."""
 
-    def __init__(self, running: Running) -> None:
-        super().__init__()
+    def __init__(self, running: Running, console: Console) -> None:
         self._running = running
+        left = TextColumn("{task.fields[running].left}", style="progress.remaining")
+        times = TimeElapsedColumn(), left, TransferSpeedColumn()
+        super().__init__(BarColumn(20), TaskProgressColumn(), *times, console=console)
+        self._task = self.add_task("", total=running.total, running=running)
 
-    def render(self, task: object) -> Text:
-        """The text of the column."""
-        return Text(self._running.left, style="progress.remaining")
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """What is drawn, again and again: the time left goes down between two steps too."""
+        yield from super().get_renderables()
+        yield Text(self._running.words)
+
+    def show(self, running: Running) -> None:
+        """Moves the bar."""
+        self.update(self._task, completed=running.done)
 
 
 @contextlib.contextmanager
@@ -165,7 +175,7 @@ def progress_on(console: Console, total: int, expected: Expected | None = None) 
 
     Arguments are as for `Running`.
     """
-    start = last = time.monotonic()
+    start, last = time.monotonic(), -math.inf  # the first line comes at once
 
     def plain(running: Running) -> None:
         nonlocal last
@@ -175,24 +185,13 @@ def progress_on(console: Console, total: int, expected: Expected | None = None) 
             share = running.done / max(running.total, 1)
             speed = f"{_size(running.done / max(now - start, 1e-9))}/s" if running.done else ""
             words = f"{share:.0%} of {_size(total)}", speed, running.left, running.words
-            console.print(", ".join(filter(None, words)), highlight=False, markup=False)
+            console.print(", ".join(filter(None, words)), highlight=False, markup=False, soft_wrap=True)
 
     if not console.is_terminal:
         yield Running(total, plain, expected)
         return
-    running = Running(
-        total, lambda r: bar.update(task, completed=r.done, description=escape(r.words)), expected
-    )
-    columns = (
-        BarColumn(20),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        _Left(running),
-        TransferSpeedColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("", total=total)
+    running = Running(total, lambda running: bar.show(running), expected)
+    with _Bar(running, console) as bar:
         yield running
 
 

@@ -4,6 +4,7 @@ import io
 import re
 
 import numpy as np
+import pytest
 from rich.console import Console
 
 import daq_jax as daq
@@ -77,3 +78,26 @@ def test_an_orbax_job_says_which_shapes_it_compiles(tmp_path):
     paths = (tmp_path / name for name in ("base", "tuned", "out"))
     daq.quantize_folder(*paths, daq.recipes.absmax, console=console)
     assert "c/kernel (compiling shapes 1 to 2 of 2)" in said.getvalue()
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_no_figure_of_a_bar_is_cut(width):
+    said = io.StringIO()
+    console = Console(file=said, width=width, force_terminal=True, color_system=None)
+    with progress.progress_on(console, 5 * 10**9, progress.Expected(4 * 10**9, 0)) as running:
+        for _ in range(4):
+            running.begin("model.layers.10.self_attn.v_proj.weight", 10**9, 0)
+            running.tell("model.layers.10.self_attn.v_proj.weight", 10**9, None)
+    last = said.getvalue()
+    assert "…" not in last
+    assert "80%" in last
+    assert "about 1 s left" in last
+    assert "model.layers.10.self_attn.v_proj.weight" in last
+
+
+def test_lines_elsewhere_are_whole_and_the_first_comes_at_once():
+    said = io.StringIO()
+    name = "model.layers.10.self_attn.v_proj.weight" * 3
+    with progress.progress_on(Console(file=said, width=80), 1000) as running:
+        running.begin(name, 1000, 0)
+        assert said.getvalue() == f"0% of 0.00 MB, {name}\n"
