@@ -313,21 +313,18 @@ def _run(words: list[str]) -> int:
     if fault := usage.fault_of(words, COMMANDS, interrupts.COMMAND):
         print(fault, file=sys.stderr)
         raise SystemExit(2)
-    if words and not words[0].startswith("-"):
-        enable_compilation_cache()
-        # The default inverts matrices of 128 x 128, and threads waited 8 ms for each other at each.
-        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     config = (tyro.conf.FlagCreatePairsOff,)
-    try:
-        if words and words[0] in COMMANDS:  # by itself, so that messages name its own help
-            command, *options = words
-            prog = f"{interrupts.COMMAND} {command}"
-            tyro.cli(COMMANDS[command], prog=prog, args=options, config=config)
-            return 0
+    if not words or words[0] not in COMMANDS:  # prints what is missing, or the help, and exits
         about = "Quantization that keeps what fine-tuning changed. `--version` prints the version."
         tyro.extras.subcommand_cli_from_dict(
             COMMANDS, prog=interrupts.COMMAND, description=about, args=words, config=config
         )
+    enable_compilation_cache()
+    # The default inverts matrices of 128 x 128, and threads waited 8 ms for each other at each.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    command, *options = words
+    try:  # by itself, so that messages name its own help
+        tyro.cli(COMMANDS[command], prog=f"{interrupts.COMMAND} {command}", args=options, config=config)
     except (OSError, DaqError) as error:
         print(f"daq-jax: {error}", file=sys.stderr)
         return 3 if isinstance(error, CannotJudge) else 1

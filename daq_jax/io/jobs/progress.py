@@ -59,7 +59,8 @@ def table_of(plan: Plan, note: str) -> Table:
         table.add_row(escape(f"leave out: {why}"), "1", "", escape(name))
     now = sum(task.tuned.nbytes for task in plan.tasks)
     table.add_section()
-    table.add_row("all", str(len(plan.tasks)), _size(now), f"{len(plan.shards)} files")
+    files = "1 file" if len(plan.shards) == 1 else f"{len(plan.shards)} files"
+    table.add_row("all", str(len(plan.tasks)), _size(now), files)
     table.caption = (
         f"writes {_size(plan.nbytes)}, needs {_size(plan.memory)} of memory; "
         f"{plan.share:.1%} of the elements are quantized\n{note}"
@@ -153,7 +154,7 @@ class _Bar(Progress):
     """A bar with times, and below it the figures so far and the tensor at hand."""
 
     def __init__(self, running: Running, console: Console) -> None:
-        self._running = running
+        self._words = ""
         left = TextColumn("{task.fields[running].left}", style="progress.remaining")
         times = TimeElapsedColumn(), left, TransferSpeedColumn()
         super().__init__(BarColumn(20), TaskProgressColumn(), *times, console=console)
@@ -162,10 +163,11 @@ class _Bar(Progress):
     def get_renderables(self) -> Iterator[RenderableType]:
         """What is drawn, again and again: the time left goes down between two steps too."""
         yield from super().get_renderables()
-        yield Text(self._running.words)
+        yield Text(self._words)
 
     def show(self, running: Running) -> None:
-        """Moves the bar."""
+        """Moves the bar, and takes the words below it."""
+        self._words = running.words
         self.update(self._task, completed=running.done)
 
 
