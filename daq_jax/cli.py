@@ -21,7 +21,7 @@ from typing import Annotated, Literal, NoReturn
 
 import tyro
 
-from daq_jax.display import interrupts
+from daq_jax.display import interrupts, usage
 from daq_jax.errors import CannotJudge, DaqError, refuse
 from daq_jax.io.disk.compilation_cache import enable_compilation_cache
 from daq_jax.io.hf.layouts import AS_BASE, LAYOUTS
@@ -160,7 +160,8 @@ def inspect(
     from daq_jax.display import terminal
     from daq_jax.io.jobs.inspect_folders import inspect_folder
 
-    found = inspect_folder(base, tuned, RECIPES[recipe], format=format, keep=keep, only=only)
+    with terminal.working("looking at a sample of the weights"):
+        found = inspect_folder(base, tuned, RECIPES[recipe], format=format, keep=keep, only=only)
     if json:
         print(json_format.dumps(found.to_dict(), allow_nan=False))
     else:
@@ -309,18 +310,21 @@ def _run(words: list[str]) -> int:
     if words == ["--version"]:
         print(f"daq-jax {__version__}")
         return 0
-    if words and not words[0].startswith("-"):
-        enable_compilation_cache()
-        # The default inverts matrices of 128 x 128, and threads waited 8 ms for each other at each.
-        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    try:
+    if fault := usage.fault_of(words, COMMANDS, interrupts.COMMAND):
+        print(fault, file=sys.stderr)
+        raise SystemExit(2)
+    config = (tyro.conf.FlagCreatePairsOff,)
+    if not words or words[0] not in COMMANDS:  # prints what is missing, or the help, and exits
+        about = "Quantization that keeps what fine-tuning changed. `--version` prints the version."
         tyro.extras.subcommand_cli_from_dict(
-            COMMANDS,
-            prog="daq-jax",
-            description="Quantization that keeps what fine-tuning changed. `--version` prints the version.",
-            args=words,
-            config=(tyro.conf.FlagCreatePairsOff,),
+            COMMANDS, prog=interrupts.COMMAND, description=about, args=words, config=config
         )
+    enable_compilation_cache()
+    # The default inverts matrices of 128 x 128, and threads waited 8 ms for each other at each.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    command, *options = words
+    try:  # by itself, so that messages name its own help
+        tyro.cli(COMMANDS[command], prog=f"{interrupts.COMMAND} {command}", args=options, config=config)
     except (OSError, DaqError) as error:
         print(f"daq-jax: {error}", file=sys.stderr)
         return 3 if isinstance(error, CannotJudge) else 1

@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -51,6 +51,11 @@ class Pair:
     base: Any
     tuned: Any
     decision: Decision
+
+    @property
+    def program(self) -> Hashable:
+        """What a pair that is quantized has in common with the others that one compiled program does."""
+        return self.tuned.shape, self.decision.recipe
 
 
 def planned_pairs(base: PyTree, tuned: PyTree, recipe: Recipe, rules: Sequence[Rule]) -> list[Pair]:

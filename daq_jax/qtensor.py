@@ -122,11 +122,25 @@ class QTensor:
     def _rest(self) -> tuple[Any, ...]:
         return self.format, self.tiling, self.dtype, self.matrix
 
+    def __repr__(self) -> str:
+        arrays = {"codes": self.codes, "scale": self.scale}
+        arrays |= {} if self.zero is None else {"zero": self.zero}
+        said = [f"{name}={_briefly(x)}" for name, x in arrays.items()]
+        said += [f"format={self.format.name}", f"tiling={self.tiling!r}", f"dtype={self.dtype}"]
+        said += [f"matrix={self.matrix}"] if self.matrix != DEFAULT_MATRIX else []
+        return f"QTensor({', '.join(said)})"
+
     def __jax_array__(self) -> Array:
         return self.dequantize()
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self.dequantize(), dtype)
+
+
+def _briefly(x: Any) -> str:
+    """An array as its dtype and shape: a tree of many is to be read."""
+    is_array = isinstance(x, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
+    return f"{x.dtype}[{', '.join(map(str, x.shape))}]" if is_array else repr(x)
 
 
 def _dtype_of(dtype: jax.typing.DTypeLike) -> np.dtype:

@@ -5,7 +5,7 @@ from typing import Any
 
 _PASSED_ON = ("out", "journal", "units", "readable", "instead", "nbytes", "missing_bytes", "is_free")
 _PASSED_ON += ("clear", "has", "write", "verify", "join", "complete", "lock", "files", "make_room", "discard")
-_PASSED_ON += ("damaged",)
+_PASSED_ON += ("damaged", "expected")
 
 
 class Wrapped:

@@ -234,3 +234,52 @@ def test_the_exit_status_of_the_process_is_that_of_main():
             subprocess.run([sys.executable, "-c", call.format(word)], capture_output=True).returncode
             == status
         )
+
+
+# A misspelt option of each subcommand, and the option that is meant.
+TYPOS = {
+    "demo": (["--sed", "1"], "--seed"),
+    "quantize": (["base", "tuned", "out", "--recpie", "absmax"], "--recipe"),
+    "inspect": (["base", "tuned", "--fromat=fp8-block"], "--format"),
+    "compare": (["base", "tuned", "out", "--fail-undr", "projection=0.9"], "--fail-under"),
+    "doctor": (["--jsno"], "--json"),
+}
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_a_typo_is_two_lines_with_what_is_meant_and_status_2(command, capsys):
+    words, meant = TYPOS[command]
+    typo = next(word.partition("=")[0] for word in words if word.startswith("--"))
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([command, *words])
+    out, err = capsys.readouterr()
+    assert (stopped.value.code, out) == (2, "")
+    assert err.splitlines() == [
+        f"daq-jax {command}: there is no option {typo}; did you mean {meant}?",
+        f"See `daq-jax {command} --help`.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["quantze", "a", "b"], "there is no subcommand 'quantze'; did you mean quantize?"),
+        (["zzz"], "there is no subcommand 'zzz'; there are demo, quantize, inspect, compare, doctor."),
+        (["--json", "demo"], "there is no subcommand '--json'"),
+        (["demo", "-seed", "1"], "demo: there is no option -seed; did you mean --seed?"),
+        (["demo", "--xyzzy"], "demo: there is no option --xyzzy.\n"),
+    ],
+)
+def test_words_that_are_unknown_are_named(words, said, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(words)
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == 2
+
+
+def test_an_option_is_read_with_underscores_too_and_a_negative_number_is_no_option(ran):
+    assert cli.main(["demo", "--seed", "-7"]) == 0
+    with pytest.raises(SystemExit, match="2"):  # a floor that says nothing, not an unknown option
+        cli.main(["compare", "base", "tuned", "out", "--fail_under", "projection"])
+    assert ran == [{"seed": -7, "json": False}]

@@ -210,3 +210,18 @@ def test_a_qtensor_is_an_array_for_numpy_and_equal_to_itself_alone():
     assert len({q, dataclasses.replace(q), same}) == 2
     assert jax.eval_shape(lambda: q) == jax.eval_shape(lambda: same)
     assert jax.eval_shape(lambda: q) != q
+
+
+def test_a_qtensor_says_what_it_is_in_a_line():
+    weight = jnp.ones((256, 384), jnp.bfloat16)
+    q = daq.quantize(weight, weight, daq.recipes.absmax)
+    words = (
+        "QTensor(codes=float8_e4m3fn[256, 384], scale=float32[2, 3], format=fp8_e4m3fn, "
+        "tiling=Block(r=128, c=128), dtype=bfloat16)"
+    )
+    assert repr(q) == words
+    assert repr(jax.eval_shape(lambda: q)) == words
+    turned = dataclasses.replace(q, matrix=((1,), (0,)), zero=jnp.zeros((2, 3)))
+    assert "scale=float32[2, 3], zero=float32[2, 3], format=" in repr(turned)
+    assert repr(turned).endswith("dtype=bfloat16, matrix=((1,), (0,)))")
+    assert repr(jax.tree.map(lambda _: "here", q)).startswith("QTensor(codes='here', scale='here', format=")

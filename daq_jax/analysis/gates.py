@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from daq_jax.analysis.comparison import Comparison
 from daq_jax.analysis.figures import FIGURES
+from daq_jax.analysis.verdicts import verdict_of_result
 from daq_jax.errors import DaqError
 
 _LESS_IS_BETTER = ("mse", "lost", "flipped")
@@ -44,8 +45,8 @@ def floors_of(words: str) -> dict[str, float]:
 def refuse_low(found: Comparison, floors: Mapping[str, float]) -> str:
     """Raises a DaqError that names every figure that misses its bound, as one that is NaN does.
 
-    Of figures of which less is better the bound is the greatest value. The worst leaf is looked for among
-    those that tuning changed.
+    The error ends with the verdict on the whole, which says what to do. Of figures of which less is better
+    the bound is the greatest value. The worst leaf is looked for among those that tuning changed.
 
     Returns:
         What each figure is and was to be, in words.
@@ -60,7 +61,8 @@ def refuse_low(found: Comparison, floors: Mapping[str, float]) -> str:
         if not (value <= bound if less else value >= bound):
             missed.append(words)
     if missed:
-        raise DaqError(f"the gate is not met: {'; '.join(missed)}.")
+        verdict = verdict_of_result(found.total, found.worst(1))
+        raise DaqError(f"the gate is not met: {'; '.join(missed)}. {verdict}")
     return f"the gate is met: {'; '.join(said)}."
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from daq_jax.analysis.estimates import Findings
 from daq_jax.analysis.figures import ON_GRID, Figures
+from daq_jax.analysis.verdicts import verdict_of_result
 
 TOTALS = ("total", "give or take")  # rows that are not leaves
 SHOWN = 10  # leaves in a table that shows itself
@@ -111,13 +112,14 @@ def compared(total: Figures, worst: Mapping[str, Figures], *, hidden: int = 0, d
         total: figures of all leaves together.
         worst: figures of the leaves to show, by path, those with projections farthest from 1 first.
         hidden: number of leaves that are not shown.
-        doubt: stands above the table.
+        doubt: stands above the table; without one, the verdict.
     """
+    before = doubt or verdict_of_result(total, worst)
     after = [f"{hidden} more leaves, with projections nearer 1"] if hidden else []
     after += [ABOUT, *([ON_GRID_NOTE] if total.on_grid > ON_GRID else [])]
     rows = [(TOTALS[0], total), *worst.items()]
     cells_of = [(path, cells(figures)) for path, figures in rows]
-    return Sheet([doubt] if doubt else [], list(COLUMNS), cells_of, after)
+    return Sheet([before], list(COLUMNS), cells_of, after)
 
 
 def inspected(verdict: str, total: Findings, worst: Mapping[str, Findings], *, leaves: int) -> Sheet:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from daq_jax.analysis.estimates import Estimate, Findings
 from daq_jax.analysis.figures import ON_GRID, Figures
+from daq_jax.analysis.names import on_one_line
 
 # Two unrelated models differ by sqrt(|base|^2 + |tuned|^2), that is by at least the size of the base; no
 # fine-tune comes near.
@@ -71,10 +72,11 @@ def verdict_of_result(total: Figures, worst: Mapping[str, Figures]) -> str:
     if float(total.dd) == 0:
         return "The two models do not differ in these weights: there is no change to keep."
     path, least = next(iter(worst.items()))
-    low = f"least in {path}, {float(least.projection):.0%}"
+    low = f"least in {on_one_line(path)}, {float(least.projection):.0%}"
     if kept < KEPT:
         lost = f"{1 - kept:.0%} of the change is lost ({low})"
-        return f"{lost}. Quantize with the default recipe, and compare the predictions."
+        why = "it too loses a change that has no leading directions, as random noise has none"
+        return f"{lost}. Quantize with the default recipe ({why}), and compare the predictions."
     if kept > 2 - KEPT:
         return f"The change comes out at {kept:.0%} of its size ({low}). Use a rounding that is unbiased."
     return f"The change is kept, at {kept:.0%} of its size ({low}). Compare the predictions before you ship."

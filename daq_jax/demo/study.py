@@ -154,7 +154,9 @@ def make_pairs(
     # Repeat the shorter text, so that both have one shape and share one compiled program.
     first, second = (text._replace(train=np.resize(text.train, length)) for text in (first, second))
     params_key, base_key, tune_key = jax.random.split(key, 3)
-    params = make_params(study.model, params_key)
+    tell("make the first weights", 0, 1)
+    params = jax.block_until_ready(make_params(study.model, params_key))
+    tell("make the first weights", 1, 1)
     params = learn(params, first, study.base_steps, study.base_rate, base_key, study, tell)
     pairs = {}
     for name, grid in grids.items():

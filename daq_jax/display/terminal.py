@@ -1,10 +1,14 @@
 """Sheets drawn in a terminal, and comparisons as CSV."""
 
+import contextlib
 import csv
 import io
+import threading
+from collections.abc import Iterator
 
 from rich.box import HORIZONTALS
 from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -22,6 +26,30 @@ def console() -> Console:
     """A console of the width of the terminal, or of 200 characters if the output is no terminal."""
     found = Console()
     return found if found.is_terminal else Console(width=_WIDE)
+
+
+@contextlib.contextmanager
+def working(what: str, *, after: float = 1.0) -> Iterator[None]:
+    """Says on stderr what is being done: on a terminal with the time that it takes, elsewhere in one line.
+
+    Args:
+        what: is being done.
+        after: seconds, within which work that ends, or fails, prints no line.
+    """
+    on = Console(stderr=True)
+    if not on.is_terminal:
+        how = {"highlight": False, "markup": False, "soft_wrap": True}
+        later = threading.Timer(after, on.print, [f"{what} ..."], how)
+        later.start()
+        try:
+            yield
+        finally:
+            later.cancel()
+        return
+    columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
+    with Progress(*columns, console=on, transient=True) as bar:
+        bar.add_task(what, total=None)
+        yield
 
 
 def show(sheet: sheets.Sheet, on: Console) -> None:

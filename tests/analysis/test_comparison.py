@@ -180,9 +180,10 @@ def test_a_comparison_prints_figures_not_sums_and_escapes_names_in_a_notebook(co
     base, tuned, q, _ = compared
     table = daq.compare(base, tuned, q)
     lines = str(table).splitlines()
-    assert lines[0].split()[:3] == ["leaf", "projection", "cosine"]
-    assert lines[2].startswith("total")
-    assert f"{table.total.projection:.3f}" in lines[2]
+    assert lines[0].startswith(f"The change is kept, at {table.total.projection:.0%} of its size (least in ")
+    assert lines[1].split()[:3] == ["leaf", "projection", "cosine"]
+    assert lines[3].startswith("total")
+    assert f"{table.total.projection:.3f}" in lines[3]
     assert f"cosine={table.total.cosine:.4g}" in str(table.total)
     html = daq.Comparison({"<b>": table.total}, table.total)._repr_html_()
     assert "&lt;b&gt;" in html

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import time
 
 import jax.numpy as jnp
 import pytest
@@ -69,3 +70,22 @@ def test_no_name_steers_the_terminal():
     said = shown(named(*HOSTILE).sheet(99), 260)
     assert not {c for c in said if c in "\x1b\u202e\t\x07"}
     assert r"a\x1b[2Jb" in said
+
+
+def test_what_is_being_done_is_said_unless_it_ends_soon(capsys):
+    with terminal.working("looking at a [sample]", after=0.01):
+        time.sleep(0.5)
+    assert capsys.readouterr() == ("", "looking at a [sample] ...\n")
+    with pytest.raises(OSError, match="gone"), terminal.working("looking", after=60.0):
+        raise OSError("gone")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_on_a_terminal_the_time_that_it_takes_is_shown_and_removed(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as rich takes a terminal for granted
+    with terminal.working("looking at a [sample]"):
+        pass
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "looking at a [sample]" in err
+    assert "0:00:00" in err

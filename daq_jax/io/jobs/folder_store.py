@@ -29,7 +29,7 @@ from daq_jax.io.hf.methods import QUANTIZATION_FILE
 from daq_jax.io.jobs.journal import REPORT, Record
 from daq_jax.io.jobs.model_card import card_of
 from daq_jax.io.jobs.planning import Plan, Shard
-from daq_jax.io.jobs.progress import Tell
+from daq_jax.io.jobs.progress import Expected, Running
 from daq_jax.io.jobs.side_files import CARD, SideFiles, side_files
 from daq_jax.io.jobs.streaming import ShardJob, verify
 
@@ -76,6 +76,12 @@ class FolderStore:
     def units(self) -> Mapping[str, int]:
         """See `Store.units`; the name of a unit is that of its file."""
         return {file: shard.tuned_bytes for file, shard in self._shards.items()}
+
+    def expected(self, units: Sequence[str]) -> Expected:
+        """See `Store.expected`."""
+        tasks = [task for unit in units for task in self._shards[unit].tasks if task.quantize]
+        programs = {task.program(rows) for task in tasks for rows in task.bands}
+        return Expected(sum(task.tuned.nbytes for task in tasks), len(programs - self._compiled))
 
     @property
     def lock(self) -> Path:
@@ -151,9 +157,11 @@ class FolderStore:
         """See `Store.has`."""
         return (self.out / unit).is_file()
 
-    def write(self, unit: str, *, earlier: Sequence[Record], following: str | None, tell: Tell) -> Record:
+    def write(
+        self, unit: str, *, earlier: Sequence[Record], following: str | None, running: Running
+    ) -> Record:
         """See `Store.write`."""
-        return ShardJob(self.plan, self.base, self.tuned, tell, self._compiled).do(
+        return ShardJob(self.plan, self.base, self.tuned, running, self._compiled).do(
             self._shards[unit], self.out
         )
 

@@ -24,7 +24,7 @@ from daq_jax.io.disk.locks import one_writer
 from daq_jax.io.jobs.audit import identity_line, identity_of
 from daq_jax.io.jobs.identity import Inputs
 from daq_jax.io.jobs.journal import Journal, Record, Work
-from daq_jax.io.jobs.progress import Running, Tell, progress_on, result_of
+from daq_jax.io.jobs.progress import Running, progress_on, result_of
 from daq_jax.io.jobs.store import Store
 
 _SPARE_DISK = 10**8  # bytes left free for report and side files
@@ -96,7 +96,8 @@ class Job:
         return dict(self.summary) if report is None else report
 
     def _say(self, words: str) -> None:
-        self.console.print(printable(words), highlight=False, markup=False)
+        whole = not self.console.is_terminal  # a line for whoever reads a log
+        self.console.print(printable(words), highlight=False, markup=False, soft_wrap=whole)
 
     def _begin(self, journal: Journal) -> bool:
         """Opens the journal, or finds it as the same job left it; returns whether the job is complete."""
@@ -141,11 +142,13 @@ class Job:
     def _pass(self, journal: Journal) -> "tuple[Finished, Running]":
         """Carries out what is left, and shows progress."""
         done = Finished(self.store, journal, self._say)
-        with progress_on(self.console, sum(self.store.units[unit] for unit in self.units)) as running:
-            self._carry_out(done, running.tell)
+        total = sum(self.store.units[unit] for unit in self.units)
+        expected = self.store.expected([unit for unit in self.units if not done.claims(unit)])
+        with progress_on(self.console, total, expected) as running:
+            self._carry_out(done, running)
         return done, running
 
-    def _carry_out(self, done: "Finished", tell: Tell) -> None:
+    def _carry_out(self, done: "Finished", running: Running) -> None:
         """Writes the units of this process that are not finished, in order."""
         records: list[Record] = []
         for i, unit in enumerate(self.units):
@@ -155,10 +158,10 @@ class Job:
                 record = done.record(unit)
                 if record is None:
                     following = next((u for u in self.units[i + 1 :] if not done.claims(u)), None)
-                    record = self.store.write(unit, earlier=records, following=following, tell=tell)
+                    record = self.store.write(unit, earlier=records, following=following, running=running)
                     done.add(unit, record)
                 else:
-                    tell(unit, self.store.units[unit], _pooled(_figures([record])))
+                    running.tell(unit, self.store.units[unit], _pooled(_figures([record])))
                 records.append(record)
 
     def _complete(self, done: "Finished", inputs: Inputs) -> dict[str, Any] | None:

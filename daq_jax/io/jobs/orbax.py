@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from daq_jax.io.jobs.job import Job
 from daq_jax.io.jobs.journal import REPORT, Record
 from daq_jax.io.jobs.memory import RUNTIME, runtime_of, work_of
 from daq_jax.io.jobs.options import MissingBase, Output, Run
-from daq_jax.io.jobs.progress import Tell
+from daq_jax.io.jobs.progress import Expected, Running
 from daq_jax.io.jobs.values import describe, flags
 from daq_jax.io.orbax.reader import METADATA_KEY, VERSION, Checkpoint, array_names, nested
 from daq_jax.io.orbax.replacing import lock_of, refuse_strangers
@@ -123,10 +123,9 @@ def _memory(where: str, pairs: Sequence[Pair], recipe: Recipe, memory: int, unit
     if not quantized:
         raise DaqError(f"{where}: no leaf of it is quantized by these rules.")
     largest = max(quantized, key=lambda pair: pair.tuned.size)
-    programs = len({(pair.tuned.shape, pair.decision.recipe) for pair in quantized})
     unit = min(unit_bytes, sum(_nbytes(pair.tuned) for pair in pairs))
     work = work_of(recipe).bytes_each * largest.tuned.size + 4 * unit
-    needed = max(RUNTIME, runtime_of(recipe, programs)) + work
+    needed = max(RUNTIME, runtime_of(recipe, len({pair.program for pair in quantized}))) + work
     if needed > memory:
         raise DaqError(
             f"{where}: {largest.path!r} is {tuple(largest.tuned.shape)}; with it the work takes "
@@ -178,6 +177,7 @@ class OrbaxStore:
         self.units = {unit: plan.nbytes(paths) for unit, paths in plan.units.items()}
         self._new = new_beside(out)  # where the checkpoint is made and verified
         self._reader = reader
+        self._compiled: set[Hashable] = set()
         self._ahead: dict[str, Future[tuple[Leaves, Leaves]]] = {}
         self._place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
@@ -218,8 +218,20 @@ class OrbaxStore:
         """See `Store.has`."""
         return self._new.exists() or bool(self._partial()) or not self.units[unit]
 
-    def write(self, unit: str, *, earlier: Sequence[Record], following: str | None, tell: Tell) -> Record:
+    def expected(self, units: Sequence[str]) -> Expected:
+        """See `Store.expected`."""
+        every = [self.plan.pairs[path] for unit in units for path in self.plan.units[unit]]
+        pairs = [pair for pair in every if pair.decision.quantize]
+        programs = {pair.program for pair in pairs} - self._compiled
+        return Expected(sum(_nbytes(pair.tuned) for pair in pairs), len(programs))
+
+    def write(
+        self, unit: str, *, earlier: Sequence[Record], following: str | None, running: Running
+    ) -> Record:
         """See `Store.write`."""
+        running.begin(self.plan.units[unit][-1], *self.expected([unit]))
+        pairs = (self.plan.pairs[path] for path in self.plan.units[unit])
+        self._compiled.update(pair.program for pair in pairs if pair.decision.quantize)
         if unit not in self._ahead:
             self._ahead[unit] = self._reader.submit(self._read, unit)
         base, tuned = self._ahead.pop(unit).result()
@@ -231,7 +243,7 @@ class OrbaxStore:
             p: f for p, f in compare(base, tuned, quantized).leaves.items() if p not in self.plan.no_base
         }
         records = self._save(unit, quantized, earlier[-1]["records"] if earlier else {})
-        tell(unit, self.units[unit], pool(found.values()) if found else None)
+        running.tell(unit, self.units[unit], pool(found.values()) if found else None)
         sums = {path: _checksum(quantized[path]) for path in self.plan.units[unit]}
         figures = {path: x.plain_sums() for path, x in found.items()}
         return {"records": records, "figures": figures, "crc32": sums}

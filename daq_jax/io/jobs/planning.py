@@ -77,6 +77,11 @@ class Task:
         n = self.tuned.shape[0] if self.tuned.shape else 1
         return [slice(i, min(i + self.rows, n)) for i in range(0, n, self.rows)]
 
+    def nbytes_of(self, rows: slice) -> int:
+        """Bytes of a band of the tuned tensor."""
+        length = self.tuned.shape[0] if self.tuned.shape else 1
+        return int(self.tuned.nbytes * (rows.stop - rows.start) / max(length, 1))
+
     def program(self, rows: slice) -> Hashable:
         """What a band has in common with the others that one compiled program does."""
         shape = rows.stop - rows.start, *self.tuned.shape[1:]
@@ -140,12 +145,6 @@ class Plan:
     def tasks(self) -> list[Task]:
         """Every tensor of the result."""
         return [task for shard in self.shards for task in shard.tasks]
-
-    @functools.cached_property
-    def programs(self) -> list[Hashable]:
-        """What is compiled apart: the kinds of bands, in the order in which they come; see `Task.program`."""
-        bands = ((task, rows) for task in self.tasks if task.quantize for rows in task.bands)
-        return list(dict.fromkeys(task.program(rows) for task, rows in bands))
 
     @functools.cached_property
     def nbytes(self) -> int:

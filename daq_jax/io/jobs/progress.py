@@ -1,24 +1,42 @@
 """What people see of the work on a folder: the plan as a table, progress, and what was kept at the end."""
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import NamedTuple
 
 from rich.box import HORIZONTALS
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
+from rich.text import Text
 
 from daq_jax.analysis.figures import Figures, pool
 from daq_jax.analysis.names import printable
+from daq_jax.io.jobs.pace import Pace
 from daq_jax.io.jobs.planning import Plan
 
 _LOW_SHARE = 0.5  # of the elements: fewer quantized is worth a warning
 _SECONDS = 10.0  # between two plain lines
 
-# (tensor, bytes of it done, its figures so far); no bytes and no figures: work on it begins
+
+class Expected(NamedTuple):
+    """What is to come of a job."""
+
+    nbytes: int  # of weights that are quantized
+    programs: int  # that are compiled for them
+
+
+# (tensor, bytes of it that were done just now, its figures so far)
 Tell = Callable[[str, int, Figures | None], None]
 
 
@@ -41,7 +59,8 @@ def table_of(plan: Plan, note: str) -> Table:
         table.add_row(escape(f"leave out: {why}"), "1", "", escape(name))
     now = sum(task.tuned.nbytes for task in plan.tasks)
     table.add_section()
-    table.add_row("all", str(len(plan.tasks)), _size(now), f"{len(plan.shards)} files")
+    files = "1 file" if len(plan.shards) == 1 else f"{len(plan.shards)} files"
+    table.add_row("all", str(len(plan.tasks)), _size(now), files)
     table.caption = (
         f"writes {_size(plan.nbytes)}, needs {_size(plan.memory)} of memory; "
         f"{plan.share:.1%} of the elements are quantized\n{note}"
@@ -59,28 +78,60 @@ def warning_of(plan: Plan) -> str:
 
 
 class Running:
-    """Bytes done and figures so far, told by one thread and shown by another."""
+    """Bytes done and figures so far, told by one thread and shown by another.
 
-    def __init__(self, total: int, show: Any) -> None:
+    Args:
+        total: bytes that the work takes in all.
+        show: called with this object after each change.
+        expected: bytes of the weights that are quantized, and programs that are compiled for them; None if
+            it is not known, and then no time is estimated.
+    """
+
+    def __init__(self, total: int, show: Callable[["Running"], None], expected: Expected | None) -> None:
         self.total, self.done = total, 0
         self._show = show
         self._now = ""
+        self._programs = 0 if expected is None else expected.programs
+        self._compiled = 0
+        self._pace = None if expected is None else Pace(*expected, time.monotonic)
         self._finished: Figures | None = None  # of all tensors but the one at hand
         self._at_hand: tuple[str, Figures] | None = None
 
-    def tell(self, name: str, nbytes: int, figures: Figures | None) -> None:
-        """Takes note that more of a tensor is done; `figures` are the figures of all its bands so far.
+    def begin(self, name: str, nbytes: int, programs: int) -> None:
+        """Takes note that work on a tensor begins.
 
-        Without bytes and figures, work on the tensor begins, and its name may say what takes time.
+        Args:
+            name: of the tensor.
+            nbytes: bytes of it that are quantized now.
+            programs: programs that are compiled first.
         """
+        self._now = printable(name)
+        if programs:
+            first, self._compiled = self._compiled + 1, self._compiled + programs
+            which = f"shape {first}" if programs == 1 else f"shapes {first} to {self._compiled}"
+            self._now += f" (compiling {which} of {max(self._programs, self._compiled)})"
+        if self._pace:
+            self._pace.begin(nbytes, programs)
+        self._show(self)
+
+    def tell(self, name: str, nbytes: int, figures: Figures | None) -> None:
+        """Takes note that more of a tensor is done; `figures` are the figures of all its bands so far."""
         self.done += nbytes
-        if not nbytes and figures is None:
-            self._now = printable(name)
         if figures is not None:
             if self._at_hand and self._at_hand[0] != name:
                 self._finished = self.pooled
             self._at_hand = name, figures
         self._show(self)
+
+    @property
+    def left(self) -> str:
+        """How long the rest takes, if that is known."""
+        seconds = self._pace.seconds_left if self._pace and self.done < self.total else None
+        if seconds is None:
+            return ""
+        return (
+            f"about {max(seconds, 1):.0f} s left" if seconds < 100 else f"about {seconds / 60:.0f} min left"
+        )
 
     @property
     def pooled(self) -> Figures | None:
@@ -99,30 +150,51 @@ class Running:
         return ", ".join(filter(None, (kept, self._now)))
 
 
+class _Bar(Progress):
+    """A bar with times, and below it the figures so far and the tensor at hand."""
+
+    def __init__(self, running: Running, console: Console) -> None:
+        self._words = ""
+        left = TextColumn("{task.fields[running].left}", style="progress.remaining")
+        times = TimeElapsedColumn(), left, TransferSpeedColumn()
+        super().__init__(BarColumn(20), TaskProgressColumn(), *times, console=console)
+        self._task = self.add_task("", total=running.total, running=running)
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """What is drawn, again and again: the time left goes down between two steps too."""
+        yield from super().get_renderables()
+        yield Text(self._words)
+
+    def show(self, running: Running) -> None:
+        """Moves the bar, and takes the words below it."""
+        self._words = running.words
+        self.update(self._task, completed=running.done)
+
+
 @contextlib.contextmanager
-def progress_on(console: Console, total: int) -> Iterator[Running]:
-    """Yields what takes note of progress: a bar on a terminal, plain lines elsewhere."""
-    start = last = time.monotonic()
+def progress_on(console: Console, total: int, expected: Expected | None = None) -> Iterator[Running]:
+    """Yields what takes note of progress: a bar on a terminal, plain lines elsewhere.
+
+    Arguments are as for `Running`.
+    """
+    start, last = time.monotonic(), -math.inf  # the first line comes at once
 
     def plain(running: Running) -> None:
         nonlocal last
         now = time.monotonic()
         if now - last >= _SECONDS or running.done >= running.total:
             last = now
-            rate = running.done / max(now - start, 1e-9)
-            left = (running.total - running.done) / max(rate, 1e-9)
             share = running.done / max(running.total, 1)
-            speed = f"{_size(rate)}/s, {left:.0f} s left" if running.done else ""
-            words = f"{share:.0%} of {_size(total)}", speed, running.words
-            console.print(", ".join(filter(None, words)), highlight=False, markup=False)
+            speed = f"{_size(running.done / max(now - start, 1e-9))}/s" if running.done else ""
+            words = f"{share:.0%} of {_size(total)}", speed, running.left, running.words
+            console.print(", ".join(filter(None, words)), highlight=False, markup=False, soft_wrap=True)
 
     if not console.is_terminal:
-        yield Running(total, plain)
+        yield Running(total, plain, expected)
         return
-    columns = BarColumn(), TransferSpeedColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("", total=total)
-        yield Running(total, lambda r: bar.update(task, completed=r.done, description=escape(r.words)))
+    running = Running(total, lambda running: bar.show(running), expected)
+    with _Bar(running, console) as bar:
+        yield running
 
 
 def result_of(total: Figures | None, nbytes: int, seconds: float, peak: int, promised: int) -> str:

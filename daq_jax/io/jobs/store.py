@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from daq_jax.io.jobs.journal import Record
-from daq_jax.io.jobs.progress import Tell
+from daq_jax.io.jobs.progress import Expected, Running
 
 
 @runtime_checkable
@@ -29,6 +29,10 @@ class Store(Protocol):
     @property
     def units(self) -> Mapping[str, int]:
         """Every unit of the result by name, with the bytes of the tuned weights that it is made from."""
+        ...
+
+    def expected(self, units: Sequence[str]) -> Expected:
+        """What writing some units takes: bytes that are quantized, and programs not compiled yet."""
         ...
 
     @property
@@ -84,14 +88,16 @@ class Store(Protocol):
         """Whether what `write` makes of a unit can be on the disk."""
         ...
 
-    def write(self, unit: str, *, earlier: Sequence[Record], following: str | None, tell: Tell) -> Record:
+    def write(
+        self, unit: str, *, earlier: Sequence[Record], following: str | None, running: Running
+    ) -> Record:
         """Writes a unit; none of it is lost once its record is.
 
         Args:
             unit: name of the unit.
             earlier: records of the units before it, in order.
             following: name of the unit that is written next, which may be read ahead; None for none.
-            tell: takes note of progress.
+            running: takes note of progress.
 
         Returns:
             The record of the unit.

@@ -21,7 +21,7 @@ from daq_jax.io.hf.tensor_files import TensorReader, TensorSpec, TensorWriter, p
 from daq_jax.io.jobs.audit import Audit, is_untouched
 from daq_jax.io.jobs.journal import Record
 from daq_jax.io.jobs.planning import Plan, Shard, Task
-from daq_jax.io.jobs.progress import Tell
+from daq_jax.io.jobs.progress import Running
 from daq_jax.leaves import quantize_leaf
 from daq_jax.numerics.arithmetic import LARGEST_SQUARED
 from daq_jax.qtensor import QTensor
@@ -34,12 +34,14 @@ class ShardJob:
         plan: plan that the shard is part of.
         base: folder of the model before tuning.
         tuned: folder of the model after tuning.
-        tell: takes note of progress.
+        running: takes note of progress.
         compiled: kinds of bands that this process has done (`Task.program`), to which this shard's are added.
     """
 
-    def __init__(self, plan: Plan, base: Folder, tuned: Folder, tell: Tell, compiled: set[Hashable]) -> None:
-        self.plan, self.base, self.tuned, self.tell, self.compiled = plan, base, tuned, tell, compiled
+    def __init__(
+        self, plan: Plan, base: Folder, tuned: Folder, running: Running, compiled: set[Hashable]
+    ) -> None:
+        self.plan, self.base, self.tuned, self.running, self.compiled = plan, base, tuned, running, compiled
         self.sums: dict[str, int] = {}  # crc32 of each written tensor
         self.written: dict[str, int] = {}  # bytes of each so far
         self.figures: dict[str, Figures] = {}
@@ -82,11 +84,12 @@ class ShardJob:
 
     def _announce(self, task: Task, rows: slice) -> None:
         """Says which tensor is at hand, and whether its program has to be compiled first."""
-        words = ""
-        if task.quantize and (program := task.program(rows)) not in self.compiled:
-            self.compiled.add(program)
-            words = f" (compiling shape {len(self.compiled)} of {len(self.plan.programs)})"
-        self.tell(f"{task.name}{words}", 0, None)
+        if not task.quantize:
+            self.running.begin(task.name, 0, 0)
+            return
+        program = task.program(rows)
+        self.running.begin(task.name, task.nbytes_of(rows), int(program not in self.compiled))
+        self.compiled.add(program)
 
     def _read(self, readers: ThreadPoolExecutor, task: Task, rows: slice) -> list[Future[Leaf]]:
         """The tuned matrix, and its base if there is one, on their way; none for a tensor that is copied."""
@@ -147,9 +150,7 @@ class ShardJob:
                 found |= task.coding.constants
             for name, data in found.items():
                 self._put(file, name, data)
-        length = task.tuned.shape[0] if task.tuned.shape else 1
-        share = (rows.stop - rows.start) / max(length, 1)
-        self.tell(task.name, int(task.tuned.nbytes * share), self.figures.get(task.name))
+        self.running.tell(task.name, task.nbytes_of(rows), self.figures.get(task.name))
 
     def _kept(self, task: Task) -> Iterator[np.ndarray]:
         """A tensor that is not quantized, some bytes at a time: as it is stored, or dequantized."""

@@ -321,6 +321,9 @@ def test_a_gate_passes_or_fails_by_the_totals(folders, out, capsys):
     assert "total" in said  # the table is there to see why
     assert err.splitlines()[-1].startswith("daq-jax: the gate is not met: projection is ")
     assert "cosine" not in err.splitlines()[-1]
+    assert "lost (least in " in err  # `out` is of another recipe than the default
+    assert "Quantize with the default recipe" in err
+    assert err.endswith("and compare the predictions.\n")
 
 
 @pytest.mark.parametrize("figure", ["mse", "lost", "flipped"])
