@@ -97,6 +97,11 @@ GEMMA = {
     "layer_1/mlp/gating_einsum": ("GDF", "D>F"),
     "layer_1/mlp/linear": ("FD", "F>D"),
     "layer_0/pre_ffw_norm/scale": ("D", None),
+    "layer_0/altup/prediction_coefs": ("KKK", None),
+    "layer_0/altup/correction_coefs": ("KK", None),
+    "layer_0/altup/modality_router/w": ("DK", None),
+    "layer_0/laurel/linear_left/w": ("DP", "D>P"),
+    "layer_0/laurel/linear_right/w": ("PD", "P>D"),
 }
 LLAMA = {
     "self_attn/q_proj/weight": ("MD", "D>M"),
@@ -223,6 +228,7 @@ DOUBTFUL = {
     ),
     "weights of PyTorch": ({"layers.0.fc1.weight": "FD"}, "layers.0.fc1.weight", daq.DEFAULT_RULES),
     "a stack of weights": ({"mlp/up/weight": "LFD"}, "mlp/up/weight", daq.DEFAULT_RULES),
+    "axes of one length": ({"mix/kernel": "KKK"}, "mix/kernel", daq.DEFAULT_RULES),
     "heads by another name": ({"a/into/kernel": "DHk", "b": "D"}, "a/into/kernel", daq.DEFAULT_RULES),
     "heads out of them": (
         {"a/into/kernel": "DHk", "a/from/kernel": "HkD", "b": "D"},

@@ -55,6 +55,8 @@ def doubts(shapes: Shapes, decisions: Mapping[str, Decision]) -> dict[str, str]:
             found[path] = "is taken as [in, out], but most libraries that say `weight` store [out, in]"
         elif how.rule is None and len(axes) == 3 and first in features:
             found[path] = f"is taken as {first} matrices, but {first} is also the length of a vector"
+        elif how.rule is None and len(axes) > 2 and len({shapes[path][a] for a in axes}) == 1:
+            found[path] = f"is taken as matrices of {first} rows, but all its axes have the same length"
     return found | _mirrored(shapes, decisions, found)
 
 
