@@ -8,6 +8,7 @@ prints one line of JSON for each model. `study` calls it.
 import importlib
 import importlib.metadata
 import json
+import platform
 import sys
 import tempfile
 import traceback
@@ -119,6 +120,7 @@ def main(name: str) -> None:
     jax.config.update("jax_default_matmul_precision", "highest")
     module = importlib.import_module(f"benchmarks.jax_libraries.{name}_models")
     versions = {p: importlib.metadata.version(p) for p in (module.PACKAGE, "jax", "flax")}
+    versions["python"] = platform.python_version()
     for model, make in module.MODELS.items():
         row: dict[str, Any] = {"library": module.PACKAGE, "model": model, "versions": versions}
         try:

@@ -91,6 +91,7 @@ def gpt_oss():
             "attention_bias": True,
             "attention_sink": True,
             "mlp_activations": ["sigmoid", "linear"],
+            "mlp_activations_limit": 7.0,
         },
         sliding_window_size=8,
         inhomogeneous_layer_cycle_interval=2,
