@@ -251,6 +251,13 @@ def test_a_leaf_with_two_readings_is_named(name):
         plan_of(tree, own)  # the caller has said it
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("vector", ["mlp/router/bias", "mlp/per_expert_scale"])
+def test_a_vector_with_a_number_for_each_expert_speaks_for_their_stack(vector):
+    plan = plan_of({"mlp/up/kernel": ("EDF", None), vector: ("E", None)}, daq.DEFAULT_RULES)
+    assert plan.leaves["mlp/up/kernel"].matrices == SIZES["E"]
+
+
 def test_leaves_that_differ_in_numbers_are_named_once_with_the_rules_for_them():
     tree = {f"layers.{i}.self_attn.q_proj.weight": ("MD", None) for i in range(3)}
     with pytest.warns(daq.AmbiguousMatrixWarning) as told:

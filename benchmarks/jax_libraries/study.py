@@ -52,7 +52,8 @@ LIBRARIES = {
         ("gemma", "kauldron"),
     ),
     "levanter": Library(("marin-levanter", "marin-haliax", "equinox")),
-    "easydel": Library(("easydel",)),
+    # EasyDeL imports PyTorch, and asks for versions of JAX and Flax that are too old for daq_jax.
+    "easydel": Library(("easydel", "pillow", "torch==2.13.0"), ("jax>=0.12", "jaxlib>=0.12", "flax>=0.12.7")),
 }
 LIMIT = 3600  # seconds for each library
 HEADS = (
@@ -70,12 +71,12 @@ HEADS = (
 
 def rows_of(name: str, library: Library) -> list[dict[str, Any]]:
     """Installs a library and checks its models, each a row; one row with an `error` if that cannot be."""
-    python = python_of(common.ROOT / "build" / "jax_libraries" / name, "-e", str(common.ROOT))
-    wrong = install(python, "--pre", *library.packages) if library.packages else ""
-    if not wrong and library.alone:
-        wrong = install(python, "--pre", "--no-deps", *library.alone)
-    if wrong:
-        return [{"library": name, "model": "", "error": wrong}]
+    python = python_of(common.ROOT / "build" / "jax_libraries" / name)
+    # The library comes in a second step, so that its pins of old versions do not make the first impossible.
+    steps = [("-e", str(common.ROOT)), ("--pre", *library.packages), ("--pre", "--no-deps", *library.alone)]
+    for step in steps[: 3 if library.alone else 2]:
+        if wrong := install(python, *step):
+            return [{"library": name, "model": "", "error": wrong}]
     call = [python, "-m", "benchmarks.jax_libraries.check", name]
     settings = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(common.ROOT)}
     with tempfile.TemporaryDirectory() as folder:  # some libraries write logs where they are imported
