@@ -81,7 +81,7 @@ def measure(case: Case) -> dict[str, Any]:
         plan = daq.plan(weights, recipe=RECIPE, rules=case.rules)
         q = daq.quantize(weights, weights, RECIPE, rules=case.rules)
     taken = {
-        p: tuple(tuple(a % x.ndim for a in axes) for axes in x.matrix)
+        p: (tuple(a % x.ndim for a in x.matrix[0]), tuple(a % x.ndim for a in x.matrix[1]))
         for p, x in named_leaves(q).items()
         if is_qtensor(x)
     }
