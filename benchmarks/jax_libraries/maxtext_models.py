@@ -143,6 +143,6 @@ MODELS = {
     "gpt-oss": gpt_oss,
     "DeepSeek": deepseek,
     "GPT-3": gpt_3,
-    "Gemma 3": lambda: case(decoder_block="gemma3", base_num_decoder_layers=8, sliding_window_size=8),
+    "Gemma 3": lambda: case(model_name="gemma3-4b", base_num_decoder_layers=8),
     "Qwen 3, experts": lambda: case(decoder_block="qwen3_moe", use_qk_norm=True, **EXPERTS),
 }
