@@ -1,4 +1,4 @@
-"""EasyDeL: Llama, Qwen 3 with and without experts, Gemma 2 and gpt-oss, as NNX modules."""
+"""EasyDeL: Llama, Qwen 3 with and without experts, Gemma 2, Mixtral and gpt-oss, as NNX modules."""
 
 import os
 

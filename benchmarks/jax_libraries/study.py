@@ -2,11 +2,11 @@
 
     python -m benchmarks jax_libraries
 
-makes a virtual environment for each library in `build/jax_libraries`, with the Python that runs it; MaxText
-and Levanter need 3.12. Tiny models of each library are planned, quantized, saved, loaded and run on codes.
-The axes of every quantized leaf are compared with those that gradients tell (`axes`), and the result of the
-run with that on dequantized weights. Writes `jax_libraries.json` and `jax_libraries.md`, which name what does
-not install or run.
+makes a virtual environment for each library in `build/jax_libraries`, with the Python that runs it; MaxText,
+`gemma` and Levanter need 3.12. Tiny models of each library are planned, quantized, saved, loaded and run on
+codes. The axes of every quantized leaf are compared with those that gradients tell (`axes`), and the result
+of the run with that on dequantized weights. Writes `jax_libraries.json` and `jax_libraries.md`, which name
+what does not install or run.
 """
 
 import datetime
@@ -119,7 +119,8 @@ def markdown(report: dict[str, Any]) -> str:
         "model loads bit for bit, and the largest difference between the results on codes and on\n"
         "dequantized weights, both inside `jit`.\n\n"
         "Each library has an environment of its own. `--only NAME` measures one and leaves the rows of the\n"
-        f"others as they are; the rows here were measured between {dates[0]} and {dates[-1]}.\n"
+        f"others as they are: the rows here come from calls between {dates[0]} and {dates[-1]}, of which\n"
+        "the last one is named below.\n"
     )
     return "\n".join(
         [
