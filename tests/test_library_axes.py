@@ -1,8 +1,11 @@
 """The gradients of a layer whose axes are known tell them, and refuse every other view."""
 
+import json
+
 import numpy as np
 import pytest
 
+from benchmarks.jax_libraries import study
 from benchmarks.jax_libraries.axes import contracted, verdict
 
 TOKENS = 2
@@ -36,3 +39,14 @@ def test_a_view_of_each_head_is_finer_and_a_leaf_without_gradient_tells_nothing(
     found = gradients("td,thk->hdk")
     assert verdict(found, ((1,), (2,)), TOKENS) == "finer"
     assert verdict([0 * g for g in found], ((1,), (2,)), TOKENS) == "not told"
+
+
+def test_a_library_is_measured_again_beside_the_rows_of_others(tmp_path, monkeypatch):
+    said = iter(["first", "second", "third"])
+    monkeypatch.setattr(
+        study, "rows_of", lambda name, _: [{"library": name, "model": "m", "error": next(said)}]
+    )
+    study.main(only=("keras", "equinox"), out=tmp_path)
+    study.main(only=("keras",), out=tmp_path)
+    rows = json.loads((tmp_path / "jax_libraries.json").read_text())["rows"]
+    assert [(row["name"], row["error"]) for row in rows] == [("equinox", "second"), ("keras", "third")]

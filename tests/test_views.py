@@ -97,6 +97,11 @@ GEMMA = {
     "layer_1/mlp/gating_einsum": ("GDF", "D>F"),
     "layer_1/mlp/linear": ("FD", "F>D"),
     "layer_0/pre_ffw_norm/scale": ("D", None),
+    "layer_0/altup/prediction_coefs": ("KKK", None),
+    "layer_0/altup/correction_coefs": ("KK", None),
+    "layer_0/altup/modality_router/w": ("DK", None),
+    "layer_0/laurel/linear_left/w": ("DP", "D>P"),
+    "layer_0/laurel/linear_right/w": ("PD", "P>D"),
 }
 LLAMA = {
     "self_attn/q_proj/weight": ("MD", "D>M"),
@@ -223,6 +228,7 @@ DOUBTFUL = {
     ),
     "weights of PyTorch": ({"layers.0.fc1.weight": "FD"}, "layers.0.fc1.weight", daq.DEFAULT_RULES),
     "a stack of weights": ({"mlp/up/weight": "LFD"}, "mlp/up/weight", daq.DEFAULT_RULES),
+    "axes of one length": ({"mix/kernel": "KKK"}, "mix/kernel", daq.DEFAULT_RULES),
     "heads by another name": ({"a/into/kernel": "DHk", "b": "D"}, "a/into/kernel", daq.DEFAULT_RULES),
     "heads out of them": (
         {"a/into/kernel": "DHk", "a/from/kernel": "HkD", "b": "D"},
@@ -243,6 +249,13 @@ def test_a_leaf_with_two_readings_is_named(name):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         plan_of(tree, own)  # the caller has said it
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("vector", ["mlp/router/bias", "mlp/per_expert_scale"])
+def test_a_vector_with_a_number_for_each_expert_speaks_for_their_stack(vector):
+    plan = plan_of({"mlp/up/kernel": ("EDF", None), vector: ("E", None)}, daq.DEFAULT_RULES)
+    assert plan.leaves["mlp/up/kernel"].matrices == SIZES["E"]
 
 
 def test_leaves_that_differ_in_numbers_are_named_once_with_the_rules_for_them():

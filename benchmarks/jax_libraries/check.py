@@ -8,6 +8,7 @@ prints one line of JSON for each model. `study` calls it.
 import importlib
 import importlib.metadata
 import json
+import platform
 import sys
 import tempfile
 import traceback
@@ -80,7 +81,7 @@ def measure(case: Case) -> dict[str, Any]:
         plan = daq.plan(weights, recipe=RECIPE, rules=case.rules)
         q = daq.quantize(weights, weights, RECIPE, rules=case.rules)
     taken = {
-        p: tuple(tuple(a % x.ndim for a in axes) for axes in x.matrix)
+        p: (tuple(a % x.ndim for a in x.matrix[0]), tuple(a % x.ndim for a in x.matrix[1]))
         for p, x in named_leaves(q).items()
         if is_qtensor(x)
     }
@@ -119,6 +120,7 @@ def main(name: str) -> None:
     jax.config.update("jax_default_matmul_precision", "highest")
     module = importlib.import_module(f"benchmarks.jax_libraries.{name}_models")
     versions = {p: importlib.metadata.version(p) for p in (module.PACKAGE, "jax", "flax")}
+    versions["python"] = platform.python_version()
     for model, make in module.MODELS.items():
         row: dict[str, Any] = {"library": module.PACKAGE, "model": model, "versions": versions}
         try:

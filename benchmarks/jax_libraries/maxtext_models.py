@@ -91,6 +91,7 @@ def gpt_oss():
             "attention_bias": True,
             "attention_sink": True,
             "mlp_activations": ["sigmoid", "linear"],
+            "mlp_activations_limit": 7.0,
         },
         sliding_window_size=8,
         inhomogeneous_layer_cycle_interval=2,
@@ -107,6 +108,29 @@ def gemma4():
     )
 
 
+def deepseek():
+    return case(
+        decoder_block="deepseek",
+        attention_type="mla",
+        q_lora_rank=14,
+        kv_lora_rank=16,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=4,
+        v_head_dim=10,
+        **{**EXPERTS, "base_num_kv_heads": 6, "shared_experts": 1, "first_num_dense_layers": 1},
+    )
+
+
+def gpt_3():
+    return case(
+        decoder_block="gpt3",
+        fused_qkv=True,
+        base_num_kv_heads=6,
+        trainable_position_size=16,
+        mlp_activations=["gelu"],
+    )
+
+
 MODELS = {
     "Llama 2": lambda: case(),
     "Llama 2, not scanned": lambda: case(scan_layers=False),
@@ -117,4 +141,8 @@ MODELS = {
     "Gemma 4": gemma4,
     "Qwen3-Next": qwen3_next,
     "gpt-oss": gpt_oss,
+    "DeepSeek": deepseek,
+    "GPT-3": gpt_3,
+    "Gemma 3": lambda: case(model_name="gemma3-4b", base_num_decoder_layers=8),
+    "Qwen 3, experts": lambda: case(decoder_block="qwen3_moe", use_qk_norm=True, **EXPERTS),
 }

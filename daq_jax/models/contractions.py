@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from jax.extend import core
 
 from daq_jax.tilings import Matrix
@@ -61,10 +62,17 @@ class Weight:
 
 
 class Contractions:
-    """What a program does with each axis of each of its weights."""
+    """What a program does with each axis of each of its weights.
+
+    Attributes:
+        uses: of each weight, by path: the roles of its axes in a product, or another use in a word.
+        captured: types of the arrays in products that are neither weights nor data, but constants of the
+            program, as `float32 (8, 4)`.
+    """
 
     def __init__(self) -> None:
         self.uses: dict[str, set[tuple[tuple[int, str], ...] | str]] = {}
+        self.captured: set[str] = set()
 
     def note(self, weight: Weight, contracted: Sequence[int], batch: Sequence[int]) -> None:
         """Data is multiplied by a weight, over some axes of the array and in step with others."""
@@ -97,10 +105,11 @@ class Contractions:
 
 @dataclasses.dataclass(frozen=True)
 class _Value:
-    """An array of the program: whether it depends on data, and the weights that it may be."""
+    """An array of the program: whether it depends on data, the weights that it may be, and its constants."""
 
     is_data: bool = False
     weights: tuple[Weight, ...] = ()
+    captured: frozenset[str] = frozenset()
 
 
 _SAME = {"convert_element_type", "copy", "copy_p", "stop_gradient", "reduce_precision", "sharding_constraint"}
@@ -112,7 +121,8 @@ _INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
 def walk(program: core.Jaxpr, values: Sequence[_Value], found: Contractions) -> list[_Value]:
     """Follows weights through a program, notes every product, and returns what the results are."""
-    known: dict[Any, _Value] = dict(zip(program.invars, values, strict=True))
+    known: dict[Any, _Value] = {var: _constant(var) for var in program.constvars}
+    known |= zip(program.invars, values, strict=True)
 
     def of(var: Any) -> _Value:
         return _Value() if isinstance(var, core.Literal) else known.get(var, _Value())
@@ -131,6 +141,13 @@ def start(paths: Sequence[str | None], shapes: Sequence[Sequence[int]]) -> list[
     ]
 
 
+def _constant(var: Any) -> _Value:
+    """A constant of a program; one number scales and is no weight."""
+    shape, dtype = var.aval.shape, var.aval.dtype
+    is_array = shape and jnp.issubdtype(dtype, jnp.floating)
+    return _Value(captured=frozenset([f"{dtype} {shape}"] if is_array else []))
+
+
 def _results(eqn: Any, given: list[_Value], found: Contractions) -> list[_Value]:
     name = eqn.primitive.name
     if name in ("scan", "while", "cond"):
@@ -141,7 +158,8 @@ def _results(eqn: Any, given: list[_Value], found: Contractions) -> list[_Value]
         return walk(body, given, found)
     is_data = any(value.is_data for value in given)
     weights = _followed(eqn, name, given, found)
-    return [_Value(is_data and not weights, weights) for _ in eqn.outvars]
+    captured = frozenset[str]().union(*(value.captured for value in given if not (is_data or weights)))
+    return [_Value(is_data and not weights, weights, captured) for _ in eqn.outvars]
 
 
 def _followed(eqn: Any, name: str, given: list[_Value], found: Contractions) -> tuple[Weight, ...]:
@@ -176,7 +194,10 @@ def _followed(eqn: Any, name: str, given: list[_Value], found: Contractions) -> 
 
 def _product(eqn: Any, name: str, given: list[_Value], found: Contractions) -> None:
     for k, value in enumerate(given[:2]):
-        if not given[1 - k].is_data:
+        other = given[1 - k]
+        if other.is_data or other.weights:
+            found.captured |= value.captured
+        if not other.is_data:
             continue  # a product of weights: of the pair of an adapter, for example
         for weight in value.weights:
             if name == "conv_general_dilated":
@@ -237,7 +258,7 @@ def _scan(eqn: Any, given: list[_Value], found: Contractions) -> list[_Value]:
     inside = [*given[:consts], *(_Value(True) for _ in range(carry))]
     for value in given[consts + carry :]:
         sliced = tuple(w.pick(range(1, len(w.axes))) for w in value.weights)
-        inside.append(_Value(value.is_data, sliced))
+        inside.append(_Value(value.is_data, sliced, value.captured))
     walk(eqn.params["jaxpr"].jaxpr, inside, found)
     return [_Value(True) for _ in eqn.outvars]
 

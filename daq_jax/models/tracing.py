@@ -2,6 +2,7 @@
 
 import collections
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from flax import linen, nnx
 from daq_jax.errors import DaqError
 from daq_jax.models.contractions import Contractions, start, walk
 from daq_jax.recipe import Recipe
-from daq_jax.rules import DEFAULT_RULES, Rule, decide_all, views_by_type
+from daq_jax.rules import DEFAULT_RULES, AmbiguousMatrixWarning, Rule, decide_all, views_by_type
 from daq_jax.tilings import Matrix
 from daq_jax.trees import PyTree, named_leaves
 
@@ -33,7 +34,12 @@ def rules_for(model: Any, *inputs: Any, **options: Any) -> list[Rule]:
         Rules for `quantize` and `plan`. Leaves whose paths differ in numbers alone share a rule.
 
     Raises:
-        DaqError: if the model has no floating-point array.
+        DaqError: if the model has no floating-point array or no input, or if no weight is multiplied by data,
+            but arrays that the function holds itself are.
+
+    Warns:
+        AmbiguousMatrixWarning: if some products are with arrays that the function holds itself, of which the
+            rules say nothing.
 
     >>> import jax.numpy as jnp
     >>> apply = lambda weights, x: jnp.einsum("td,hdk->thk", x, weights["into"])
@@ -47,6 +53,9 @@ def rules_for(model: Any, *inputs: Any, **options: Any) -> list[Rule]:
     if not any(how.why != "not floating point" for how in decisions.values()):
         raise DaqError("rules_for: the model has no floating-point array; pass its weights as first input.")
     found = _contractions(apply, weights, inputs)
+    _speak_of_captured(found)
+    if not any(hasattr(x, "dtype") for x in jax.tree.leaves(inputs)):
+        raise DaqError("rules_for: no array to call the model with; pass the inputs of one call by position.")
     said: dict[str, Matrix | str | None] = {}
     for path, how in decisions.items():
         view = found.matrix_of(path, len(getattr(leaves[path], "shape", ())))
@@ -105,6 +114,22 @@ def _contractions(apply: Function, weights: PyTree, inputs: tuple[Any, ...]) -> 
     found = Contractions()
     walk(program.jaxpr, start(paths, [x.shape for x in arrays]), found)
     return found
+
+
+def _speak_of_captured(found: Contractions) -> None:
+    """Names arrays in products that are no arguments: no rule is made for them, nor for what they meet."""
+    if not found.captured:
+        return
+    shown = sorted(found.captured)
+    names = ", ".join(shown[:5]) + f" and {len(shown) - 5} more" * (len(shown) > 5)
+    text = (
+        f"rules_for: the model multiplies by arrays that it holds itself: {names}. Rules are made for the "
+        "weights in the first argument, from their products with the arguments behind it. Pass weights and "
+        "data as arguments: `rules_for(lambda weights, x: ..., weights, x)`."
+    )
+    if not any(isinstance(use, tuple) for uses in found.uses.values() for use in uses):
+        raise DaqError(text)
+    warnings.warn(f"{text} Constants that are no weights may stay.", AmbiguousMatrixWarning, stacklevel=3)
 
 
 def _as_rules(said: dict[str, Matrix | str | None]) -> list[Rule]:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from daq_jax.rules.decisions import Decision
 from daq_jax.rules.shapes import Shapes, gates, own_axes
 
+_OF_EXPERTS = r"(?i)router|expert"  # a vector with a number for each expert is as long as their stack
 _MANY = 16  # matrices for each row of one, above which a leaf looks like heads taken for a stack
 
 # Names that only one kind of tree has, and the rules for it.
@@ -39,7 +40,9 @@ def doubts(shapes: Shapes, decisions: Mapping[str, Decision]) -> dict[str, str]:
         decisions: for each leaf.
     """
     own, open_gates = own_axes(shapes), gates(shapes)
-    features = {s[0] for s in shapes.values() if len(s) == 1 and s[0] > 1}
+    features = {
+        s[0] for path, s in shapes.items() if len(s) == 1 and s[0] > 1 and not re.search(_OF_EXPERTS, path)
+    }
     found = {}
     for path, how in decisions.items():
         axes = own.get(path, ())
@@ -55,6 +58,8 @@ def doubts(shapes: Shapes, decisions: Mapping[str, Decision]) -> dict[str, str]:
             found[path] = "is taken as [in, out], but most libraries that say `weight` store [out, in]"
         elif how.rule is None and len(axes) == 3 and first in features:
             found[path] = f"is taken as {first} matrices, but {first} is also the length of a vector"
+        elif how.rule is None and len(axes) > 2 and len({shapes[path][a] for a in axes}) == 1:
+            found[path] = f"is taken as matrices of {first} rows, but all its axes have the same length"
     return found | _mirrored(shapes, decisions, found)
 
 

@@ -34,6 +34,7 @@ _KEPT: tuple[Rule, ...] = (
     _keep(r"(?i)bias", "bias"),
     _keep(r"(?i)(^|[./_])lora([./_]|$)", "adapter"),
     _keep(r"(^|[./])(A_log|dt_bias|sinks?)([./]|$)", "vector of a mixer"),
+    _keep(r"(^|[./])(correction|prediction)_coefs([./]|$)", "coefficients of AltUp"),
     _keep(
         r"(^|[./])(\w*head|logits\w*|classifier|score)([./]|$)"
         r"|^((params|model|transformer|decoder)[./])*output(_layer|_projection)?[./](kernel|weight|w)(/value)?$",

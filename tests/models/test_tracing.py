@@ -140,3 +140,55 @@ def test_rules_for_nothing_are_refused():
         daq.rules_for(lambda: None)
     with pytest.raises(daq.DaqError, match="no floating-point array"):
         daq.rules_for(lambda w: w, {"step": shape((), jnp.int32)})
+    with pytest.raises(daq.DaqError, match="inputs of one call by position"):
+        daq.rules_for(lambda w: jnp.ones((T, D)) @ w, shape((D, F)))
+
+
+# --- Arrays that the function holds itself ------------------------------------------------------------------
+
+HELD = {"up": jnp.ones((D, F)), "down": jnp.ones((F, D)), "stack": jnp.ones((L, D, D))}
+ROWS = jnp.ones((T, D))
+X = shape((T, D))
+
+
+def feed_forward(w, x):
+    return jax.nn.relu(x @ w["up"]) @ w["down"]
+
+
+KNOW_NOTHING = {
+    "weights, without an argument for them": (lambda x: feed_forward(HELD, x), X),
+    "weights, beside an argument for them": (lambda weights, x: feed_forward(HELD, x), HELD, X),
+    "weights, within a jitted function": (lambda w, x: jax.jit(lambda x: x @ HELD["up"])(x), HELD, X),
+    "weights, cast and transposed": (
+        lambda w, x: x @ HELD["down"].astype(jnp.bfloat16).T.astype(x.dtype),
+        HELD,
+        X,
+    ),
+    "layers of a scan": (lambda w, x: lax.scan(lambda x, w: (x @ w, None), x, HELD["stack"])[0], HELD, X),
+    "data": (lambda w, scale: feed_forward(w, ROWS) * scale, HELD, shape(())),
+}
+
+
+@pytest.mark.parametrize("name", KNOW_NOTHING)
+def test_a_function_that_holds_its_weights_or_its_data_is_refused(name):
+    with pytest.raises(daq.DaqError, match=r"holds itself: float.*Pass weights and data as arguments"):
+        daq.rules_for(*KNOW_NOTHING[name])
+
+
+def test_a_function_that_holds_some_of_its_weights_is_warned_of():
+    given = {"up": HELD["up"]}
+    with pytest.warns(daq.AmbiguousMatrixWarning, match=r"holds itself: float32 \(28, 24\)"):
+        rules = daq.rules_for(lambda w, x: feed_forward({**HELD, **w}, x), given, X)
+    assert views(daq.plan(given, rules=rules)) == {"up": ((-2,), (-1,))}
+
+
+@pytest.mark.filterwarnings("error")
+def test_constants_that_meet_no_weight_in_a_product_are_not_spoken_of():
+    table, mask, angles = jnp.ones((V, D)), jnp.ones((D, F)), jnp.ones((T, D))
+
+    def run(w, x, tokens):
+        x = (x + table[tokens]) * angles
+        return (x * 2.0) @ (w["up"] * mask)
+
+    rules = daq.rules_for(run, {"up": HELD["up"]}, X, shape((T,), jnp.int32))
+    assert rules[0].matrix == ((-2,), (-1,))
