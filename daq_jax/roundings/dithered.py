@@ -136,7 +136,8 @@ def pair_of(blocks: RowBlocks, scale: Array, native: Array) -> Pair:
     unit = 2 * half_unit(tiles.tuned, dtype)
     held = tiles.base == lax.reduce_precision(tiles.base, form.nexp, form.nmant)
     both = tiles.stored_base.dtype == dtype
-    return Pair(*map(elements, (tiles.base, tiles.tuned)), scale, native, *map(elements, (unit, held)), both)
+    base, tuned, unit, held = map(elements, (tiles.base, tiles.tuned, unit, held))
+    return Pair(base, tuned, scale, native, unit, held, both)
 
 
 def coherence_of(change: Array, directions: Array, rows: int) -> Array:
