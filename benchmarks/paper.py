@@ -162,7 +162,7 @@ def markdown(report: dict[str, Any]) -> str:
     """The report as a page."""
     base, tuned = report["base"], report["tuned"]
     about = (
-        "A byte-level model of two layers, rounded to FP8 in blocks of 128 x 128. Tuning moved its weights "
+        "A small byte-level model, rounded to FP8 in blocks of 128 x 128. Tuning moved its weights "
         f"by {report['change']:.2%}. On text of the tuning the loss of the base is {base['style']:.4f} "
         f"nats a byte and that of the tuned model {tuned['style']:.4f}. The base has a KL of "
         f"{base['kl']:.1e} from the tuned model."

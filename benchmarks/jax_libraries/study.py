@@ -136,7 +136,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def main(*, only: tuple[str, ...] = (), out: Path | None = None, quick: bool = False) -> int:
-    """Installs the libraries and checks their models. Status 1 if a leaf is wrong or a result differs.
+    """Installs the libraries and checks their models. Status 1 if one fails, a leaf is wrong or a result differs.
 
     Args:
         only: names of libraries, whose rows take the place of earlier ones; none for all.
@@ -157,7 +157,7 @@ def main(*, only: tuple[str, ...] = (), out: Path | None = None, quick: bool = F
         report = common.environment() | {"rows": rows}
         common.write(path, report, markdown(report))
     print(path.with_suffix(".md").read_text())
-    return int(any(row.get("wrong") or row.get("difference") for row in rows))
+    return int(any("error" in row or row.get("wrong") or row.get("difference") for row in rows))
 
 
 COMMANDS = {"jax_libraries": main}

@@ -72,6 +72,7 @@ class Carried(NamedTuple):
         excess: squared error expected beyond that, a sum.
         size: squared change, a sum.
         known: the part of `size` that the change is expected to have been before it was stored, a sum.
+        moves: how many weights are expected to move, those off the grid included, a sum.
         price: what a move costs in units of its square: the sum of `|x| h` over the sum of `x^2`.
     """
 
@@ -80,6 +81,7 @@ class Carried(NamedTuple):
     excess: PerMatrix
     size: PerMatrix
     known: PerMatrix
+    moves: PerMatrix
     price: PerMatrix
 
 
@@ -109,13 +111,17 @@ def carry(number: Format, pair: Pair, reach: float) -> Carried:
     off = weights_of(number.round(divide(pair.tuned, pair.scale)), pair.scale) - pair.tuned
     error = jnp.where(pair.native, noise + missed * missed, off * off)
     moved = jnp.where(pair.native, move, 0)
+    gap = step * pair.scale
+    anew = (d != 0).astype(jnp.float32)
+    moves = jnp.where(pair.native, jnp.abs(moved) / jnp.where(gap > 0, gap, jnp.inf), anew)
     return Carried(
         move,
         plain=_total(off * off),
         excess=_total(error - off * off),
         size=_total(d * d),
         known=_total(jnp.where(pair.native, size, d * d)),
-        price=_total(jnp.abs(moved) * step * pair.scale) / jnp.maximum(_total(moved * moved), _TINY),
+        moves=_total(moves),
+        price=_total(jnp.abs(moved) * gap) / jnp.maximum(_total(moved * moved), _TINY),
     )
 
 

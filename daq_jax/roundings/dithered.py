@@ -18,6 +18,7 @@ from daq_jax.roundings.rounding import Rounding
 from daq_jax.roundings.row_blocks import RowBlocks
 from daq_jax.tiles import Tiles
 
+_FEW = 2.0  # moves of a column at which corrections are half
 _LEAST = 2.0**-16  # threshold of the dither, in steps
 
 
@@ -30,7 +31,9 @@ class DitheredFeedback(Rounding):
     and every column keeps its change, and a dither, with thresholds spread evenly over the matrix, turns mean
     moves into codes. Other tiles are rounded to nearest. In both, each row block makes up for the errors of
     the row blocks before it in the leading directions of the change, as in `UnbiasedFeedback`. On the grid
-    of the base a correction never exceeds what a weight is moved anyway, since there it costs nothing.
+    of the base a correction never exceeds what a weight is moved anyway, since there it costs nothing; and it
+    fades where a column has few moves, since a limit that stops what follows a move, and not what follows
+    none, would keep more than the change.
 
     A change without leading directions, such as random noise, is worth less than the noise of keeping it.
     How much of the change to keep follows from its singular values, and where that is nothing the weights are
@@ -78,7 +81,9 @@ class DitheredFeedback(Rounding):
         move = jnp.where(on_grid, keep * carried.move, carried.move)
         still = jnp.broadcast_to(on_grid, pair.scale.shape) | ~by_rows(blocks, moved)
         damping = self.damping * (1 + jnp.squeeze(carried.price, (1, 2, 3)))
-        responses = blocks.responses(change, directions, damping)
+        per_column = jnp.squeeze(carried.moves, (1, 2, 3)) / change.shape[-1]
+        answered = jnp.where(jnp.any(on_grid, (1, 2, 3)), per_column / (per_column + _FEW), 1)
+        responses = blocks.responses(change, directions, damping) * answered[:, None, None, None]
         plan = Plan(
             (blocks.filled(move.reshape(len(move), -1, move.shape[-1])), base, tuned),
             tuple(jnp.squeeze(x, 2) for x in (pair.scale, still, jnp.where(on_grid, keep, 1))),
