@@ -136,7 +136,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def main(*, only: tuple[str, ...] = (), out: Path | None = None, quick: bool = False) -> int:
-    """Installs the libraries and checks their models. Status 1 if one fails, a leaf is wrong or a result differs.
+    """Installs and checks the libraries. Status 1 if one fails, a leaf is wrong or a result differs.
 
     Args:
         only: names of libraries, whose rows take the place of earlier ones; none for all.
