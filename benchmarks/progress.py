@@ -6,15 +6,8 @@ import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
 
+from daq_jax.demo.report import progress_on
 from daq_jax.demo.study import Tell
 
 EVERY = 1.5  # seconds without a line, after which one comes
@@ -30,8 +23,8 @@ def telling(console: Console, every: float = EVERY) -> Iterator[tuple[Tell, Say]
     is a line with the seconds so far. What is being done is said again `every` seconds while nothing else is.
     """
     if console.is_terminal:
-        with _bars(console) as told:
-            yield told
+        with progress_on(console) as tell:
+            yield tell, lambda line: console.print(line, highlight=False, markup=False)
         return
     start, lock, ended = time.monotonic(), threading.Lock(), threading.Event()
     now, last = "begin", start
@@ -59,23 +52,3 @@ def telling(console: Console, every: float = EVERY) -> Iterator[tuple[Tell, Say]
     finally:
         ended.set()
         thread.join()
-
-
-@contextlib.contextmanager
-def _bars(console: Console) -> Iterator[tuple[Tell, Say]]:
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console) as bars:
-        tasks = {}
-
-        def tell(task: str, done: int, total: int) -> None:
-            if task not in tasks:
-                tasks[task] = bars.add_task(task, total=total)
-            bars.update(tasks[task], completed=done)
-
-        yield tell, lambda line: bars.console.print(line, highlight=False, markup=False)

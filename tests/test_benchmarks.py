@@ -85,3 +85,19 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 }
 """
     assert collectives(program) == {"all-reduce": 3 * 32, "all-gather": 18}
+
+
+def test_bytes_sent_count_what_is_inside_fusions():
+    program = """
+HloModule a
+
+%fused_all-reduce (p: f32[8]) -> f32[8] {
+  ROOT %r = f32[8]{0} all-reduce(%p), channel_id=1, to_apply=%add
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %s = ((f32[8]{0}), f32[8]{0}) fusion-start(%a), kind=kCustom, calls=%fused_all-reduce
+  ROOT %d = f32[8]{0} fusion-done(%s)
+}
+"""
+    assert collectives(program) == {"all-reduce": 32}

@@ -50,24 +50,6 @@ SIZES = {
         tune_rates=(2e-6, 8e-6, 3e-5, 1.5e-4),
         judged=512,
     ),
-    "large": Size(
-        model=ModelSize(layers=12, width=1536, heads=12, context=256),  # 341M parameters
-        batch=16,
-        base_steps=1600,
-        base_rate=6e-4,
-        tune_steps=200,
-        tune_rates=(2e-6, 8e-6, 3e-5, 1.5e-4),
-        judged=256,
-    ),
-    "experts": Size(
-        model=ModelSize(layers=6, width=512, heads=8, context=256, experts=8),  # 107M parameters
-        batch=32,
-        base_steps=2000,
-        base_rate=1e-3,
-        tune_steps=400,
-        tune_rates=(2e-6, 8e-6, 3e-5, 1.5e-4),
-        judged=256,
-    ),
     "cpu": Size(
         model=ModelSize(layers=3, width=256, heads=4, context=64),  # 2.5M parameters
         batch=16,

@@ -14,11 +14,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
 import daq_jax as daq
+from benchmarks.behaviour import training
 from benchmarks.behaviour.corpora import Text
 from benchmarks.behaviour.native.layouts import BF16, LAYOUTS
-from benchmarks.behaviour.training import SIZES, Size, learn
+from benchmarks.behaviour.training import Size, learn
 from daq_jax.demo.model import (
     ADAM,
+    ModelSize,
     Params,
     learning_rates,
     losses,
@@ -64,11 +66,31 @@ class Plan:
         return [*found, *(Change("noise", x) for x in self.noises), Change("lora", self.lora_rate)]
 
 
+_GPU = training.SIZES["gpu"]
+SIZES = training.SIZES | {
+    "large": dataclasses.replace(
+        _GPU,
+        model=ModelSize(layers=12, width=1536, heads=12, context=256),  # 341M parameters
+        batch=16,
+        base_steps=1600,
+        base_rate=6e-4,
+        tune_steps=200,
+        judged=256,
+    ),
+    "experts": dataclasses.replace(
+        _GPU,
+        model=ModelSize(layers=6, width=512, heads=8, context=256, experts=8),  # 107M parameters
+        base_steps=2000,
+        judged=256,
+    ),
+}
+
+_FEWER = Plan((8e-6, 1.5e-4, 5e-7, 2e-6, 3e-5), (8e-6, 2e-6), 2e-5)  # of which a model is measured in one run
 # Rates whose changes run from 0.004 % to 6 %.
 PLANS = {
     "gpu": Plan((8e-6, 1.5e-4, 5e-7, 2e-6, 3e-5, 2e-8, 1e-7), (8e-6, 5e-7, 2e-6), 2e-5),
-    "large": Plan((8e-6, 1.5e-4, 5e-7, 2e-6, 3e-5), (8e-6, 2e-6), 2e-5),
-    "experts": Plan((8e-6, 1.5e-4, 5e-7, 2e-6, 3e-5), (8e-6, 2e-6), 2e-5),
+    "large": _FEWER,
+    "experts": _FEWER,
     "cpu": Plan((4e-5, 6e-4, 2.5e-6, 1e-5, 1.5e-4, 1e-7, 6e-7), (4e-5, 2.5e-6, 1e-5), 1e-4),
     "tiny": Plan((1e-3, 1e-4), (1e-3,), 1e-3),
 }

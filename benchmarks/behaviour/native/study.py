@@ -43,10 +43,10 @@ from benchmarks import common
 from benchmarks.behaviour.corpora import Text, demo_corpora, load_corpora, windows
 from benchmarks.behaviour.native.layouts import BF16, KINDS, LAYOUTS
 from benchmarks.behaviour.native.methods import METHODS, OF_ZERO, ON_BF16, recipe_of
-from benchmarks.behaviour.native.pairs import PLANS, Base, Change, Plan, Tuner, make_base
+from benchmarks.behaviour.native.pairs import PLANS, SIZES, Base, Change, Plan, Tuner, make_base
 from benchmarks.behaviour.native.report import write_report
 from benchmarks.behaviour.study import judge, predict
-from benchmarks.behaviour.training import SIZES, Size
+from benchmarks.behaviour.training import Size
 from daq_jax.demo.model import Params, make_params, to_dtype
 
 KEY = ("base_kind", "what", "rate", "stored")
