@@ -7,7 +7,6 @@ runs over tiles. A scale has length 1 on those two axes, so that it broadcasts.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,8 +15,9 @@ from jax import lax
 from jaxtyping import Array
 
 from daq_jax.formats import Format, weights_of
-from daq_jax.numerics.arithmetic import divide, divide_short, total
+from daq_jax.numerics.arithmetic import divide, divide_short
 from daq_jax.numerics.machine import Machine
+from daq_jax.numerics.reductions import ANY, LEAST, MOST, SUM, Reduction, reduced, total
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,29 +34,31 @@ class Within:
     lines: int = 1
 
     def total(self, x: Array) -> Array:
-        """The sum, in short runs: see `daq_jax.numerics.arithmetic.total`."""
-        return self.across(total(x, self.axes), jnp.sum, 0)
+        """The sum, in short runs: see `daq_jax.numerics.reductions.total`."""
+        return self.across(total(x, self.axes), SUM)
 
     def most(self, x: Array) -> Array:
         """The maximum."""
-        return self.across(jnp.max(x, self.axes, keepdims=True), jnp.max, -jnp.inf)
+        return self.across(reduced(x, self.axes, MOST), MOST)
 
     def least(self, x: Array) -> Array:
         """The minimum."""
-        return self.across(jnp.min(x, self.axes, keepdims=True), jnp.min, jnp.inf)
+        return self.across(reduced(x, self.axes, LEAST), LEAST)
 
     def any(self, x: Array) -> Array:
         """Whether any of some bools is true."""
-        return self.across(jnp.any(x, self.axes, keepdims=True), jnp.any, False)
+        return self.across(reduced(x, self.axes, ANY), ANY)
 
-    def across(self, x: Array, reduce: Callable[..., Array], fill: Any) -> Array:
-        """What was reduced over each line, reduced over the lines of a tile; `fill` changes nothing."""
+    def across(self, x: Array, reduction: Reduction) -> Array:
+        """What was reduced over each line, reduced over the lines of a tile."""
         if self.lines == 1:
             return x
         axis, n = x.ndim - 2, x.shape[-2]
         missing = -n % self.lines
-        x = jnp.pad(x, [(0, missing if a == axis else 0) for a in range(x.ndim)], constant_values=fill)
-        x = reduce(x.reshape(*x.shape[:axis], -1, self.lines, 1), axis + 1)
+        x = jnp.pad(
+            x, [(0, missing if a == axis else 0) for a in range(x.ndim)], constant_values=reduction.nothing
+        )
+        x = reduction.of_axes(x.reshape(*x.shape[:axis], -1, self.lines, 1), axis + 1)
         x = lax.slice_in_dim(jnp.repeat(x, self.lines, axis), 0, n, axis=axis)
         return lax.optimization_barrier(x)  # else a TPU's compiler writes it out at the weight's size
 
@@ -129,7 +131,7 @@ class Tiles:
         """The sum over each tile, in the shape of a scale."""
         if self.machine.scores_at_once:
             # An accelerator sums in short runs by itself; XLA's GPU code was half as fast for unsorted axes.
-            return self.within.across(jnp.sum(x, tuple(sorted(self.axes)), keepdims=True), jnp.sum, 0)
+            return self.within.across(jnp.sum(x, tuple(sorted(self.axes)), keepdims=True), SUM)
         return self.within.total(x)
 
     def flat(self, x: Array) -> Array:

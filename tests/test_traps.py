@@ -16,7 +16,8 @@ import pytest
 from numpy.typing import NDArray
 
 import daq_jax as daq
-from daq_jax.numerics.arithmetic import divide, multiply, total
+from daq_jax.numerics.arithmetic import divide, multiply
+from daq_jax.numerics.reductions import total
 from tests import oracles
 from tests.cases import DTYPES, pair, rng_for, slow_after
 

@@ -26,7 +26,7 @@ from daq_jax.analysis.histograms import Details, details_of
 from daq_jax.analysis.relation import doubt_of_leaves
 from daq_jax.errors import DaqError, refuse
 from daq_jax.grids.membership import lies_on_grid
-from daq_jax.numerics.arithmetic import sum_of_runs, total
+from daq_jax.numerics.reductions import sum_of_runs, total
 from daq_jax.numerics.sharding import run_sharded, sharding_of
 from daq_jax.qtensor import QTensor, as_array
 from daq_jax.scales import absmax_scale

@@ -10,15 +10,12 @@ from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
 SMALLEST_NORMAL = 2.0**-126  # float32; anything below may be flushed to zero by the hardware
-_LARGEST = float(jnp.finfo(jnp.float32).max)
-_RUN = 128  # elements summed one after another before partial sums are combined
-_UNTOUCHED_RUN = 32  # the longest that XLA's CPU compiler does not break up into runs of its own
+LARGEST = float(jnp.finfo(jnp.float32).max)
 LARGEST_SQUARED = 1e15  # 1e8 squares of such weights have a sum in float32
 
 
@@ -78,7 +75,7 @@ def multiply(x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..
     where the stored weight equals the base, and a change that was lost looks kept. Taking the smaller of
     the product and the largest float stands between the two and changes no finite product.
     """
-    return jnp.minimum(x * y, _LARGEST)
+    return jnp.minimum(x * y, LARGEST)
 
 
 @jax.jit
@@ -110,66 +107,3 @@ def reciprocal_power(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """
     bits = 0x7F000000 - (lax.bitcast_convert_type(x, jnp.int32) & 0x7F800000)
     return lax.bitcast_convert_type(jnp.maximum(bits, 1 << 23), jnp.float32)
-
-
-def total(x: Array, axes: tuple[int, ...]) -> Array:
-    """Sum over `axes`, which stay with length 1, in runs of at most 128 elements.
-
-    A plain float32 sum of 64M terms can be wrong in the third digit. Short runs, and then runs of their
-    sums, keep the relative error near 1e-7 of the sum of absolute values.
-
-    Args:
-        x: any shape; float32 or int32.
-        axes: the axes to sum over, not negative.
-    """
-    for axis in axes:
-        while x.shape[axis] > 1:
-            x = sum_of_runs(x, axis)
-    return x
-
-
-def sum_as_computed(x: Float[Array, "..."], axis: int, local: bool) -> Float[Array, "..."]:
-    """Sum along an axis, which stays with length 1, in runs of at most 32 elements, in order; for CPUs.
-
-    XLA's CPU code writes the terms of a sum that it knows to memory, for code of its own: two to three times
-    the time for terms that take rounding. It does not know this one, and adds each term as it computes it.
-    The smaller of a sum and the largest float is the sum, up to 3.4e38, and keeps a product in a term from
-    being fused with it.
-
-    Args:
-        x: any shape; float32.
-        axis: not negative.
-        local: whether the axis lies on one device; where not, a loop adds in the same order.
-    """
-
-    def add(total: Array, term: Array) -> Array:
-        return jnp.minimum(total + jnp.minimum(term, _LARGEST), _LARGEST)
-
-    def add_next(i: Array, total: Array) -> Array:
-        return add(total, lax.dynamic_index_in_dim(runs, i, axis + 1, keepdims=False))
-
-    while x.shape[axis] > 1:
-        runs = in_runs(x, axis, min(x.shape[axis], _UNTOUCHED_RUN))
-        if local:
-            x = lax.reduce(runs, np.float32(0), add, (axis + 1,))
-        else:
-            zeros = jnp.zeros_like(lax.index_in_dim(runs, 0, axis + 1, keepdims=False))
-            x = lax.fori_loop(0, runs.shape[axis + 1], add_next, zeros)
-    return x
-
-
-def in_runs(x: Array, axis: int, run: int) -> Array:
-    """An axis as two, (runs, elements of a run), filled up with zeros."""
-    n = x.shape[axis]
-    runs = -(-n // run)
-    if n % run:
-        x = jnp.pad(x, [(0, runs * run - n if i == axis else 0) for i in range(x.ndim)])
-    return x.reshape(*x.shape[:axis], runs, run, *x.shape[axis + 1 :])
-
-
-def sum_of_runs(x: Array, axis: int) -> Array:
-    """Sums over runs of at most 128 elements of an axis, which becomes as long as there are runs."""
-    several = x.shape[axis] > _RUN
-    x = jnp.sum(in_runs(x, axis, _RUN), axis + 1) if several else jnp.sum(x, axis, keepdims=True)
-    # Without a barrier XLA merges the sums into one long run again.
-    return lax.optimization_barrier(x)

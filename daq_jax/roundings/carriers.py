@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from daq_jax.formats import Format, step_towards, weights_of
-from daq_jax.numerics.arithmetic import divide
+from daq_jax.numerics.arithmetic import divide, multiply
 from daq_jax.numerics.linalg import rough
 
 REACH = 4.0  # see `carry`; 2 lost 5 to 50 %
@@ -195,7 +195,8 @@ def _known_before_storing(pair: Pair, exact: Bool[Array, "B t r C"]) -> _Known:
         twice = jnp.where(rms < _WITHIN * unit, _MEAN_SIZE * rms * unit, rms * rms + unit * unit / 6)
         return jnp.where(exact, once, twice)
 
-    square, unit, known = (_every_nth(x) for x in (pair.change**2, pair.unit, exact))
+    change, unit, known = (_every_nth(x) for x in (pair.change, pair.unit, exact))
+    square = change * change
     native = _every_nth(jnp.broadcast_to(pair.native, pair.base.shape))
 
     def mean(x: Array, where: Array) -> PerMatrix:
@@ -262,7 +263,7 @@ def _balance(part: Array, whole: Array) -> Array:
 
     def turn(_: Array, factors: tuple[Array, Array]) -> tuple[Array, Array]:
         rows, columns = factors
-        rows = rows * _towards(by_row, rows * _sum(part * columns, (3,)))
+        rows = rows * _towards(by_row, rows * _sum(multiply(part, columns), (3,)))
         return rows, columns * _towards(by_column, columns * _sum(part * rows, (1, 2)))
 
     rows, columns = lax.fori_loop(0, _TURNS, turn, (rows, columns))

@@ -20,8 +20,9 @@ from jax import lax
 from jaxtyping import Array
 
 from daq_jax.errors import DaqError
-from daq_jax.numerics.arithmetic import divide, in_runs, multiply, sum_as_computed
+from daq_jax.numerics.arithmetic import divide, multiply
 from daq_jax.numerics.kernel_choice import kernel_or_plain, may_take_kernels
+from daq_jax.numerics.reductions import in_runs, sum_as_computed
 from daq_jax.roundings import gains_gpu
 from daq_jax.roundings.rounding import Rounding
 from daq_jax.tiles import Tiles
