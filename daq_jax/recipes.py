@@ -34,7 +34,7 @@ paper_sign = Recipe(metric=SignRate(), search=_PAPER)
 paper_cosine = Recipe(metric=cosine, search=_PAPER)
 released_sign = Recipe(metric=SignRate(), search=Released())
 released_cosine = Recipe(metric=cosine, search=Released())
-default = Recipe(search=BaseScale(off_grid=1.19), rounding=DitheredFeedback())
+default = Recipe(search=BaseScale(off_grid="by format"), rounding=DitheredFeedback())
 
 RECIPES: dict[str, Recipe] = {
     "default": default,

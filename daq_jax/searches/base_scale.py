@@ -2,14 +2,16 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
+from typing import Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from daq_jax.cpu_parts import in_parts
 from daq_jax.errors import DaqError
-from daq_jax.formats import weights_of
+from daq_jax.formats import Format, Integer, weights_of
 from daq_jax.grids.fitting import fitted_scale
 from daq_jax.grids.membership import is_native
 from daq_jax.numerics.arithmetic import divide, power_below
@@ -38,7 +40,7 @@ class BaseScale(Search):
     4. Tuned weights beyond the largest code are clipped. Only if the squared error of clipping alone exceeds
        that of nearest rounding at the AbsMax scale does the tile get the AbsMax scale.
 
-    With `off_grid` a whole matrix may leave the grid of its base: to a scale that is `off_grid` times the
+    With `off_grid` a whole matrix may leave the grid of its base: to a scale that is a little above the
     AbsMax scale, if such scales may be stored and nearest rounding there errs less, in squares, than a change
     costs on the grid of the base (`daq_jax.roundings.carriers`). That is so for large changes in FP8. The
     errors are those of a sample of the columns.
@@ -47,17 +49,21 @@ class BaseScale(Search):
 
     Attributes:
         off_grid: ratio of a scale off the grid of the base to the AbsMax scale, from 1 to 2; None for none.
+            "by format" is 1.19, and nearer to 1 where steps are even and many: 1.04 for int8. Errors grow
+            with the ratio, and codes of many steps are off the old ones soon.
     """
 
     in_lines = True
 
-    off_grid: float | None = None
+    off_grid: float | Literal["by format"] | None = None
 
     def __post_init__(self) -> None:
-        if self.off_grid is not None and not (
+        if self.off_grid not in (None, "by format") and not (
             isinstance(self.off_grid, float | int) and 1 <= self.off_grid <= 2
         ):
-            raise DaqError(f"`off_grid` must be None or a number from 1 to 2; got {self.off_grid!r}.")
+            raise DaqError(
+                f'`off_grid` must be None, "by format" or a number from 1 to 2; got {self.off_grid!r}.'
+            )
 
     @property
     def is_tile_local(self) -> bool:
@@ -82,12 +88,18 @@ class BaseScale(Search):
             return on_grid(tiles, absmax, stored)[0]
         alone = tiles.machine.scores_at_once or not tiles.machine.one_device
         scale, known = on_grid(tiles, absmax, stored) if alone else in_parts(on_grid, tiles, absmax, stored)
-        beside = trials.scales(usable(self.off_grid * trials.absmax))
+        ratio = _ratio_of(tiles.format) if self.off_grid == "by format" else self.off_grid
+        beside = trials.scales(usable(ratio * trials.absmax))
         ratio = divide(beside, scale)
         changed = known & trials.changed
         may_leave = changed & (ratio != power_below(ratio))  # an octave on the grid is the same
         beside = jnp.where(may_leave, beside, scale)
         return jnp.where(_errs_less(tiles, beside, scale, changed), beside, scale)
+
+
+def _ratio_of(number: Format) -> float:
+    """How far a scale off the grid of the base is above the AbsMax scale, as measured in `docs/design`."""
+    return 1 + 0.5 / math.sqrt(number.largest) if isinstance(number, Integer) else 1.19
 
 
 def _on_grid(

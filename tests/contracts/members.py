@@ -53,6 +53,7 @@ SEARCHES = {
     "WithBaseScale": daq.Recipe(tiling=BLOCK, search=daq.WithBaseScale(daq.Grid(0.9, 1.2, 3))),
     "BaseScale": daq.Recipe(tiling=BLOCK, search=daq.BaseScale()),
     "BaseScale off_grid": daq.Recipe(tiling=BLOCK, search=daq.BaseScale(off_grid=1.19)),
+    "BaseScale off_grid by format": daq.Recipe(tiling=BLOCK, search=daq.BaseScale(off_grid="by format")),
     "OffGrid": daq.Recipe(tiling=BLOCK, search=daq.OffGrid()),
 }
 ROUNDINGS = {
