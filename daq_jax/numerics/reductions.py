@@ -54,7 +54,7 @@ def reduced(x: Array, axes: tuple[int, ...], reduction: Reduction) -> Array:
     return lax.platform_dependent(
         x,
         cpu=lambda x: functools.reduce(lambda x, axis: _in_turn(x, axis, reduction), axes, x),
-        default=lambda x: reduction.of_axes(x, axes, keepdims=True),
+        default=lambda x: reduction.of_axes(x, axes, keepdims=True).astype(x.dtype),
     )
 
 
@@ -62,7 +62,7 @@ def reduced(x: Array, axes: tuple[int, ...], reduction: Reduction) -> Array:
 def _in_turn(x: Array, axis: int, reduction: Reduction) -> Array:
     """A reduction over an axis, by a loop over it if enough numbers lie side by side."""
     if math.prod(x.shape[axis + 1 :]) < _WIDE:
-        return reduction.of_axes(x, axis, keepdims=True)
+        return reduction.of_axes(x, axis, keepdims=True).astype(x.dtype)
 
     def step(i: Array, done: Array) -> Array:
         return reduction.of_two(done, lax.dynamic_index_in_dim(x, i, axis))
