@@ -27,6 +27,7 @@ from daq_jax.io.hf.bands import rows_per_tile
 from daq_jax.io.hf.codings import HF_MATRIX, Coding
 from daq_jax.io.hf.lora_config import CONFIG as ADAPTER_CONFIG
 from daq_jax.io.hf.methods import QUANTIZATION_FILE, refuse_unknown
+from daq_jax.io.hf.orientation import turned_stacks
 from daq_jax.io.hf.recognition import find_codings
 from daq_jax.io.hf.tensor_files import TensorReader, TensorSpec, read_json
 from daq_jax.io.hf.weight_names import is_matrix
@@ -225,7 +226,13 @@ class HuggingFaceFolder(Folder):
         codings = find_codings(specs, self._stored, self.config, self.path)
         weight_of = {coding.codes: name for name, coding in codings.items()}
         beside = {part for coding in codings.values() for part in coding.specs} - weight_of.keys()
-        turns = turns_experts(self.config)
+        turned = (
+            specs
+            if turns_experts(self.config)
+            else turned_stacks(
+                {n: spec for n, spec in specs.items() if n not in weight_of and n not in beside}
+            )
+        )
         found: dict[str, Tensor] = {}
         for stored in (name for name in specs if name not in beside):
             name, spec = weight_of.get(stored, stored), specs[stored]
@@ -233,7 +240,7 @@ class HuggingFaceFolder(Folder):
             if coding is not None and coding.shape != spec.shape:
                 spec = TensorSpec("I8", coding.shape)  # as it is read
             tensor = Tensor(name, spec, self._file_of[stored], coding, HF_MATRIX)
-            found[name] = _turned(tensor) if turns else tensor
+            found[name] = _turned(tensor) if stored in turned else tensor
         return found
 
     def _stored(self, name: str, band: slice = slice(None)) -> np.ndarray:
