@@ -14,6 +14,7 @@ from daq_jax.density.recipe import DensityRecipe
 from daq_jax.errors import DaqError
 from daq_jax.io.disk.orbax_places import is_orbax
 from daq_jax.io.hf.adapters import open_tuned
+from daq_jax.io.hf.architectures import is_unloaded
 from daq_jax.io.hf.folders import Folder, open_folder
 from daq_jax.io.hf.paired_names import paired
 from daq_jax.io.hf.weight_names import is_expert
@@ -257,7 +258,11 @@ def _note_of(plan: Plan, output: Output) -> str:
     """What servers of the target do to the scales, and which loader does not read the result."""
     note = output.note_of(plan.format)
     experts = any(task.quantize and is_expert(task.name) for task in plan.tasks)
-    return f"{note}; {_INT8_EXPERTS}" if experts and plan.format == "int8-channel" else note
+    if experts and plan.format == "int8-channel":
+        return f"{note}; {_INT8_EXPERTS}"
+    stacks = any(task.quantize and len(task.tuned.shape) > 2 for task in plan.tasks)
+    unloaded = is_unloaded(plan.config, stacks)
+    return f"{note}; transformers does not load models of this type in {plan.format}" if unloaded else note
 
 
 def _show(plan: Plan, output: Output, console: Console) -> None:

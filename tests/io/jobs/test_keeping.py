@@ -364,6 +364,25 @@ def test_the_plan_says_that_transformers_does_not_load_experts_in_int8(tmp_path)
     assert words not in plan_of(tmp_path / "dense", {UP: (128, 128)}, {}, format="int8-channel")["server"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "stack", "format", "told"),
+    [
+        ("hy_v4", True, "fp8-block", True),
+        ("hy_v4", False, "fp8-block", False),
+        ("olmo_hybrid", False, "int4-group", True),
+        ("kimi_linear", False, "mxfp4", True),
+        ("kimi_linear", False, "fp8-channel", False),
+        ("kimi_linear", False, "fp8-block", False),
+        ("llama", True, "fp8-block", False),
+    ],
+)
+def test_the_plan_says_which_models_transformers_does_not_load(kind, stack, format, told, tmp_path):
+    """As `python -m benchmarks architectures` finds with transformers 5.24."""
+    shapes = {UP: (128, 128)} | ({"model.layers.1.mlp.experts.down_proj": (2, 128, 128)} if stack else {})
+    found = plan_of(tmp_path, shapes, {"model_type": kind}, format=format)
+    assert ("transformers does not load models of this type" in found["server"]) == told
+
+
 @pytest.mark.parametrize("inside", [False, True])
 def test_what_a_name_hides_is_known_for_the_model_type(tmp_path, inside):
     codebook = "quantizer.quantizers.0.codebook.weight"
