@@ -221,6 +221,14 @@ class HuggingFaceFolder(Folder):
                 f"{self.path / INDEX}: says that {missing[0]!r} is in {self._file_of[missing[0]]!r}, which "
                 f"has no tensor of that name, nor {len(missing) - 1} others; the folder is incomplete."
             )
+        unlisted = [
+            n for file in self._readers for n in self._readers[file].entries if n not in self._file_of
+        ]
+        if unlisted:
+            raise DaqError(
+                f"{self.path / INDEX}: does not list {unlisted[0]!r}, nor {len(unlisted) - 1} others, which "
+                "its shards hold and loaders read; save the model again, so that the index lists all."
+            )
         placed = sorted(self._file_of, key=lambda n: (self._file_of[n], self._entry(n).start))
         specs = {name: self._entry(name).spec for name in placed}
         codings = find_codings(specs, self._stored, self.config, self.path)
@@ -341,6 +349,16 @@ def _nothing_to_read(path: Path) -> str:
         )
     if any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth")):
         return f"{path}: holds only pickled weights, which are never read; save it as safetensors first."
+    files = sorted(p.name for p in path.glob("*.safetensors"))
+    if len(files) > 1:
+        return (
+            f"{path}: holds {files[0]} and {len(files) - 1} more, but no {INDEX}, which lists tensors: "
+            'download it too, or write it: {"weight_map": {tensor name: file name, ...}}.'
+        )
+    if files:
+        return (
+            f"{path}: holds {files[0]}, which loaders do not look for; rename it {SINGLE} if it is the model."
+        )
     return f"{path}: holds neither {INDEX} nor {SINGLE}; needed a Hugging Face folder of safetensors."
 
 
