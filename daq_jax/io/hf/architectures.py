@@ -16,7 +16,7 @@ _PARTED = ("llama4", "llama4_text")
 # What transformers 5.24 does not load, as `python -m benchmarks architectures` finds: stacks with scales of a
 # class of experts that it does not exchange; and codes that are decompressed while they are loaded, in models
 # whose convolutions it puts together at the same time.
-_NO_STACKS = ("hy_v4",)
+_NO_STACKS = ("hy_v4", "zaya")
 _NO_DECOMPRESSION = ("kimi_linear", "olmo_hybrid")
 LINEAR = ("linear", "experts")  # roles of matrices that are quantized
 

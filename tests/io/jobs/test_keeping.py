@@ -368,6 +368,7 @@ def test_the_plan_says_that_transformers_does_not_load_experts_in_int8(tmp_path)
     ("kind", "stack", "format", "told"),
     [
         ("hy_v4", True, "fp8-block", True),
+        ("zaya", True, "fp8-channel", True),
         ("hy_v4", False, "fp8-block", False),
         ("olmo_hybrid", False, "int4-group", True),
         ("kimi_linear", False, "mxfp4", True),
