@@ -68,27 +68,54 @@ _CAUSAL = {
         "phi:Phi phi3:Phi3 olmo2:Olmo2 glm4:Glm4 cohere:Cohere stablelm:StableLm starcoder2:Starcoder2 "
         "gpt_neox:GPTNeoX gptj:GPTJ opt:OPT bloom:Bloom falcon:Falcon mpt:Mpt granite:Granite "
         "smollm3:SmolLM3 exaone4:Exaone4 persimmon:Persimmon gpt_neo:GPTNeo codegen:CodeGen helium:Helium "
-        "arcee:Arcee seed_oss:SeedOss ernie4_5:Ernie4_5 xglm:XGLM biogpt:BioGpt diffllama:DiffLlama"
+        "arcee:Arcee seed_oss:SeedOss ernie4_5:Ernie4_5 xglm:XGLM biogpt:BioGpt diffllama:DiffLlama "
+        "olmo3:Olmo3 apertus:Apertus ministral:Ministral ministral3:Ministral3 vaultgemma:VaultGemma cwm:Cwm "
+        "doge:Doge bitnet:BitNet jais2:Jais2 nanochat:NanoChat cohere2:Cohere2 nemotron:Nemotron "
+        "hunyuan_v1_dense:HunYuanDenseV1 gemma3n_text:Gemma3n"
     ),
     "moe": (
         "mixtral:Mixtral qwen2_moe:Qwen2Moe qwen3_moe:Qwen3Moe olmoe:Olmoe phimoe:Phimoe gpt_oss:GptOss "
         "granitemoe:GraniteMoe glm4_moe:Glm4Moe ernie4_5_moe:Ernie4_5_Moe llama4_text:Llama4 "
-        "minimax:MiniMax jetmoe:JetMoe flex_olmo:FlexOlmo"
+        "minimax:MiniMax jetmoe:JetMoe flex_olmo:FlexOlmo minimax_m2:MiniMaxM2 exaone_moe:ExaoneMoe "
+        "afmoe:Afmoe solar_open:SolarOpen granitemoeshared:GraniteMoeShared hy_v3:HYV3 laguna:Laguna "
+        "zaya:Zaya cohere2_moe:Cohere2Moe dots1:Dots1 hunyuan_v1_moe:HunYuanMoEV1"
     ),
     "mla": (
         "deepseek_v2:DeepseekV2 deepseek_v3:DeepseekV3 minicpm3:MiniCPM3 longcat_flash:LongcatFlash "
-        "youtu:Youtu"
+        "youtu:Youtu deepseek_v32:DeepseekV32 deepseek_v4:DeepseekV4 glm4_moe_lite:Glm4MoeLite "
+        "glm_moe_dsa:GlmMoeDsa hy_v4:HYV4"
     ),
     "hybrid": (
         "mamba:Mamba mamba2:Mamba2 jamba:Jamba bamba:Bamba falcon_h1:FalconH1 qwen3_next:Qwen3Next lfm2:Lfm2 "
         "recurrent_gemma:RecurrentGemma "
-        "granitemoehybrid:GraniteMoeHybrid falcon_mamba:FalconMamba rwkv:Rwkv qwen3_5_text:Qwen3_5"
+        "granitemoehybrid:GraniteMoeHybrid falcon_mamba:FalconMamba rwkv:Rwkv qwen3_5_text:Qwen3_5 "
+        "qwen3_5_moe_text:Qwen3_5Moe olmo_hybrid:OlmoHybrid lfm2_moe:Lfm2Moe nemotron_h:NemotronH "
+        "kimi_linear:KimiLinear"
     ),
     "conv1d": "gpt2:GPT2:LMHeadModel openai-gpt:OpenAIGPT:LMHeadModel gpt_bigcode:GPTBigCode",
 }
 _MLA = {"head_dim": 16, "num_key_value_heads": 4}
 _OWN: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("deepseek_v3", "longcat_flash", "youtu", "minicpm3"), _MLA),
+    **dict.fromkeys(("deepseek_v3", "longcat_flash", "youtu", "minicpm3", "glm4_moe_lite", "hy_v4"), _MLA),
+    **dict.fromkeys(("deepseek_v32", "glm_moe_dsa"), _MLA | {"index_head_dim": 32}),
+    **{kind: {"head_dim": 32} for kind in ("ministral", "hunyuan_v1_dense", "hunyuan_v1_moe")},
+    "nemotron": {"num_key_value_heads": 2},
+    "zaya": {"num_experts_per_tok": 1},
+    "laguna": {"num_attention_heads_per_layer": [4, 4]},
+    "gemma3n_text": {
+        "layer_types": ["full_attention"] * 2,
+        "num_kv_shared_layers": 0,
+        "intermediate_size": [INNER] * 2,
+        "activation_sparsity_pattern": [0.0] * 2,
+    },
+    "dots1": {
+        **dict.fromkeys(("n_shared_experts", "first_k_dense_replace", "n_group", "topk_group"), 1),
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "kimi_linear": _MLA | {"layer_types": ["linear_attention", "full_attention"]},
+    "nemotron_h": {"layer_types": ["linear_attention", "full_attention", "moe"], "num_hidden_layers": 3},
     "deepseek_v2": _MLA | {"num_experts_per_tok": 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"]},
     "gptj": {"rotary_dim": 16},

@@ -164,21 +164,24 @@ def study(
     Args:
         quick: six architectures and two formats.
         out: folder for the results.
-        only: types of the models to take.
-        formats: formats to take.
+        only: types of the models to take, whose outcomes take the place of earlier ones; none for all.
+        formats: formats to take, whose outcomes take the place of earlier ones; none for all.
     """
     import transformers  # pyright: ignore[reportMissingImports]
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.simplefilter("ignore")
-    chosen = [m for m in MODELS if m.model_type in (only or (SAMPLE if quick else [m.model_type]))]
-    outcomes: list[Outcome] = []
-    for model in chosen:
+    where = results(out, quick) / "architectures.json"
+    types = only or (SAMPLE if quick else tuple(m.model_type for m in MODELS))
+    taken = formats or (QUICK_FORMATS if quick else FORMATS)
+    earlier = _earlier(where) if only or formats else []
+    outcomes = [o for o in earlier if o.model_type not in types or o.format not in taken]
+    for model in (m for m in MODELS if m.model_type in types):
         start = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
             base, tuned = pair_of(model, Path(folder))
-            for format in formats or (QUICK_FORMATS if quick else FORMATS):
+            for format in taken:
                 outcomes.append(outcome_of(model, format, base, tuned, Path(folder)))
         mine = [o for o in outcomes if o.model_type == model.model_type]
         words = " ".join(f"{o.format}={o.verdict}" for o in mine)
@@ -188,10 +191,16 @@ def study(
                 print(f"    {o.format}: {o.words}", flush=True)
     report: dict[str, Any] = environment()
     report["versions"] |= _versions()
+    order = [m.model_type for m in MODELS]
+    outcomes.sort(key=lambda o: (order.index(o.model_type), FORMATS.index(o.format)))
     report["outcomes"] = [dataclasses.asdict(o) for o in outcomes]
-    where = results(out, quick or bool(only or formats)) / "architectures.json"
-    write(where, report, _page(report, chosen))
+    write(where, report, _page(report))
     return int(any(o.verdict == "fault" for o in outcomes))
+
+
+def _earlier(where: Path) -> list[Outcome]:
+    """What the result file has."""
+    return [Outcome(**o) for o in json.loads(where.read_text())["outcomes"]] if where.exists() else []
 
 
 def _versions() -> dict[str, str]:
@@ -200,14 +209,15 @@ def _versions() -> dict[str, str]:
     return {n: importlib.metadata.version(n) for n in ("torch", "transformers", "compressed-tensors")}
 
 
-def _page(report: dict[str, Any], models: list[Model]) -> str:
+def _page(report: dict[str, Any]) -> str:
     outcomes = [Outcome(**o) for o in report["outcomes"]]
-    formats = list(dict.fromkeys(o.format for o in outcomes))
+    formats = [f for f in FORMATS if f in {o.format for o in outcomes}]
+    models = [m for m in MODELS if m.model_type in {o.model_type for o in outcomes}]
     of = {(o.model_type, o.format): o for o in outcomes}
     reasons = list(dict.fromkeys(o.words for o in outcomes if o.words))
     rows = []
     for model in models:
-        cells = [_cell(of[model.model_type, f], reasons) for f in formats]
+        cells = [_cell(of.get((model.model_type, f)), reasons) for f in formats]
         rows.append([model.family, f"`{model.model_type}`", *cells])
     counts = {v: sum(o.verdict == v for o in outcomes) for v in ("ok", "refused", "told", "fault")}
     return (
@@ -228,7 +238,9 @@ def _page(report: dict[str, Any], models: list[Model]) -> str:
     )
 
 
-def _cell(outcome: Outcome, reasons: list[str]) -> str:
+def _cell(outcome: Outcome | None, reasons: list[str]) -> str:
+    if outcome is None:
+        return ""
     if outcome.verdict == "ok":
         return f"{outcome.quantized}: {outcome.error:.1e}"
     return f"{outcome.verdict} ({reasons.index(outcome.words) + 1})"

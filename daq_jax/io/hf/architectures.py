@@ -13,6 +13,11 @@ from typing import Any
 
 # Whose experts transformers takes apart in the model for compressed-tensors (`SequentialLlama4TextExperts`).
 _PARTED = ("llama4", "llama4_text")
+# What transformers 5.24 does not load, as `python -m benchmarks architectures` finds: stacks with scales of a
+# class of experts that it does not exchange; and codes that are decompressed while they are loaded, in models
+# whose convolutions it puts together at the same time.
+_NO_STACKS = ("hy_v4", "zaya")
+_NO_DECOMPRESSION = ("kimi_linear", "olmo_hybrid")
 LINEAR = ("linear", "experts")  # roles of matrices that are quantized
 
 
@@ -46,6 +51,20 @@ def turns_linear_layers(config: Mapping[str, Any]) -> bool:
 def parts_experts(config: Mapping[str, Any]) -> bool:
     """Whether a loader of compressed-tensors looks for the single experts of a stack."""
     return any(kind in _PARTED for kind in _types(config))
+
+
+def is_unloaded(config: Mapping[str, Any], stacks: bool) -> bool:
+    """Whether transformers is known not to load a result.
+
+    Args:
+        config: the `config.json` of the result.
+        stacks: whether the result has quantized stacks of experts.
+    """
+    how, kinds = part_of(config, "quantization_config"), _types(config)
+    decompressed = how.get("quant_method") == "compressed-tensors" and how.get("format") != "float-quantized"
+    return (stacks and any(kind in _NO_STACKS for kind in kinds)) or (
+        decompressed and any(kind in _NO_DECOMPRESSION for kind in kinds)
+    )
 
 
 def pattern_of(name: str) -> str:

@@ -27,6 +27,7 @@ from daq_jax.io.hf.bands import rows_per_tile
 from daq_jax.io.hf.codings import HF_MATRIX, Coding
 from daq_jax.io.hf.lora_config import CONFIG as ADAPTER_CONFIG
 from daq_jax.io.hf.methods import QUANTIZATION_FILE, refuse_unknown
+from daq_jax.io.hf.orientation import turned_stacks
 from daq_jax.io.hf.recognition import find_codings
 from daq_jax.io.hf.tensor_files import TensorReader, TensorSpec, read_json
 from daq_jax.io.hf.weight_names import is_matrix
@@ -220,12 +221,26 @@ class HuggingFaceFolder(Folder):
                 f"{self.path / INDEX}: says that {missing[0]!r} is in {self._file_of[missing[0]]!r}, which "
                 f"has no tensor of that name, nor {len(missing) - 1} others; the folder is incomplete."
             )
+        unlisted = [
+            n for file in self._readers for n in self._readers[file].entries if n not in self._file_of
+        ]
+        if unlisted:
+            raise DaqError(
+                f"{self.path / INDEX}: does not list {unlisted[0]!r}, nor {len(unlisted) - 1} others, which "
+                "its shards hold and loaders read; save the model again, so that the index lists all."
+            )
         placed = sorted(self._file_of, key=lambda n: (self._file_of[n], self._entry(n).start))
         specs = {name: self._entry(name).spec for name in placed}
         codings = find_codings(specs, self._stored, self.config, self.path)
         weight_of = {coding.codes: name for name, coding in codings.items()}
         beside = {part for coding in codings.values() for part in coding.specs} - weight_of.keys()
-        turns = turns_experts(self.config)
+        turned = (
+            specs
+            if turns_experts(self.config)
+            else turned_stacks(
+                {n: spec for n, spec in specs.items() if n not in weight_of and n not in beside}
+            )
+        )
         found: dict[str, Tensor] = {}
         for stored in (name for name in specs if name not in beside):
             name, spec = weight_of.get(stored, stored), specs[stored]
@@ -233,7 +248,7 @@ class HuggingFaceFolder(Folder):
             if coding is not None and coding.shape != spec.shape:
                 spec = TensorSpec("I8", coding.shape)  # as it is read
             tensor = Tensor(name, spec, self._file_of[stored], coding, HF_MATRIX)
-            found[name] = _turned(tensor) if turns else tensor
+            found[name] = _turned(tensor) if stored in turned else tensor
         return found
 
     def _stored(self, name: str, band: slice = slice(None)) -> np.ndarray:
@@ -334,6 +349,16 @@ def _nothing_to_read(path: Path) -> str:
         )
     if any(path.glob("*.bin")) or any(path.glob("*.pt")) or any(path.glob("*.pth")):
         return f"{path}: holds only pickled weights, which are never read; save it as safetensors first."
+    files = sorted(p.name for p in path.glob("*.safetensors"))
+    if len(files) > 1:
+        return (
+            f"{path}: holds {files[0]} and {len(files) - 1} more, but no {INDEX}, which lists tensors: "
+            'download it too, or write it: {"weight_map": {tensor name: file name, ...}}.'
+        )
+    if files:
+        return (
+            f"{path}: holds {files[0]}, which loaders do not look for; rename it {SINGLE} if it is the model."
+        )
     return f"{path}: holds neither {INDEX} nor {SINGLE}; needed a Hugging Face folder of safetensors."
 
 

@@ -35,7 +35,7 @@ from daq_jax.io.hf.codings import Coding, Exponents, Floats, ScaleStorage, TwoLe
 from daq_jax.io.hf.compressed_tensors import compressed_config, how_quantized
 from daq_jax.io.hf.packed_int4 import group_of, packed_config
 from daq_jax.io.hf.packing import Nibbles, Packing, Plain, Words
-from daq_jax.io.hf.weight_names import NOT_SPLIT, SPLIT_BY_INPUT, is_expert, last_component
+from daq_jax.io.hf.weight_names import divided_axis, is_expert, last_component
 from daq_jax.tilings import Block, Channel, Group, Tiling
 
 AS_BASE = "as-base"  # in place of the name of a layout: each weight as its base is stored
@@ -350,13 +350,12 @@ def why_not_blocks(name: str, shape: Sequence[int], tp: int, kv_heads: int | Non
     *_, outputs, inputs = shape
     if outputs % BLOCK or inputs % BLOCK:
         return f"not a multiple of {BLOCK} x {BLOCK}: {outputs} x {inputs}"
-    last = last_component(name)
-    if tp == 1 or last in NOT_SPLIT:
+    last, axis = last_component(name), divided_axis(name)
+    if tp == 1 or not axis:
         return ""
-    by_input = last in SPLIT_BY_INPUT
     # Heads of keys and values are copied, not cut, where there are more devices than heads.
     parts = min(tp, kv_heads or tp) if last in ("k_proj", "v_proj", "key", "value") else tp
-    whole, axis = (inputs, "inputs") if by_input else (outputs, "outputs")
+    whole = inputs if axis == "inputs" else outputs
     whole = whole // 2 if last == "gate_up_proj" else whole
     if whole % (parts * BLOCK):
         return f"not a multiple of {BLOCK} on each device: {whole} {axis} over {parts} devices"
@@ -368,6 +367,6 @@ def why_not_groups(name: str, shape: Sequence[int], tp: int, group: int) -> str:
     inputs = shape[-1]
     if inputs % group:
         return f"no whole number of groups of {group}: {inputs} inputs"
-    if last_component(name) in SPLIT_BY_INPUT and inputs % (tp * group):
+    if divided_axis(name) == "inputs" and inputs % (tp * group):
         return f"no whole number of groups of {group} on each device: {inputs} inputs over {tp} devices"
     return ""

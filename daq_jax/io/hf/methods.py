@@ -87,7 +87,9 @@ def quantizes_cache(config: Mapping[str, Any], beside: Mapping[str, Any]) -> boo
 def _quantizations(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """All that a config says of quantization, for the whole model and for each model inside it."""
     for key, value in config.items():
-        if isinstance(value, Mapping):
+        if key in QUANTIZATION_KEYS and value and not isinstance(value, Mapping):
+            yield {"quant_method": str(value)}
+        elif isinstance(value, Mapping):
             if key in (*QUANTIZATION_KEYS, "quantization"):  # the last as MLX has it
                 yield value
             else:

@@ -1,20 +1,21 @@
-"""A base whose weights have other names than those of its tune, seen by the names of the tune.
+"""A folder whose weights have other names than those of another folder of the model, seen by the other names.
 
 transformers renames weights as it loads and saves them, so two folders of one model may differ in a prefix,
-or in whether experts are fused into stacks. Only what is unambiguous is paired: one tensor of the base for
-one of the tuned model, of the same shape.
+or in whether experts are fused into stacks. Only what is unambiguous is paired: one tensor of a folder for
+one of the other, of the same shape.
 """
 
 import collections
 import dataclasses
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from daq_jax.io.hf.folders import Folder, Tensor
-from daq_jax.io.hf.tensor_files import TensorSpec
+from daq_jax.io.hf.tensor_files import TensorSpec, in_chunks
 from daq_jax.qtensor import QTensor
 
 # What transformers puts before the names of a model of text, inside another model or alone.
@@ -37,8 +38,8 @@ class _Renamed:
     def names(self) -> tuple[str, ...]:
         return (self.name,)
 
-    def read(self, base: Folder, band: slice, dtype: np.dtype | None) -> np.ndarray | QTensor:
-        return base.read(self.name, band, dtype)
+    def read(self, folder: Folder, band: slice, dtype: np.dtype | None) -> np.ndarray | QTensor:
+        return folder.read(self.name, band, dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +54,8 @@ class _OfStack:
     def names(self) -> tuple[str, ...]:
         return (self.name,)
 
-    def read(self, base: Folder, band: slice, dtype: np.dtype | None) -> np.ndarray | QTensor:
-        stack = base.read(self.name, slice(self.expert, self.expert + 1), dtype)
+    def read(self, folder: Folder, band: slice, dtype: np.dtype | None) -> np.ndarray | QTensor:
+        stack = folder.read(self.name, slice(self.expert, self.expert + 1), dtype)
         assert isinstance(stack, np.ndarray)
         return np.ascontiguousarray(stack[0, self.rows][band])
 
@@ -69,25 +70,30 @@ class _Stacked:
     def names(self) -> tuple[str, ...]:
         return tuple(name for parts in self.experts for name in parts)
 
-    def read(self, base: Folder, band: slice, dtype: np.dtype | None) -> np.ndarray | QTensor:
+    def read(self, folder: Folder, band: slice, dtype: np.dtype | None) -> np.ndarray | QTensor:
         return np.stack(
-            [np.concatenate([np.asarray(base.read(n)) for n in parts]) for parts in self.experts[band]]
+            [np.concatenate([np.asarray(folder.read(n)) for n in parts]) for parts in self.experts[band]]
         )
 
 
-# Where the values of a tensor come from in the base: `names` are read, `read` is as `Folder.read`.
+# Where the values of a tensor come from in a folder: `names` are read, `read` is as `Folder.read`.
 _Source = _Renamed | _OfStack | _Stacked
 
 
 class PairedFolder(Folder):
-    """A base by the names of its tune; what has one name in both keeps it. `close` leaves the base open."""
+    """A folder by the names of another; what has one name in both keeps it. `close` leaves it open."""
 
-    def __init__(self, base: Folder, sources: Mapping[str, tuple[_Source, Tensor]]) -> None:
-        self.path, self.config, self.dtype, self.files = base.path, base.config, base.dtype, base.files
-        self.working_dtype, self.beside, self.overlay = base.working_dtype, base.beside, base.overlay
-        self._base, self._sources = base, {name: source for name, (source, _) in sources.items()}
-        used = {name for source in self._sources.values() for name in source.names}
-        self.tensors = {name: tensor for name, tensor in base.tensors.items() if name not in used}
+    def __init__(self, folder: Folder, sources: Mapping[str, tuple[_Source, Tensor]]) -> None:
+        self.path, self.config, self.dtype, self.files = (
+            folder.path,
+            folder.config,
+            folder.dtype,
+            folder.files,
+        )
+        self.working_dtype, self.beside, self.overlay = folder.working_dtype, folder.beside, folder.overlay
+        self._folder, self._sources = folder, {name: source for name, (source, _) in sources.items()}
+        used = _wholly_used(folder, self._sources.values())
+        self.tensors = {name: tensor for name, tensor in folder.tensors.items() if name not in used}
         self.tensors |= {name: tensor for name, (_, tensor) in sources.items()}
 
     def read(
@@ -95,61 +101,77 @@ class PairedFolder(Folder):
     ) -> np.ndarray | QTensor:
         """See `Folder.read`."""
         source = self._sources.get(name)
-        return self._base.read(name, band, dtype) if source is None else source.read(self._base, band, dtype)
+        if source is None:
+            return self._folder.read(name, band, dtype)
+        return source.read(self._folder, band, dtype)
 
     def chunks(self, name: str) -> Iterator[np.ndarray]:
         """See `Folder.chunks`."""
         source = self._sources.get(name)
         if source is None or isinstance(source, _Renamed):
-            yield from self._base.chunks(name if source is None else source.name)
+            yield from self._folder.chunks(name if source is None else source.name)
             return
-        for i in range(self.tensors[name].shape[0]):
-            yield (
-                np.ascontiguousarray(source.read(self._base, slice(i, i + 1), None))
-                .reshape(-1)
-                .view(np.uint8)
-            )
+        length = self.tensors[name].shape[0]
+        step = 1 if isinstance(source, _Stacked) else length
+        yield from in_chunks(self._array(name, slice(i, i + step)) for i in range(0, length, step))
+
+    def _array(self, name: str, band: slice) -> np.ndarray:
+        found = self.read(name, band)
+        assert isinstance(found, np.ndarray)  # neither a stack nor an expert of one is paired with codes
+        return found
 
     def close(self) -> None:
-        """Does nothing: the base stays open."""
+        """Does nothing: the folder stays open."""
 
 
-def paired(base: Folder, tuned: Folder) -> tuple[Folder, dict[str, str]]:
-    """A base by the names of its tune, as far as these can be told without a guess.
+def paired(folder: Folder, other: Folder) -> tuple[Folder, dict[str, str]]:
+    """A folder by the names of another folder of the model, as far as these can be told without a guess.
 
     Args:
-        base: folder before tuning.
-        tuned: folder after tuning.
+        folder: folder that is to be read, such as a base.
+        other: folder whose names are wanted, such as the tuned model.
 
     Returns:
-        The base, seen by the names of the tuned model, and for each tensor of another name that name in the
-        base, of a stack that is made from single experts the name of its first. The base itself and nothing
-        if all names agree, or if one tensor of the base would have two partners.
+        The folder, seen by the names of the other, and for each tensor of another name that name in the
+        folder, of a stack that is made from single experts the name of its first. The folder itself and
+        nothing if all names agree, or if one of its tensors would have two partners.
     """
-    missing = [name for name in tuned.tensors if name not in base.tensors]
+    missing = [name for name in other.tensors if name not in folder.tensors]
     if not missing:
-        return base, {}
-    prefixes = _own_prefix(base.config), _own_prefix(tuned.config)
-    free = [name for name in base.tensors if name not in tuned.tensors]
+        return folder, {}
+    prefixes = _own_prefix(folder.config), _own_prefix(other.config)
+    free = [name for name in folder.tensors if name not in other.tensors]
     there = _unique(free, prefixes[0])
     wanted = _unique(missing, prefixes[1])
     found: dict[str, tuple[_Source, Tensor]] = {}
     for plain, name in wanted.items():
-        source = _source_of(plain, there, base, tuned)
+        source = _source_of(plain, there, folder, other)
         if source is None:
             continue
-        tensor = _as_read(source, base, name, tuned.tensors[name].shape)
+        tensor = _as_read(source, folder, name, other.tensors[name].shape)
         if tensor is not None:
             found[name] = source, tensor
     uses = collections.Counter(str(part) for source, _ in found.values() for part in _uses(source))
     if not found or max(uses.values()) > 1:
-        return base, {}
-    return PairedFolder(base, found), {name: source.names[0] for name, (source, _) in found.items()}
+        return folder, {}
+    return PairedFolder(folder, found), {name: source.names[0] for name, (source, _) in found.items()}
 
 
 def _uses(source: _Source) -> list[Any]:
-    """The parts of the base that a source reads."""
+    """The parts of a folder that a source reads."""
     return [source] if isinstance(source, _OfStack) else list(source.names)
+
+
+def _wholly_used(folder: Folder, sources: Iterable[_Source]) -> set[str]:
+    """Tensors of a folder all of whose rows some source reads, each source other rows."""
+    used: set[str] = set()
+    rows = collections.Counter[str]()
+    for source in sources:
+        if isinstance(source, _OfStack):
+            rows[source.name] += source.rows.stop - source.rows.start
+        else:
+            used.update(source.names)
+    return used | {name for name, n in rows.items() if n == math.prod(folder.tensors[name].shape[:2])}
 
 
 def _own_prefix(config: Mapping[str, Any]) -> re.Pattern[str]:
@@ -166,31 +188,31 @@ def _unique(names: list[str], own: re.Pattern[str]) -> dict[str, str]:
     return {short: name for name, short in plain.items() if counts[short] == 1}
 
 
-def _source_of(plain: str, there: Mapping[str, str], base: Folder, tuned: Folder) -> _Source | None:
-    """Where a tensor of the tuned model is in the base, by its name without prefixes."""
+def _source_of(plain: str, there: Mapping[str, str], folder: Folder, other: Folder) -> _Source | None:
+    """Where a tensor of another folder is in this one, by its name without prefixes."""
     if plain in there:
         return _Renamed(there[plain])
-    if any(folder.config.get("model_type") in _INTERLEAVED for folder in (base, tuned)):
+    if any(x.config.get("model_type") in _INTERLEAVED for x in (folder, other)):
         return None
     if stack := _STACK.fullmatch(plain):
-        return _stacked(stack["stem"], _PARTS[stack["part"]], there, base)
+        return _stacked(stack["stem"], _PARTS[stack["part"]], there, folder)
     single = _SINGLE.fullmatch(plain)
-    return None if single is None else _of_stack(single, there, base)
+    return None if single is None else _of_stack(single, there, folder)
 
 
-def _stacked(stem: str, parts: tuple[str, ...], there: Mapping[str, str], base: Folder) -> _Source | None:
+def _stacked(stem: str, parts: tuple[str, ...], there: Mapping[str, str], folder: Folder) -> _Source | None:
     experts: list[tuple[str, ...]] = []
     while all(names := [there.get(f"{stem}.{len(experts)}.{part}.weight", "") for part in parts]):
         experts.append(tuple(names))
-    tensors = [base.tensors[name] for parts_of_one in experts for name in parts_of_one]
+    tensors = [folder.tensors[name] for parts_of_one in experts for name in parts_of_one]
     alike = {(t.spec.dtype, t.coding is None, t.shape) for t in tensors}
     return _Stacked(tuple(experts)) if len(alike) == 1 and tensors[0].coding is None else None
 
 
-def _of_stack(single: re.Match[str], there: Mapping[str, str], base: Folder) -> _Source | None:
+def _of_stack(single: re.Match[str], there: Mapping[str, str], folder: Folder) -> _Source | None:
     part = "down_proj" if single["part"] == "down_proj" else "gate_up_proj"
     name = there.get(f"{single['stem']}.{part}")
-    tensor = base.tensors.get(name or "")
+    tensor = folder.tensors.get(name or "")
     expert = int(single["expert"])
     if name is None or tensor is None or tensor.coding or len(tensor.shape) != 3 or expert >= tensor.shape[0]:
         return None
@@ -199,9 +221,9 @@ def _of_stack(single: re.Match[str], there: Mapping[str, str], base: Folder) -> 
     return _OfStack(name, expert, slice(first, first + half))
 
 
-def _as_read(source: _Source, base: Folder, name: str, shape: tuple[int, ...]) -> Tensor | None:
-    """The tensor of the base as it is read by the name of the tuned model; None if it has another shape."""
-    tensor = base.tensors[source.names[0]]
+def _as_read(source: _Source, folder: Folder, name: str, shape: tuple[int, ...]) -> Tensor | None:
+    """The tensor of a folder as it is read by the name of the other folder; None if it has another shape."""
+    tensor = folder.tensors[source.names[0]]
     if isinstance(source, _Renamed):
         return dataclasses.replace(tensor, name=name) if tensor.shape == shape else None
     if isinstance(source, _OfStack):

@@ -68,9 +68,22 @@ def find_codings(
             coding = search.coding(weight, stored)
             if coding is not None:
                 found[weight] = coding
+    search.problems += [
+        f"{weight!r} comes with {name!r}, which no known coding has: dequantize it with the tool that made it"
+        for name in specs
+        if (weight := _weight_beside(name)) in found
+        and name not in found[weight].specs
+        and not name.endswith(_ZEROS)  # all of them are 0
+    ]
     if search.problems:
         refuse(f"{where}: quantized weights that cannot be read", search.problems, one_line=True)
     return found
+
+
+def _weight_beside(name: str) -> str:
+    """The weight whose name a tensor of the same module carries on, as `W_scale` does; "" for none."""
+    module, found, _ = name.rpartition(".weight_")
+    return f"{module}.weight" if found else ""
 
 
 @dataclasses.dataclass

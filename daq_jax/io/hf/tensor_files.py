@@ -16,7 +16,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +263,18 @@ class TensorReader:
     def close(self) -> None:
         """Closes the file; the reader is of no use afterwards."""
         os.close(self._file)
+
+
+def in_chunks(parts: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """The bytes of arrays that follow each other in a tensor, cut as `TensorReader.chunks` cuts them."""
+    held = np.empty(0, np.uint8)
+    for part in parts:
+        held = np.concatenate([held, np.ascontiguousarray(part).reshape(-1).view(np.uint8)])
+        while held.size >= _CHUNK:
+            yield held[:_CHUNK]
+            held = held[_CHUNK:]
+    if held.size:
+        yield held
 
 
 class TensorWriter:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from typing import Literal
 
 # Modules that servers multiply as one, so that they share one decision; the last parts of their names.
 _FUSED = (
@@ -10,14 +11,19 @@ _FUSED = (
     ("gate_proj", "up_proj"),
     ("w1", "w3"),
     ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("wq_a", "wkv"),
     ("in_proj_qkv", "in_proj_z"),
     ("in_proj_qkvz", "in_proj_ba"),
 )
 _FUSED_EXPERTS = re.compile(r"(^|\.)experts\.(gate_up_proj|down_proj)$")
 _EXPERTS = re.compile(r"^(?P<module>(.*\.)?experts)\.(\d+\.\w+\.weight|gate_up_proj|down_proj)$")
-# Their inputs are divided among the devices of a server; of all others, the outputs.
-SPLIT_BY_INPUT = ("o_proj", "out_proj", "down_proj", "w2", "dense", "c_proj", "fc2", "dense_4h_to_h")
-NOT_SPLIT = ("q_a_proj", "kv_a_proj_with_mqa")
+# Last components of weights whose inputs vLLM 0.32 divides among devices (`RowParallelLinear`), and of those
+# that each device has whole (`ReplicatedLinear`), where a model of text has them. wo_b, wq_a, wkv, e_proj and
+# h_proj are of DeepSeek V4. An indexer, of V3.2 and V4, is whole on each device.
+_BY_INPUTS = {"o_proj", "out_proj", "down_proj", "w2", "dense", "c_proj", "fc2", "dense_4h_to_h"}
+_BY_INPUTS |= {"wo", "Wo", "wo_b", "fc_out", "output_linear", "linear_fc2"}
+_WHOLE = {"q_a_proj", "kv_a_proj_with_mqa", "wq_a", "wkv", "e_proj", "h_proj"}
+_WHOLE |= {"per_layer_input_gate", "per_layer_projection"}
 
 
 def module_of(name: str) -> str:
@@ -50,6 +56,14 @@ def fused_with(name: str) -> str:
 def last_component(name: str) -> str:
     """Last component of the name of the layer that a weight belongs to."""
     return module_of(name).rpartition(".")[2] if not name.endswith("_proj") else name.rpartition(".")[2]
+
+
+def divided_axis(name: str) -> Literal["inputs", "outputs", ""]:
+    """The axis of a weight that servers divide among devices; "" for a weight that each device has whole."""
+    last = last_component(name)
+    if last in _WHOLE or ".indexer." in name:
+        return ""
+    return "inputs" if last in _BY_INPUTS else "outputs"
 
 
 def skipped_modules(kept: Iterable[str]) -> set[str]:

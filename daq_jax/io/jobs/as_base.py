@@ -13,13 +13,14 @@ import numpy as np
 from jaxtyping import Array
 
 from daq_jax import recipes
-from daq_jax.errors import refuse
+from daq_jax.errors import DaqError, refuse
 from daq_jax.formats import Format
 from daq_jax.io.hf.architectures import part_of
 from daq_jax.io.hf.codings import Coding, ScaleStorage
 from daq_jax.io.hf.folders import Folder, Tensor
 from daq_jax.io.hf.layouts import AS_BASE
 from daq_jax.io.hf.methods import QUANTIZATION_KEYS, quantizes_cache, uses_static_inputs
+from daq_jax.io.hf.paired_names import paired
 from daq_jax.io.jobs.leftovers import CACHE, dropped_of, refuse_unread, scale_without_use, unquantized
 from daq_jax.io.jobs.memory import Room
 from daq_jax.io.jobs.other_names import renamed
@@ -125,6 +126,25 @@ def plan_as_base(
     )
 
 
+def by_names_of_base(base: Folder, tuned: Folder) -> tuple[Folder, dict[str, str]]:
+    """The tuned model by the names of the base, which those of the result are, as `paired` gives it.
+
+    Raises:
+        DaqError: if names differ and the folders are of two types of model: the result has the config of the
+            tuned model, whose class would not find the names of the base.
+    """
+    found, names = paired(tuned, base)
+    kinds = [folder.config.get("model_type") for folder in (base, tuned)]
+    if names and kinds[0] != kinds[1]:
+        name, there = next(iter(names.items()))
+        raise DaqError(
+            f"{tuned.path}: {name!r} of base is {there!r} here, and base is a model of type {kinds[0]!r} but "
+            f"tuned is {kinds[1]!r}: loaders of the one do not find the names of the other. Save the tuned "
+            "model by the class of the base, or pass another --format."
+        )
+    return found, names
+
+
 def _coded_task(
     before: Tensor, coding: Coding, after: Tensor, recipe: Recipe, dtype: np.dtype, room: Room
 ) -> Task:
@@ -144,6 +164,8 @@ def _refuse_lacking(base: Folder, tuned: Folder, dropped: Mapping[str, str]) -> 
             problems.append(f"{name!r} is {before.shape} but tuned is {after.shape}")
         elif after is not None and before.coding and (why := problem_of(after, before)):
             problems.append(f"{name!r} of the tuned model {why}")
+        elif after is not None and not before.coding and before.turned != after.turned:
+            problems.append(f"{name!r} is stored [experts, in, out] in one of them alone")
     strange = [name for name in tuned.tensors if name not in base.tensors and name not in dropped]
     problems += [f"{name!r} is not in the base" for name in strange]
     if problems:

@@ -40,7 +40,8 @@ def compare_folders(
     Args:
         base: folder before tuning.
         tuned: folder after tuning, or a LoRA adapter of `base`.
-        quantized: folder of the quantized model. Its weights bear the names of the tuned model's.
+        quantized: folder of the quantized model. Its weights have the names of those of the tuned model, or
+            other ones as transformers renames them.
         details: also collect what pictures need, of all weights together: under the path "".
         tell: of the number of bytes to come, makes what is told of progress.
 
@@ -52,7 +53,7 @@ def compare_folders(
         before = stack.enter_context(contextlib.closing(open_safetensors(base)))
         after = stack.enter_context(contextlib.closing(open_tuned(tuned, before)))
         result = stack.enter_context(contextlib.closing(open_safetensors(quantized)))
-        before, _ = paired(before, after)
+        before, after = (paired(folder, result)[0] for folder in (before, after))
         return compare_opened(before, after, result, details=details, tell=tell)
 
 

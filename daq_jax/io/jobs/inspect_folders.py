@@ -66,12 +66,13 @@ def inspect_folder(
         contextlib.closing(open_safetensors(base)) as before,
         contextlib.closing(open_tuned(tuned, before)) as after,
     ):
-        as_base = wants_base_format(output, Run(), before)
-        if format is None and before.tensors.keys() != after.tensors.keys():
-            as_base = False  # a part of a model may be looked at, though not quantized so
-        layout = None if as_base else output.layout
-        before = before if as_base else paired(before, after)[0]
-        return inspect_opened(before, after, recipe, layout, most_elements, choice)
+        if wants_base_format(output, Run(), before):
+            by_base, _ = paired(after, before)
+            # Without a format, a part of a model may be looked at, though not quantized so.
+            if format is not None or before.tensors.keys() == by_base.tensors.keys():
+                return inspect_opened(before, by_base, recipe, None, most_elements, choice)
+        before, _ = paired(before, after)
+        return inspect_opened(before, after, recipe, output.layout, most_elements, choice)
 
 
 def inspect_opened(

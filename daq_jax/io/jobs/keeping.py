@@ -14,6 +14,7 @@ from daq_jax.errors import DaqError, refuse
 from daq_jax.io.hf.architectures import LINEAR, parts_experts, role_of, turns_linear_layers
 from daq_jax.io.hf.folders import Folder, Tensor
 from daq_jax.io.hf.layouts import Layout
+from daq_jax.io.hf.orientation import turned_layers
 from daq_jax.io.hf.weight_names import fused_with, is_matrix
 from daq_jax.rules import DEFAULT_RULES, first_match
 
@@ -22,14 +23,17 @@ TOWER = "in a vision or audio tower, or a projector"
 _TOWERS = re.compile(
     r"(^|\.)(vision_\w+|visual|image_(encoder|model|tower|vit)|img_processor|vpm|vit|audio_\w+|speech_\w+"
     r"|sound_\w+|(multi_?modal|mm)_\w*projector|\w*_projector|projector|connector|aligner|resampler"
-    r"|embed_(vision|audio))\."
+    r"|embed_(vision|audio)|vision|audio|clip|whisper|sam(_model)?|eva|vq_?model|q_?former|perceiver(_\w+)?"
+    r"|\w*mm_encoder|patch_merger|img_encoder)\."
 )
 # Embeddings and heads outside of the layers, of T5, BERT, Whisper and others.
 _OF_WORDS = re.compile(
     r"(^|\.)(shared|\w*vocab\w*|\w*logits?|predictions\.decoder|head\.decoder|generator|proj_out"
     r"|(word|tok|token)_\w+)\.weight$"
 )
-_ROUTERS = re.compile(r"(^|\.)(gate|wg|\w*expert\w*_gate)\.weight$")
+_ROUTERS = re.compile(
+    r"(^|\.)((gate|gating|switch)(\.(linear|layer|classifier))?|wg|\w*expert\w*_gate)\.weight$"
+)
 _TABLE = re.compile(r"(^|[._])(embed_tokens|wte|word_embeddings|tok_embeddings|embedding)\.weight$")
 _WORDS = ("vocab_size", "padded_vocab_size", "text_vocab_size")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts")
@@ -159,6 +163,7 @@ class _Reasons:
 
     def __init__(self, tuned: Folder, layout: Layout, tp: int, choice: Choice) -> None:
         self._config, self._layout, self._tp, self._choice = tuned.config, layout, tp, choice
+        self._turned = turned_layers({n: t.spec for n, t in tuned.tensors.items() if t.coding is None})
         matrices = [n for n, t in tuned.tensors.items() if is_matrix(n, len(t.shape))]
         towers = {n for n in matrices if _TOWERS.search(n)}
         # A model that is all tower, or a tower beside nothing but embeddings, is quantized as such.
@@ -172,7 +177,7 @@ class _Reasons:
         name, shape = tensor.name, tensor.shape
         if not is_matrix(name, len(shape)):
             return "not the weight of a linear layer"
-        if turns_linear_layers(self._config):
+        if turns_linear_layers(self._config) or name in self._turned:
             return "stored [in, out], which servers do not read quantized"
         if 0 in shape:
             return "empty"

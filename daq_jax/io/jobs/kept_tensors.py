@@ -8,6 +8,7 @@ import numpy as np
 from daq_jax.io.hf.adapters import open_tuned
 from daq_jax.io.hf.bands import MOST_ELEMENTS, bands
 from daq_jax.io.hf.folders import Folder, open_safetensors
+from daq_jax.io.hf.paired_names import paired
 from daq_jax.io.jobs.leftovers import FLOATS, dropped_of, same_bytes
 from daq_jax.qtensor import QTensor
 
@@ -22,7 +23,8 @@ def faults_of_folder(base: str | Path, tuned: str | Path, quantized: str | Path)
     Args:
         base: folder before tuning.
         tuned: folder after tuning, or a LoRA adapter of `base`.
-        quantized: folder of the quantized model, with the names of the tuned one.
+        quantized: folder of the quantized model, with the names of the tuned one, or other ones as
+            transformers renames them.
 
     Returns:
         One phrase for each, beginning with the name.
@@ -34,6 +36,7 @@ def faults_of_folder(base: str | Path, tuned: str | Path, quantized: str | Path)
         before = stack.enter_context(contextlib.closing(open_safetensors(base)))
         after = stack.enter_context(contextlib.closing(open_tuned(tuned, before)))
         result = stack.enter_context(contextlib.closing(open_safetensors(quantized)))
+        after, _ = paired(after, result)
         spared = dropped_of(after)
         found = ((name, _fault(name, after, result)) for name in after.tensors if name not in spared)
         return [f"{name!r} {why}" for name, why in found if why]

@@ -1,11 +1,12 @@
 """What a tuned model holds that a result has no use for, and what a folder holds that is not read."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from daq_jax.errors import refuse
+from daq_jax.errors import DaqError, refuse
 from daq_jax.io.hf.architectures import part_of
 from daq_jax.io.hf.folders import Folder, Tensor
 from daq_jax.io.hf.methods import QUANTIZATION_KEYS
@@ -17,6 +18,14 @@ ACTIVATIONS = (".input_scale", ".input_global_scale", ".input_zero_point", ".out
 # The same of queries, keys and values in the cache of attention.
 CACHE = tuple(f".{part}_{kind}" for part in ("q", "k", "v", "prob") for kind in ("scale", "zero_point"))
 _CODES = ("_packed", "_blocks", ".qweight", ".codes", "_quantized")
+# How names end of the scales of a weight. Beside floats they tell of codes in a wider dtype.
+_SCALES = re.compile(r"(?<=\.weight)(_scale(_inv|_2)?|_global_scale)$")
+# What peft, torch.compile, FSDP and DDP put into the names of a model that is saved as it is trained.
+_WRAPPED = re.compile(
+    r"\.lora_([AB]|embedding_[AB])\.default(\.|$)"
+    r"|(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
+_OUTER = re.compile(r"(module|base_model\.model)\.")
 _MASKS = ("bias", "mask")  # of attention, as older models store them in bytes
 
 
@@ -60,16 +69,37 @@ def refuse_unread(folder: Folder) -> None:
     """Refuses a folder with codes that would be copied or compared as they are, without their scales.
 
     Raises:
-        DaqError: naming each such tensor.
+        DaqError: naming each such tensor, or one that a training framework has wrapped.
     """
+    _refuse_wrapped(folder)
     unread = [
         f"{name!r} is {tensor.spec.dtype} {tensor.shape} without a scale"
         for name, tensor in folder.tensors.items()
         if tensor.coding is None and tensor.spec.dtype not in FLOATS and _holds_codes(name, tensor)
     ]
+    unread += [
+        f"{weight!r} is {folder.tensors[weight].spec.dtype} with a scale, {name!r}"
+        for name in folder.tensors
+        for weight in [_SCALES.sub("", name)]
+        if weight != name and weight in folder.tensors and folder.tensors[weight].coding is None
+    ]
     if unread:
-        way_out = "Pass the model in bfloat16, float16 or float32."
+        way_out = "Pass the model in bfloat16, float16 or float32, without scales."
         refuse(f"{folder.path}: holds codes that are not read", unread, way_out, one_line=True)
+
+
+def _refuse_wrapped(folder: Folder) -> None:
+    """Refuses names that no loader looks for, as a framework of training puts around those of a model."""
+    names = list(folder.tensors)
+    wrapped = next((name for name in names if _WRAPPED.search(name)), "")
+    if not wrapped and names and all(_OUTER.match(name) for name in names):
+        wrapped = names[0]
+    if wrapped:
+        raise DaqError(
+            f"{folder.path}: {wrapped!r} is the name of a weight inside a wrapper of training, which loaders "
+            "do not find: merge the adapter (`merge_and_unload` of peft), or take the model out of the "
+            "wrapper (`accelerate.Accelerator.unwrap_model`), and save it again."
+        )
 
 
 def _holds_codes(name: str, tensor: Tensor) -> bool:

@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterable, Mapping
 
 _LAYER = re.compile(r"\w+\.\d+\..*")
-_FUSED = re.compile(r"experts\.(gate_up_proj|down_proj)$")
-_SINGLE = re.compile(r"experts\.\d+\.\w+\.weight$")
+_SINGLE = re.compile(r"experts\.\d+\.(\w+)\.weight$")
+_DOWN = ("down_proj", "w2")
 
 
 def renamed(missing: Iterable[str], names: Iterable[str], whose: str) -> str:
@@ -16,7 +16,7 @@ def renamed(missing: Iterable[str], names: Iterable[str], whose: str) -> str:
         names: names that it has.
         whose: the folder that has them, as the sentence calls it.
     """
-    by_tail: Mapping[str, str] = {tail: name for name in names if (tail := _tail(name))}
+    by_tail: Mapping[str, str] = {tail: name for name in reversed([*names]) if (tail := _tail(name))}
     for name in missing:
         there = by_tail.get(_tail(name))
         if there is not None and there != name:
@@ -28,7 +28,7 @@ def renamed(missing: Iterable[str], names: Iterable[str], whose: str) -> str:
 
 
 def _tail(name: str) -> str:
-    """A name without its prefix, experts alike whether fused or not; "" for a name outside of layers."""
-    tail = _SINGLE.sub("experts", _FUSED.sub("experts", name))
-    found = _LAYER.search(tail)
+    """A name without its prefix, of an expert that of its stack; "" for a name outside of layers."""
+    stack = _SINGLE.sub(lambda m: f"experts.{'down_proj' if m[1] in _DOWN else 'gate_up_proj'}", name)
+    found = _LAYER.search(stack)
     return found[0] if found else ""

@@ -14,10 +14,11 @@ from daq_jax.density.recipe import DensityRecipe
 from daq_jax.errors import DaqError
 from daq_jax.io.disk.orbax_places import is_orbax
 from daq_jax.io.hf.adapters import open_tuned
+from daq_jax.io.hf.architectures import is_unloaded
 from daq_jax.io.hf.folders import Folder, open_folder
 from daq_jax.io.hf.paired_names import paired
 from daq_jax.io.hf.weight_names import is_expert
-from daq_jax.io.jobs.as_base import plan_as_base
+from daq_jax.io.jobs.as_base import by_names_of_base, plan_as_base
 from daq_jax.io.jobs.compare_folders import patches_of_folders
 from daq_jax.io.jobs.folder_store import CONFIG, FolderStore
 from daq_jax.io.jobs.job import Job
@@ -164,12 +165,14 @@ def _open_folder_job(
     ):
         if not after.config:
             raise DaqError(f"{tuned}: has no {CONFIG}, without which no server loads the result.")
-        base_names: dict[str, str] = {}
-        if not wants_base_format(output, run, before):  # whose names would be those of the result
-            before, base_names = paired(before, after)
+        as_base = wants_base_format(output, run, before)
+        if as_base:
+            after, names = by_names_of_base(before, after)
+        else:
+            before, names = paired(before, after)
         plan = _plan(before, after, recipe, output, run, console)
         _show(plan, output, console)
-        _show_names(base_names, console)
+        _show_names(names, "tuned" if as_base else "base", console)
         _show_doubt(before, after, plan, console)
         settings = _settings(plan, output, run)
         store = FolderStore(out, plan, before, after, output.custom_code)
@@ -177,7 +180,7 @@ def _open_folder_job(
         _show_side_files(store, console)
         summary = _summary(plan, output)
         summary["left_out"] |= beside.left_out
-        summary |= {"base_names": base_names} if base_names else {}
+        summary |= {"tuned_names" if as_base else "base_names": names} if names else {}
         summary |= {"copied": [str(p) for p in beside.copied], "written": list(store.written)}
         yield Job(
             store=store,
@@ -255,7 +258,11 @@ def _note_of(plan: Plan, output: Output) -> str:
     """What servers of the target do to the scales, and which loader does not read the result."""
     note = output.note_of(plan.format)
     experts = any(task.quantize and is_expert(task.name) for task in plan.tasks)
-    return f"{note}; {_INT8_EXPERTS}" if experts and plan.format == "int8-channel" else note
+    if experts and plan.format == "int8-channel":
+        return f"{note}; {_INT8_EXPERTS}"
+    stacks = any(task.quantize and len(task.tuned.shape) > 2 for task in plan.tasks)
+    unloaded = is_unloaded(plan.config, stacks)
+    return f"{note}; transformers does not load models of this type in {plan.format}" if unloaded else note
 
 
 def _show(plan: Plan, output: Output, console: Console) -> None:
@@ -264,10 +271,10 @@ def _show(plan: Plan, output: Output, console: Console) -> None:
         console.print(warning_of(plan), highlight=False)
 
 
-def _show_names(base_names: Mapping[str, str], console: Console) -> None:
-    """Says which tensors have another name in the base."""
-    for name, there in list(base_names.items())[:1]:
-        words = f"{len(base_names)} tensors have another name in base, such as {name} there {there}"
+def _show_names(names: Mapping[str, str], whose: str, console: Console) -> None:
+    """Says which tensors of the result have another name in base or tuned, as `whose` says."""
+    for name, there in list(names.items())[:1]:
+        words = f"{len(names)} tensors have another name in {whose}, such as {name} there {there}"
         console.print(on_one_line(words), highlight=False, markup=False)
 
 

@@ -4,6 +4,7 @@ Every file of the tuned model that is not hidden is accounted for: it holds the 
 copied, is written anew for the result, or is left out for a reason that plan and report give.
 """
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -54,19 +55,36 @@ def side_files(tuned: Folder, custom_code: bool, written: Iterable[str]) -> Side
     read = {*written, *(p.name for p in tuned.files if p.parent in (tuned.path, tuned.overlay))}
     copied: dict[Path, Path] = {}
     left_out: dict[str, str] = {}
+    modules = _modules_of(tuned.path)
     folders = [tuned.path] if tuned.overlay is None else [tuned.path, tuned.overlay]
     for folder in folders:
         for path in _beside(folder):
             above = folder != tuned.path and not path.name.startswith(_OF_TOKENIZER)
             if str(path) in read or (above and path in copied):
                 continue
-            if why := _why_left_out(path, custom_code) or ("of the adapter" if above else ""):
+            of_module = path.suffix == ".safetensors" and str(path.parent) in modules
+            if not of_module and (
+                why := _why_left_out(path, custom_code) or ("of the adapter" if above else "")
+            ):
                 left_out.setdefault(str(path), why)
             elif not stays_inside(folder / path, folder):
                 left_out[str(path)] = LINKED
             else:
                 copied[path] = folder
     return SideFiles(copied, left_out, _card_of(folders))
+
+
+def _modules_of(folder: Path) -> set[str]:
+    """Folders of modules with weights of their own, by the `modules.json` of sentence-transformers."""
+    path = folder / "modules.json"
+    if not (path.is_file() and stays_inside(path, folder)):
+        return set()
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError:
+        return set()
+    modules = [x for x in found if isinstance(x, dict)] if isinstance(found, list) else []
+    return {x["path"] for x in modules if isinstance(x.get("path"), str) and x["path"] not in ("", ".")}
 
 
 def _card_of(folders: Sequence[Path]) -> Path | None:
@@ -90,6 +108,8 @@ def _why_left_out(path: Path, custom_code: bool) -> str:
         return "says how another quantizer stores weights"
     if name.endswith(_INDEXES):
         return "an index of other files"
+    if path.suffix in _WEIGHTS and path.parent.name:
+        return "weights of another model or module, in a folder inside: copy them if a loader needs them"
     if path.suffix in _WEIGHTS:
         return "weights, which the result has its own of"
     if path.suffix == _CODE:

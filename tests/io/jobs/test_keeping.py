@@ -69,6 +69,9 @@ def test_gates_of_routers_and_of_shared_experts_are_kept_by_name(tmp_path):
         "model.layers.0.mlp.shared_expert_gate",
         "model.layers.0.feed_forward.gate",
         "backbone.layers.0.mixer.gate",
+        "model.layers.0.moe.gating",
+        "model.layers.0.mlp.gate.linear",
+        "model.layers.0.mlp.switch",
     )
     shapes = {f"{name}.weight": (256, 128) for name in gates} | {
         "model.layers.0.mlp.gate_proj.weight": (256, 128),
@@ -88,6 +91,12 @@ def test_gates_of_routers_and_of_shared_experts_are_kept_by_name(tmp_path):
         "model.connector",
         "model.embed_vision",
         "thinker.audio_encoder",
+        "model.vision",
+        "audio",
+        "model.sam_model",
+        "qformer.encoder",
+        "perceiver_resampler",
+        "model.mm_encoder",
     ],
 )
 def test_towers_and_projectors_are_kept_beside_a_text_model_unless_asked_for(tower, tmp_path):
@@ -239,6 +248,98 @@ def test_inspect_looks_at_what_patterns_leave(tmp_path, capsys):
     assert "match no weight" in capsys.readouterr().err
 
 
+LIST = "decoder.transformer.h."
+
+
+@pytest.mark.parametrize(
+    ("biases", "turned"),
+    [
+        ({"attn.c_attn": 384, "attn.c_proj": 128, "mlp.c_fc": 512}, True),
+        ({"attn.c_attn": 128, "mlp.c_fc": 128}, False),
+        ({"attn.c_attn": 384, "mlp.c_fc": 128}, False),  # of one list, which tell nothing
+        ({"attn.c_proj": 128}, False),
+        ({}, False),
+    ],
+)
+def test_biases_tell_layers_that_are_stored_in_out_whatever_the_type(biases, turned, tmp_path):
+    shapes = {"attn.c_attn": (128, 384), "attn.c_proj": (128, 128), "mlp.c_fc": (128, 512)}
+    decoder = {f"{LIST}0.{name}.weight": shape for name, shape in shapes.items()}
+    encoder = {f"encoder.layer.0.{x}.weight": (256, 128) for x in ("query", "key")}
+    tensors = decoder | encoder | {f"{LIST}0.{name}.bias": (n,) for name, n in biases.items()}
+    tensors |= {"encoder.layer.0.query.bias": (256,)}
+    found = plan_of(tmp_path, tensors, {"model_type": "of_ones_own"})
+    assert set(found["quantized"]) == set(encoder) | (set() if turned else set(decoder))
+    told = {name for name, why in found["kept"].items() if "stored [in, out]" in why}
+    assert told == (set(decoder) if turned else set())
+
+
+@pytest.mark.parametrize("turned", [True, False])
+@pytest.mark.parametrize("width", [128, 256])
+def test_shapes_tell_stacks_of_experts_that_are_stored_in_out_whatever_the_type(turned, width, tmp_path):
+    up, down = (2, 256, width), (2, width, 128)
+    experts = "model.layers.0.mlp.experts."
+    shapes = {
+        f"{experts}gate_up_proj": (2, up[2], up[1]) if turned else up,
+        f"{experts}down_proj": (2, down[2], down[1]) if turned else down,
+    }
+    found = plan_of(tmp_path, shapes | {UP: (128, 128)}, {"model_type": "of_ones_own"}, format="fp8-block")
+    assert set(found["quantized"]) == ({UP} if turned else {UP, *shapes})
+    assert {n for n, why in found["kept"].items() if "experts stored" in why} == (
+        set(shapes) if turned else set()
+    )
+
+
+@pytest.mark.parametrize("how", ["awq", ["awq"], 4])
+def test_a_config_of_quantization_that_is_a_word_is_refused(how, tmp_path):
+    with pytest.raises(daq.DaqError, match=r"quantized by .*(awq|4).*, which is not read"):
+        plan_of(tmp_path, {UP: (128, 128)}, {"text_config": {"quantization_config": how}})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "_orig_mod.model.layers.0.mlp.up_proj.weight",
+        "model.layers.0._fsdp_wrapped_module.mlp.up_proj.weight",
+        "module.model.layers.0.mlp.up_proj.weight",
+        "base_model.model.model.layers.0.mlp.up_proj.weight",
+        "model.layers.0.mlp.up_proj.lora_A.default.weight",
+    ],
+)
+def test_names_inside_a_wrapper_of_training_are_refused(name, tmp_path):
+    base = write_folder(tmp_path / "base", [{UP: np.ones((128, 128), BF16)}])
+    tuned = write_folder(tmp_path / "tuned", [{name: np.ones((128, 128), BF16)}])
+    with pytest.raises(daq.DaqError, match="inside a wrapper of training"):
+        daq.quantize_folder(base, tuned, tmp_path / "out", ABSMAX, format="fp8-channel")
+    with pytest.raises(daq.DaqError, match="inside a wrapper of training"):
+        daq.inspect_folder(base, tuned, ABSMAX)
+
+
+def test_a_layer_called_module_inside_a_model_is_no_wrapper(tmp_path):
+    shapes = {UP: (128, 128), "module.layers.0.up_proj.weight": (128, 128)}
+    assert set(plan_of(tmp_path, shapes, {})["quantized"]) == set(shapes)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "ends", "words"),
+    [
+        (BF16, ("_scale",), "is BF16 with a scale"),
+        (BF16, ("_scale_inv",), "is BF16 with a scale"),
+        (np.int8, ("_scale",), ""),
+        (np.int8, ("_scale", "_zp"), "weight_zp', which no known coding has"),
+        (np.int8, ("_scale", "_scale_2"), "weight_scale_2', which no known coding has"),
+    ],
+)
+def test_what_stands_beside_a_weight_is_read_or_refused(dtype, ends, words, tmp_path):
+    tensors = {f"{UP}{end}": np.ones((128, 1), np.float32) for end in ends}
+    paths = [write_folder(tmp_path / x, [tensors | {UP: np.ones((128, 128), dtype)}]) for x in "bt"]
+    out, how = tmp_path / "out", {"format": "fp8-channel", "plan_only": True, "memory_gb": 2}
+    if not words:
+        assert list(daq.quantize_folder(*paths, out, ABSMAX, **how)["quantized"]) == [UP]
+        return
+    with pytest.raises(daq.DaqError, match=words):
+        daq.quantize_folder(*paths, out, ABSMAX, **how)
+
+
 def test_groups_of_int4_are_whole_even_where_a_weight_has_fewer_inputs(tmp_path):
     shapes = {"model.layers.0.mixer.dt_proj.weight": (128, 48), UP: (128, 128)}
     kept = plan_of(tmp_path, shapes, {}, format="int4-group")["kept"]
@@ -261,6 +362,26 @@ def test_the_plan_says_that_transformers_does_not_load_experts_in_int8(tmp_path)
     assert words in plan_of(tmp_path / "int8", shapes, {}, format="int8-channel")["server"]
     assert words not in plan_of(tmp_path / "fp8", shapes, {})["server"]
     assert words not in plan_of(tmp_path / "dense", {UP: (128, 128)}, {}, format="int8-channel")["server"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "stack", "format", "told"),
+    [
+        ("hy_v4", True, "fp8-block", True),
+        ("zaya", True, "fp8-channel", True),
+        ("hy_v4", False, "fp8-block", False),
+        ("olmo_hybrid", False, "int4-group", True),
+        ("kimi_linear", False, "mxfp4", True),
+        ("kimi_linear", False, "fp8-channel", False),
+        ("kimi_linear", False, "fp8-block", False),
+        ("llama", True, "fp8-block", False),
+    ],
+)
+def test_the_plan_says_which_models_transformers_does_not_load(kind, stack, format, told, tmp_path):
+    """As `python -m benchmarks architectures` finds with transformers 5.24."""
+    shapes = {UP: (128, 128)} | ({"model.layers.1.mlp.experts.down_proj": (2, 128, 128)} if stack else {})
+    found = plan_of(tmp_path, shapes, {"model_type": kind}, format=format)
+    assert ("transformers does not load models of this type" in found["server"]) == told
 
 
 @pytest.mark.parametrize("inside", [False, True])

@@ -7,6 +7,7 @@ import pathlib
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from rich.console import Console
 
 import daq_jax as daq
@@ -379,6 +380,49 @@ def test_side_files_come_along_and_code_only_if_asked(pair, tmp_path):
     assert {"tokenizer.json", "chat_template.jinja", "1_Pooling/config.json"} <= found["out"]
     assert found["code"] - found["out"] == {"modeling_own.py"}
     assert "old.bin" not in found["out"]
+
+
+def test_weights_of_modules_of_a_sentence_transformer_come_along_and_others_are_named(pair, tmp_path):
+    for name in ("2_Dense", "vae"):
+        write_folder(pair[1] / name, [{"linear.weight": np.ones((4, 4), np.float32)}], {})
+    modules = [{"idx": 0, "path": ""}, {"idx": 2, "path": "2_Dense", "type": "sentence_transformers.Dense"}]
+    (pair[1] / "modules.json").write_text(json.dumps(modules))
+    report = daq.quantize_folder(*pair, tmp_path / "out", ABSMAX, memory_gb=2)
+    file = "2_Dense/model.safetensors"
+    assert (tmp_path / "out" / file).read_bytes() == (pair[1] / file).read_bytes()
+    assert "in a folder inside" in report["left_out"]["vae/model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("files", "listed", "words"),
+    [
+        (
+            ["model-1.safetensors", "model-2.safetensors"],
+            None,
+            "holds model-1.safetensors and 1 more, but no",
+        ),
+        (["consolidated.safetensors"], None, "rename it model.safetensors"),
+        (["model-1.safetensors", "model-2.safetensors"], 0, ""),
+        (["model-1.safetensors", "model-2.safetensors"], 1, "does not list 'b.x_proj.weight', nor 0 others"),
+    ],
+)
+def test_shards_are_read_whole_by_their_index_or_refused_with_a_way_out(files, listed, words, tmp_path):
+    names = {files[0]: ["a.x_proj.weight", "b.x_proj.weight"], files[-1]: ["c.x_proj.weight"]}
+    paths = [tmp_path / "b", tmp_path / "t"]
+    for path in paths:
+        path.mkdir()
+        (path / "config.json").write_text(json.dumps(CONFIG))
+        for file in files:
+            tensors = {n: np.ones((128, 128), BF16) for n in names[file]}
+            safetensors.numpy.save_file(tensors, path / file)
+        index = {n: file for file in files for n in names[file] if not (listed and n.startswith("b"))}
+        if listed is not None:
+            (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    if words:
+        with pytest.raises(daq.DaqError, match=words):
+            daq.quantize_folder(*paths, tmp_path / "out", ABSMAX, memory_gb=2)
+    else:
+        assert len(daq.quantize_folder(*paths, tmp_path / "out", ABSMAX, memory_gb=2)["quantized"]) == 3
 
 
 def test_a_plan_writes_nothing_and_shows_what_will_be(pair, tmp_path, capsys):

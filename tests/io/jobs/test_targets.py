@@ -207,6 +207,51 @@ def test_deepseek_v4_gets_experts_in_4_bits_beside_fp8_by_its_own_names(tmp_path
     assert raw(tmp_path / "again") == raw(out)
 
 
+# Shapes [out, in] of weights of DeepSeek V4, and on how many devices they are kept: the classes are those
+# of vLLM 0.32 (ColumnParallel: outputs are divided; RowParallel: inputs; Replicated: nothing). A block is 128
+# x 128, and a group of an expert 32 inputs.
+DIVIDED = {
+    "attn.wq_a": ((128, 256), "Replicated", ()),
+    "attn.wkv": ((128, 256), "Replicated", ()),
+    "attn.wq_b": ((256, 128), "ColumnParallel", (4,)),
+    "attn.wo_a": ((256, 128), "ColumnParallel", (4,)),
+    "attn.wo_b": ((128, 256), "RowParallel", (4,)),
+    "attn.indexer.wq_b": ((128, 128), "Replicated", ()),
+    "ffn.shared_experts.w1": ((256, 128), "ColumnParallel", (4,)),
+    "ffn.shared_experts.w3": ((256, 128), "ColumnParallel", (4,)),
+    "ffn.shared_experts.w2": ((128, 256), "RowParallel", (4,)),
+}
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_weights_of_deepseek_v4_are_divided_as_servers_do(devices, tmp_path):
+    mtp = {"mtp.0.e_proj.weight": (128, 128), "mtp.0.h_proj.weight": (128, 128)}
+    experts = {f"layers.0.ffn.experts.{i}.w{k}.weight": (64, 128) for i in range(2) for k in (1, 3)}
+    experts |= {f"layers.0.ffn.experts.{i}.w2.weight": (128, 64) for i in range(2)}
+    shapes = {f"layers.0.{n}.weight": shape for n, (shape, *_) in DIVIDED.items()} | experts | mtp
+    tensors = {n: (0.02 * normal(i, *shape)).astype(BF16) for i, (n, shape) in enumerate(shapes.items())}
+    folders = [write_folder(tmp_path / x, [tensors], V4) for x in ("base", "tuned")]
+    options = {"format": "deepseek-v4", "tp": devices, "memory_gb": 2}
+    plan = daq.quantize_folder(*folders, tmp_path / "out", plan_only=True, **options)
+    kept = {f"layers.0.{n}.weight" for n, (*_, not_on) in DIVIDED.items() if devices in not_on}
+    kept |= set(experts) if devices == 4 else set()  # 16 of the inputs of w2 on each device
+    assert plan["kept"].keys() == kept
+    assert plan["quantized"].keys() == set(shapes) - kept
+    for name in kept & {f"layers.0.{n}.weight" for n in DIVIDED}:
+        axis = "inputs" if "RowParallel" in DIVIDED[name[9:-7]] else "outputs"
+        assert plan["kept"][name] == f"not a multiple of 128 on each device: 256 {axis} over 4 devices"
+
+
+def test_servers_fuse_two_weights_of_deepseek_v4(tmp_path):
+    """`fused_wqa_wkv` of vLLM 0.32: if one cannot be stored in blocks, both are kept."""
+    shapes = {"layers.0.attn.wq_a.weight": (128, 128), "layers.0.attn.wkv.weight": (64, 128)}
+    shapes["layers.0.attn.wo_b.weight"] = (128, 128)
+    tensors = {n: (0.02 * normal(i, *shape)).astype(BF16) for i, (n, shape) in enumerate(shapes.items())}
+    folders = [write_folder(tmp_path / x, [tensors], V4) for x in ("base", "tuned")]
+    plan = daq.quantize_folder(*folders, tmp_path / "out", plan_only=True, format="deepseek-v4", memory_gb=2)
+    assert list(plan["quantized"]) == ["layers.0.attn.wo_b.weight"]
+
+
 def test_deepseek_v4_is_a_format_of_its_models_alone(tmp_path):
     from daq_jax.io.jobs.options import Output, Run, refuse_for_orbax
 
