@@ -147,7 +147,7 @@ def _work_each(sources: Sequence[_Source], recipe: Recipe) -> float:
         copies = sum(widths) * 2 / len(widths)  # a weight without a base is its own
         beside = _BESIDE_COPIES[as_search(recipe.search).reads_metric]
         return copies + beside + _DEQUANTIZED * any(x.tiling for x in sources)
-    return work.bytes_each - 4 + 2 * (max(widths) - 2)
+    return float(work.bytes_each - 4 + 2 * (max(widths) - 2))
 
 
 def peak_of(needs: Iterable[Need]) -> float:
