@@ -213,7 +213,7 @@ class Adapter(Reader):
     name, file = "adapter", "adapter/adapter_config.json"
 
     def prepare(self) -> None:
-        write_folder(self.here / "base", [small()])
+        self.base = open_folder(write_folder(self.here / "base", [small()]))
         write_adapter(self.path.parent, lora({MODULE: (64, 64)}))
 
     def seeds(self) -> list[bytes]:
@@ -222,10 +222,7 @@ class Adapter(Reader):
         return [json.dumps(ADAPTER_CONFIG | more).encode() for more in ({}, patterns, saved)]
 
     def look(self) -> None:
-        with (
-            contextlib.closing(open_folder(self.here / "base")) as base,
-            contextlib.closing(open_tuned(self.here / "adapter", base)) as tuned,
-        ):
+        with contextlib.closing(open_tuned(self.here / "adapter", self.base)) as tuned:
             for name in tuned.tensors:
                 with contextlib.suppress(daq.DaqError):
                     tuned.read(name)
@@ -239,7 +236,7 @@ class AdapterNames(Adapter):
     put = Names.put
 
     def prepare(self) -> None:
-        write_folder(self.here / "base", [small()])
+        self.base = open_folder(write_folder(self.here / "base", [small()]))
         write_adapter(
             self.path.parent, {"x": np.zeros(1, np.float32)}, bias="all", modules_to_save=["lm_head"]
         )
@@ -248,13 +245,18 @@ class AdapterNames(Adapter):
         start = f"base_model.model.{MODULE}"
         pair = {f"{start}.lora_A.weight": ("F32", (4, 64)), f"{start}.lora_B.weight": ("F32", (64, 4))}
         whole_head = {"base_model.model.lm_head.weight": ("BF16", (20, 64))}
+        table = {
+            "base_model.model.model.embed_tokens.lora_embedding_A": ("F32", (4, 20)),
+            "base_model.model.model.embed_tokens.lora_embedding_B": ("BF16", (64, 4)),
+            "base_model.model.model.embed_tokens.base_layer.weight": ("F16", (20, 64)),
+        }
         other = {
             f"{start}.base_layer.lora_A.default.weight": ("F32", (4, 64)),
             f"{start}.lora_magnitude_vector": ("F32", (64,)),
             "base_model.model.model.embed_tokens.lora_embedding_A": ("F32", (4, 20)),
             "base_model.model.model.embed_tokens.lora_embedding_B": ("F32", (64, 4)),
         }
-        return [self.text(case) for case in (pair, pair | whole_head, pair | other)]
+        return [self.text(case) for case in (pair, pair | whole_head, pair | other, pair | table, table)]
 
 
 class Records(Reader):

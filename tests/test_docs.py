@@ -268,24 +268,23 @@ def test_figures_of_the_demo_in_the_readme_are_those_of_the_results():
 
 
 def test_bytes_for_each_element_are_those_of_the_plan(tmp_path):
-    """The plan of two folders whose largest matrix has a million elements, beside one with half of that."""
+    """The plan of a folder of three matrices of eight million elements, beside one with half of that."""
     page = " ".join((ROOT / "docs/folders.md").read_text().split())
     for recipe, words in (
-        ("default", "{} bytes for each element of the largest matrix"),
-        ("absmax", "{} bytes for each element, and large"),
+        ("absmax", "{} bytes for each element of the largest matrix under `absmax`"),
+        ("mse", "{} under the recipes that only search scales"),
+        ("default", "and {} under the default"),
     ):
         taken = []
-        for n in (512, 1024):
-            shape = (1024, n)
-            folder = write_folder(
-                tmp_path / f"{recipe}{n}", [{"model.layers.0.mlp.up_proj.weight": np.zeros(shape, BF16)}]
-            )
+        for n in (2048, 4096):
+            weights = {f"model.layers.{i}.mlp.up_proj.weight": np.zeros((2048, n), BF16) for i in range(3)}
+            folder = write_folder(tmp_path / f"{recipe}{n}", [weights])
             found = daq.quantize_folder(
                 folder, folder, tmp_path / "out", daq.recipes.RECIPES[recipe], plan_only=True
             )
             taken.append(found["memory_bytes"])
-        each = (taken[1] - taken[0]) / (1024 * 512)
-        assert words.format(round(each)) in page, each
+        each = (taken[1] - taken[0]) / (2048 * 2048)
+        assert words.format(f"{each:.1f}") in page, each
 
 
 def test_on_grid_tells_the_two_cases_of_the_readme_apart():

@@ -3,7 +3,7 @@
     pip install atheris
     python -m benchmarks fuzz --minutes 60
 
-Readers are those of `tests/readers.py`, and take the time in equal shares, one after another. Each gives a
+Readers are those of `tests/readers.py`, and take the time in `SHARES`, one after another. Each gives a
 result or raises a `DaqError`, whatever the bytes are; another exception is a crash, and a call that takes
 more than a second of its thread a hang. Memory above the bound ends a reader's process, and is a crash too.
 Inputs that reach something new are kept in `tests/corpus`, as few as reach it all, and a test tries them.
@@ -29,6 +29,7 @@ from tests.readers import CORPUS, READERS, Reader
 LONGEST = 8192  # bytes of an input
 MEMORY = 1500  # MB of a reader's process, of which JAX and the interpreter take 250
 STUCK = 20  # seconds after which a call is given up
+SHARES = {"adapter": 3, "adapter_names": 3, "report": 3}  # of the time; others, which are faster, get one
 HEADS = ("reader", "executions", "read", "refused", "crashes", "hangs", "slowest_s", "peak_mb", "kept")
 _STATUS = {70: "hangs", 71: "crashes", 77: "crashes"}  # by which libFuzzer says that it gave up
 
@@ -118,10 +119,11 @@ def study(
         quick: some seconds for each, and nothing is kept.
     """
     names = [reader] if reader else list(READERS)
-    seconds = 3.0 if quick else 60 * minutes / len(names)
+    shares = [SHARES.get(name, 1) for name in names]
+    seconds = [3.0 if quick else 60 * minutes * share / sum(shares) for share in shares]
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        rows = list(pool.map(studied, names, *([x] * len(names) for x in (seconds, not quick))))
-    report = common.environment() | {"minutes": seconds * len(names) / 60, "readers": rows}
+        rows = list(pool.map(studied, names, seconds, [not quick] * len(names)))
+    report = common.environment() | {"minutes": sum(seconds) / 60, "readers": rows}
     if not reader:
         common.write(common.results(out, quick) / "fuzz.json", report, markdown_of(report))
     return int(any(row["crashes"] or row["hangs"] for row in rows))

@@ -41,7 +41,7 @@ class BaseScale(Search):
        that of nearest rounding at the AbsMax scale does the tile get the AbsMax scale.
 
     With `off_grid` a whole matrix may leave the grid of its base: to a scale that is a little above the
-    AbsMax scale, if such scales may be stored and nearest rounding there errs less, in squares, than a change
+    AbsMax scale and above the scale of the base, if such scales may be stored and nearest rounding there errs less, in squares, than a change
     costs on the grid of the base (`daq_jax.roundings.carriers`). That is so for large changes in FP8. The
     errors are those of a sample of the columns.
 
@@ -89,7 +89,7 @@ class BaseScale(Search):
         alone = tiles.machine.scores_at_once or not tiles.machine.one_device
         scale, known = on_grid(tiles, absmax, stored) if alone else in_parts(on_grid, tiles, absmax, stored)
         ratio = _ratio_of(tiles.format) if self.off_grid == "by format" else self.off_grid
-        beside = trials.scales(usable(ratio * trials.absmax))
+        beside = trials.scales(usable(ratio * jnp.maximum(trials.absmax, scale)))
         ratio = divide(beside, scale)
         changed = known & trials.changed
         may_leave = changed & (ratio != power_below(ratio))  # an octave on the grid is the same

@@ -20,7 +20,7 @@ from daq_jax.tilings import Tiling
 
 Leaf = np.ndarray | jax.Array | QTensor
 
-MOST_ELEMENTS = 2**21  # of a band that is compared on a CPU: 40 bytes for each, 80 MB
+MOST_ELEMENTS = 2**21  # of a band that is compared on a CPU: 25 bytes for each, 52 MB
 _ON_ACCELERATOR = 2**26  # where memory is the accelerator's own, and work stops at the end of each band
 
 
@@ -82,14 +82,28 @@ def band_of(x: Leaf, band: slice) -> Leaf:
 
 
 def figures_in_bands(base: Leaf, tuned: Leaf, q: QTensor) -> Figures:
-    """What `compare` finds of one weight `[..., out, in]`, whose sums take 40 bytes for each element."""
-    *batch, outputs, inputs = q.shape
-    tilings = [x.tiling for x in (base, tuned, q) if isinstance(x, QTensor)]
-    step = math.lcm(*(rows_per_tile(t, q.shape) for t in tilings if not can_be_cut(t, q.shape)))
-    most = MOST_ELEMENTS if jax.default_backend() == "cpu" else _ON_ACCELERATOR
+    """What `compare` finds of one weight `[..., out, in]`, whose sums take 25 bytes for each element."""
     found = []
-    for band in bands((outputs, math.prod(batch) * inputs), step, most=most):
+    for band in _compared(q.shape, [x.tiling for x in (base, tuned, q) if isinstance(x, QTensor)]):
         old, new, kept = (band_of(x, band) for x in (base, tuned, q))
         assert isinstance(kept, QTensor)
         found.append(compare_leaf(old, new, kept))
     return pool(found)
+
+
+def elements_compared(shape: Sequence[int], tilings: Sequence[Tiling]) -> int:
+    """Most elements of a weight `[..., out, in]` that `figures_in_bands` looks at together.
+
+    Args:
+        shape: shape of the weight.
+        tilings: those of its codes, and of its base and itself where they are codes too.
+    """
+    band = _compared(shape, tilings)[0]
+    return (band.stop - band.start) * math.prod(shape) // max(shape[-2], 1)
+
+
+def _compared(shape: Sequence[int], tilings: Sequence[Tiling]) -> list[slice]:
+    *batch, outputs, inputs = shape
+    step = math.lcm(*(rows_per_tile(t, shape) for t in tilings if not can_be_cut(t, shape)))
+    most = MOST_ELEMENTS if jax.default_backend() == "cpu" else _ON_ACCELERATOR
+    return bands((outputs, math.prod(batch) * inputs), step, most=most)

@@ -55,6 +55,7 @@ _RANK = {name: rank for rank, name in enumerate(_RANKED)}
 _BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 _LARGEST_HEADER = 100_000_000  # bytes, as in the reference reader
 _MOST_AXES = 32  # more than any weight has, and fewer than NumPy's own limit
+_ALIGNED = 64  # bytes: where an array begins that JAX takes on a CPU without a copy
 _CHUNK = 16 * 2**20  # bytes copied at a time
 
 
@@ -250,7 +251,9 @@ class TensorReader:
             yield self._bytes(entry.start + at, min(_CHUNK, entry.spec.nbytes - at))
 
     def _bytes(self, start: int, length: int) -> np.ndarray:
-        buffer = np.empty(length, np.uint8)
+        room = np.empty(length + _ALIGNED, np.uint8)
+        start_at = -room.ctypes.data % _ALIGNED
+        buffer = room[start_at : start_at + length]
         view, done = buffer.data, 0
         while done < length:
             count = os.preadv(self._file, [view[done : done + 2**30]], start + done)

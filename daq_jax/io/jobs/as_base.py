@@ -121,9 +121,8 @@ def plan_as_base(
             tasks.append(_coded_task(before, before.coding, after, own, dtype or working, room))
     files = {name: tensor.file for name, tensor in base.tensors.items()}
     config = config_as_base(base.config, tuned.config)
-    return Plan(
-        in_shards(tasks, files), recipe, AS_BASE, working, config, base.beside, dropped, memory_of(tasks)
-    )
+    shards = in_shards(tasks, files)
+    return Plan(shards, recipe, AS_BASE, working, config, base.beside, dropped, memory_of(shards))
 
 
 def by_names_of_base(base: Folder, tuned: Folder) -> tuple[Folder, dict[str, str]]:

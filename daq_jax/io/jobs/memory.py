@@ -1,23 +1,38 @@
 """What the work of a folder takes of memory: the process with JAX, its programs, and the largest matrix."""
 
-from collections.abc import Iterable
+import functools
+import math
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
 
+from daq_jax.io.hf.bands import elements_compared
+from daq_jax.io.hf.codings import Coding
 from daq_jax.io.hf.folders import Tensor
+from daq_jax.io.hf.packing import Plain
 from daq_jax.recipe import Recipe
 from daq_jax.roundings.nearest import Nearest
 from daq_jax.roundings.rounding import as_rounding
 from daq_jax.searches.search import as_search
+from daq_jax.tilings import Tiling
 
 RUNTIME = 700 * 10**6  # bytes of the interpreter, JAX, its compiled programs, and the figures of a band
-# The same on a CPU without the programs, and `Work.program_bytes` (`python -m benchmarks folders peaks`).
+# The same on a CPU without programs and figures (`python -m benchmarks folders peaks`).
 # What the libraries of an accelerator take of the host's memory was not measured apart.
-_RUNTIME_CPU = 380 * 10**6
-_BY_TILE = {False: (0, 17 * 10**6), True: (0, 40 * 10**6)}  # by whether scales are scored
-_BY_MATRIX = 450 * 10**6, 60 * 10**6
-_WRITING = 2  # bytes for each element of the matrix before it, which is being written
+_RUNTIME_CPU = 351 * 10**6
+_BY_TILE = {False: (0, 22 * 10**6), True: (0, 42 * 10**6)}  # by whether scales are scored
+_BY_MATRIX = 470 * 10**6, 70 * 10**6
+_DECODING = 14 * 10**6  # bytes of each program that dequantizes a tensor, kept or to be audited
+# Bytes for each element, on a CPU by XLA's own account: copies of both inputs, and beside them the result and
+# what is computed of one part at a time; by whether scales are scored.
+_BESIDE_COPIES = {False: 2.2, True: 6.5}
+_DEQUANTIZED = 2  # bytes for each element more, where one of the inputs is codes
+_HELD = 45 * 10**6  # bytes that compiling and comparing leave with the process, at most
+_FIGURES = 30  # bytes for each element of a band that is compared; 25 by XLA's own account
+_RESULT = 1.3  # bytes for each element: a code, and a scale for as few as 16
+_PACKING = 3  # bytes for each element of codes that are packed, before and after
+_CODED = 3  # bytes for each element of a weight that is read from codes
 
 
 class Room(NamedTuple):
@@ -51,6 +66,20 @@ class Work(NamedTuple):
     program_bytes: tuple[int, int]
 
 
+class Need(NamedTuple):
+    """What a band takes of memory on its way, in bytes.
+
+    Attributes:
+        read: the weights that are read.
+        work: beside them, the most that quantizing takes, and comparing, the result included.
+        write: the result, while the next band is quantized.
+    """
+
+    read: float = 0
+    work: float = 0
+    write: float = 0
+
+
 def work_of(recipe: Recipe) -> Work:
     """What a recipe asks of memory; the one place that asks its rounding and its search."""
     rounding = as_rounding(recipe.rounding)
@@ -61,15 +90,76 @@ def work_of(recipe: Recipe) -> Work:
     return Work(rounding.bytes_per_element, by_tile, (first, each))
 
 
-def bytes_each_of(tensor: Tensor, recipe: Recipe) -> int:
-    """Bytes of memory for each element of the largest matrix: while a pair is quantized, the next is read."""
-    wide = max(2, tensor.dtype.itemsize if tensor.dtype else 2)
-    return work_of(recipe).bytes_each + _WRITING + 2 * wide + 2 * (wide - 2)
+def need_of(
+    shape: Sequence[int], rows: int, sources: Sequence[Tensor], recipe: Recipe, coding: Coding
+) -> Need:
+    """What a band of a weight takes that is quantized.
+
+    Args:
+        shape: of the weight, `[..., out, in]`.
+        rows: of the band, along the first axis.
+        sources: the weight, and its base if there is one.
+        recipe: how it is quantized.
+        coding: how it is stored.
+    """
+    found = tuple(map(_Source.of, sources))
+    return _need_of(tuple(shape), rows, found, recipe, coding.tiling, isinstance(coding.packing, Plain))
 
 
-def runtime_of(recipe: Recipe, programs: int) -> int:
-    """Bytes of the interpreter and of JAX with so many compiled programs, and of the figures of a band."""
+class _Source(NamedTuple):
+    width: int  # bytes of an element, as it is quantized
+    tiling: Tiling | None  # of codes
+    made: bool  # turned, or summed with an adapter
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "_Source":
+        width = tensor.dtype.itemsize if tensor.dtype and not tensor.coding else 2
+        return cls(width, tensor.coding.tiling if tensor.coding else None, tensor.copied is not None)
+
+    @property
+    def read_each(self) -> int:
+        return _CODED if self.tiling else self.width * (3 if self.made else 1)
+
+
+@functools.lru_cache(4096)  # a large folder has many tensors and few shapes
+def _need_of(
+    shape: tuple[int, ...],
+    rows: int,
+    sources: tuple[_Source, ...],
+    recipe: Recipe,
+    tiling: Tiling,
+    plain: bool,
+) -> Need:
+    elements = rows * math.prod(shape[1:])
+    read = elements * sum(source.read_each for source in sources)
+    work = elements * _work_each(sources, recipe)
+    write = elements * (_RESULT if plain else _PACKING)
+    if jax.default_backend() != "cpu" or len(sources) == 1:  # nothing is compared, or on the accelerator
+        return Need(read, work, write)
+    tilings = [tiling, *(x.tiling for x in sources if x.tiling)]
+    figures = _FIGURES * elements_compared((rows, *shape[1:]), tilings)
+    return Need(read, max(work + min(figures, _HELD), elements * _RESULT + figures), write)
+
+
+def _work_each(sources: Sequence[_Source], recipe: Recipe) -> float:
+    work, widths = work_of(recipe), [source.width for source in sources]
+    if jax.default_backend() == "cpu" and work.by_tile:
+        copies = sum(widths) * 2 / len(widths)  # a weight without a base is its own
+        beside = _BESIDE_COPIES[as_search(recipe.search).reads_metric]
+        return copies + beside + _DEQUANTIZED * any(x.tiling for x in sources)
+    return float(work.bytes_each - 4 + 2 * (max(widths) - 2))
+
+
+def peak_of(needs: Iterable[Need]) -> float:
+    """Most bytes that bands take in turn: while one is quantized, the next is read and the last written."""
+    steps = [Need(), *needs, Need(), Need()]
+    found = zip(steps, steps[1:], steps[2:], strict=False)
+    return float(max(before.write + now.read + now.work + after.read for before, now, after in found))
+
+
+def runtime_of(recipe: Recipe, programs: int, decoding: int = 0) -> int:
+    """Bytes of the interpreter and of JAX with so many compiled programs, and some that only dequantize."""
     first, each = work_of(recipe).program_bytes
     if jax.default_backend() == "cpu":
-        return _RUNTIME_CPU + first + programs * each
-    return RUNTIME + (programs - 1) * each
+        return _RUNTIME_CPU + first + programs * each + decoding * _DECODING
+    return RUNTIME + (programs + decoding - 1) * each

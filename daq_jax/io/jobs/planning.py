@@ -4,6 +4,7 @@ A plan is data: the shards of the result, and for each shard its tensors with wh
 `FolderStore` carries the plan out. All that can be known to fail is found here, for all tensors at once.
 """
 
+import bisect
 import collections
 import dataclasses
 import functools
@@ -24,7 +25,7 @@ from daq_jax.io.hf.weight_names import is_matrix
 from daq_jax.io.jobs.factors import shared_factors
 from daq_jax.io.jobs.keeping import ALL, Choice, kept_of, refuse_parted_experts
 from daq_jax.io.jobs.leftovers import FLOATS, dropped_of, refuse_unread, unquantized
-from daq_jax.io.jobs.memory import RUNTIME, Room, bytes_each_of, runtime_of, work_of
+from daq_jax.io.jobs.memory import RUNTIME, Need, Room, need_of, peak_of, runtime_of, work_of
 from daq_jax.io.jobs.options import MissingBase, in_layout
 from daq_jax.io.jobs.other_names import renamed
 from daq_jax.recipe import Recipe
@@ -33,7 +34,9 @@ from daq_jax.tilings import Tiling
 _AT_ONCE = 2**22  # elements of a quantized tensor that is kept, which are dequantized at a time
 # Bytes for each tensor, beside those for each letter of its name: specs, tasks, records and the report.
 _EACH_TENSOR, _EACH_LETTER = 3000, 6
-_KEPT_EACH = 36  # bytes for each element of a quantized tensor that is kept, while it is dequantized
+_COPIED = 3 * 2**24  # bytes of a tensor that is copied, 16 MiB at a time
+_KEPT_EACH = 16  # bytes for each element of a quantized tensor that is kept, while it is dequantized
+_KEPT_HELD = 85 * 10**6  # bytes that this leaves with the process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,7 +240,8 @@ def make_plan(
     skipped = skip_list((n for n in kept if is_matrix(n, len(tuned.tensors[n].shape))), tuned.config)
     config = unquantized(tuned.config) | {"quantization_config": layout.config(skipped)} | dict(layout.says)
     beside = layout.beside(skipped)
-    plan = Plan(in_shards(tasks), recipe, layout.name, dtype, config, beside, dropped, memory_of(tasks))
+    shards = in_shards(tasks)
+    plan = Plan(shards, recipe, layout.name, dtype, config, beside, dropped, memory_of(shards))
     if not any(task.quantize for task in plan.tasks):
         raise DaqError(f"{tuned.path}: no tensor of it can be quantized: {_reasons(plan)}.")
     return plan
@@ -270,29 +274,33 @@ def quantized_task(
     Raises:
         DaqError: if the memory does not suffice.
     """
-    rows = _rows_at_a_time(tensor, base, recipe, coding.tiling, room)
+    rows = _rows_at_a_time(tensor, base, recipe, coding, room)
     why = "" if base else "no base"
     return Task(tensor, base, True, why, coding.specs, rows, coding, recipe, dtype)
 
 
-def _rows_at_a_time(tensor: Tensor, base: Tensor | None, recipe: Recipe, tiling: Tiling, room: Room) -> int:
+def _rows_at_a_time(tensor: Tensor, base: Tensor | None, recipe: Recipe, coding: Coding, room: Room) -> int:
     """Whole matrices one by one; a matrix too large for the memory in bands, if its tiles are independent."""
     *batch, outputs, inputs = tensor.shape
-    each, runtime = bytes_each_of(tensor, recipe), runtime_of(recipe, room.programs)
-    most = (room.memory - runtime) // each
-    whole = 1 if batch else outputs
-    if outputs * inputs <= most:
+    sources = [tensor] if base is None else [tensor, base]
+    runtime, whole = runtime_of(recipe, room.programs), 1 if batch else outputs
+
+    def needed(rows: int) -> float:
+        return runtime + peak_of(3 * [need_of(tensor.shape, rows, sources, recipe, coding)])
+
+    if needed(whole) <= room.memory:
         return whole
-    step = _step(tensor, base, tiling)
-    rows = most // inputs // step * step
-    if batch or rows < step or not work_of(recipe).by_tile or can_be_cut(tiling, tensor.shape):
-        needed = (runtime + outputs * inputs * each) / 10**9
-        raise DaqError(
-            f"{tensor.file}: {tensor.name!r} is {outputs} x {inputs}, which takes {needed:.1f} GB at once; "
-            f"the memory given is {room.memory / 10**9:.1f} GB: raise it "
-            f"(--memory {math.ceil(10 * needed) / 10})."
-        )
-    return rows
+    step = _step(tensor, base, coding.tiling)
+    if not batch and work_of(recipe).by_tile and not can_be_cut(coding.tiling, tensor.shape):
+        steps = bisect.bisect(range(1, outputs // step + 1), room.memory, key=lambda n: needed(n * step))
+        if steps:
+            return steps * step
+    gb = needed(whole) / 10**9
+    raise DaqError(
+        f"{tensor.file}: {tensor.name!r} is {outputs} x {inputs}, which takes {gb:.1f} GB at once; "
+        f"the memory given is {room.memory / 10**9:.1f} GB: raise it "
+        f"(--memory {math.ceil(10 * gb) / 10})."
+    )
 
 
 def _step(tensor: Tensor, base: Tensor | None, tiling: Tiling) -> int:
@@ -302,16 +310,31 @@ def _step(tensor: Tensor, base: Tensor | None, tiling: Tiling) -> int:
     return math.lcm(*(rows_per_tile(tiling, tensor.shape) for tiling in cut))
 
 
-def memory_of(tasks: Sequence[Task]) -> int:
+def memory_of(shards: Sequence[Shard]) -> int:
     """Bytes that the work takes at most, the process itself included."""
+    tasks = [task for shard in shards for task in shard.tasks]
     chosen = [task for task in tasks if task.quantize]
-    units = [task.most_elements * bytes_each_of(task.tuned, task.recipe) for task in chosen]
-    decoded = [task for task in tasks if not task.quantize and task.tuned.coding]
-    kept = [_KEPT_EACH * task.most_elements for task in decoded]
     words = sum(_EACH_TENSOR + _EACH_LETTER * len(task.name) for task in tasks)
-    programs = _programs_of([*chosen, *decoded])
-    runtimes = [runtime_of(recipe, programs) for recipe in {task.recipe for task in chosen}]
-    return max(runtimes, default=RUNTIME) + words + max(units, default=0) + max(kept, default=0)
+    decoded = [task for task in tasks if not task.quantize and task.tuned.coding]
+    programs = _programs_of(chosen), _programs_of(decoded) + _programs_of([t for t in chosen if t.as_base])
+    runtimes = [runtime_of(recipe, *programs) for recipe in {task.recipe for task in chosen}]
+    bands = max(
+        (peak_of(need for task in shard.tasks for need in _needs(task)) for shard in shards), default=0
+    )
+    held = _KEPT_HELD if decoded else 0
+    return int(max(runtimes, default=RUNTIME) + words + bands + held)
+
+
+def _needs(task: Task) -> list[Need]:
+    """What the bands of a tensor take; three of them for all that are like them."""
+    if task.quantize:
+        assert task.coding is not None
+        sources = [task.tuned] if task.base is None else [task.tuned, task.base]
+        need = need_of(task.tuned.shape, task.rows, sources, task.recipe, task.coding)
+        return min(3, len(task.bands)) * [need]
+    if task.tuned.coding:
+        return [Need(write=_KEPT_EACH * task.most_elements)]
+    return [Need(write=min(task.tuned.nbytes, _COPIED))]
 
 
 def _programs_of(tasks: Sequence[Task]) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Hashable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -96,7 +97,8 @@ class ShardJob:
 
         def one(folder: Folder, name: str) -> Leaf:
             leaf = folder.read(name, rows, task.dtype)
-            return leaf if isinstance(leaf, QTensor) else jnp.asarray(leaf)  # sent to the device only once
+            # Sent to the device only once, and on a CPU not copied, as `jnp.asarray` would.
+            return leaf if isinstance(leaf, QTensor) else jax.device_put(leaf)
 
         sources = [(self.tuned, task.name)] if task.quantize else []
         if task.quantize and task.base is not None:

@@ -1,8 +1,10 @@
 """Folders that the reference writer makes, read back; and folders that must be refused."""
 
+import contextlib
 import json
 import struct
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -280,3 +282,12 @@ def test_what_is_no_whole_safetensors_model_is_refused_with_a_way_out(file, word
 def test_a_missing_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match="not a folder"):
         open_folder(tmp_path / "gone")
+
+
+def test_jax_takes_what_is_read_without_a_copy(tmp_path):
+    path = tmp_path / "model.safetensors"
+    safetensors.numpy.save_file({"a": np.ones(3, np.float32), "b": np.ones((5, 7), BF16)}, path)
+    with contextlib.closing(TensorReader(path)) as reader:
+        for name, band in (("a", slice(None)), ("b", slice(1, 4))):
+            found = reader.read(name, band)
+            assert jax.device_put(found, jax.devices("cpu")[0]).unsafe_buffer_pointer() == found.ctypes.data

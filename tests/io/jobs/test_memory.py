@@ -1,8 +1,17 @@
 """The memory that a command takes is at most what its plan promises, whatever the shapes."""
 
+import jax
 import numpy as np
 import pytest
 
+import daq_jax as daq
+from daq_jax.io.hf.codings import HF_MATRIX
+from daq_jax.io.hf.folders import Tensor
+from daq_jax.io.hf.layouts import LAYOUTS
+from daq_jax.io.hf.tensor_files import TensorSpec
+from daq_jax.io.jobs.memory import Need, need_of, peak_of
+from daq_jax.io.jobs.options import in_layout
+from daq_jax.leaves import lowered
 from tests import peaks
 from tests.hf_folders import BF16, CONFIG, E4M3, Tensors, normal, write_folder
 
@@ -50,3 +59,38 @@ def test_the_peak_is_at_most_what_the_plan_promises(make, tmp_path):
     options = ["--recipe", "absmax", "--format", "fp8-channel", "--memory", "3"]
     said, peak = peaks.run("quantize", *pair, tmp_path / "out", *options)
     assert peak <= said["memory_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "layout", "dtype"),
+    [
+        ("absmax", "int8-channel", "BF16"),
+        ("absmax", "mxfp8", "F32"),
+        pytest.param("mse", "nvfp4", "BF16", marks=pytest.mark.slow),
+    ],
+)
+def test_quantizing_is_promised_what_xla_takes(recipe, layout, dtype):
+    shape, how = (1024, 2048), in_layout(daq.recipes.RECIPES[recipe], LAYOUTS[layout])
+    weight, coding = (
+        Tensor(UP, TensorSpec(dtype, shape), "", None, HF_MATRIX),
+        LAYOUTS[layout].coding(UP, shape, 1.0),
+    )
+    like = jax.ShapeDtypeStruct(shape, weight.dtype)
+    used = lowered(like, like, recipe=how, matrix=HF_MATRIX, one_device=True).compile().memory_analysis()
+    promised = need_of(shape, shape[0], [weight], how, coding).work  # without a base nothing is compared
+    assert used.temp_size_in_bytes + used.output_size_in_bytes <= promised
+    assert promised <= 1.4 * (used.temp_size_in_bytes + used.output_size_in_bytes)
+
+
+def test_one_band_is_quantized_while_the_next_is_read_and_the_last_written():
+    small, large, last = Need(10, 5, 1), Need(4, 30, 2), Need(8, 1, 3)
+    assert peak_of([small, large, last]) == 1 + 4 + 30 + 8
+    assert peak_of([large, Need(write=50)]) == 50  # written when nothing is left to do
+    assert peak_of([]) == 0
+
+
+def test_a_comparison_of_rows_that_cannot_be_cut_is_counted():
+    how, layout = in_layout(daq.recipes.absmax, LAYOUTS["int8-channel"]), LAYOUTS["int8-channel"]
+    pair = 2 * [Tensor(UP, TensorSpec("BF16", (2, 2**24)), "", None, HF_MATRIX)]
+    need = need_of((2, 2**24), 2, pair, how, layout.coding(UP, (2, 2**24), 1.0))
+    assert need.work >= 25 * 2**24  # sums of one row
