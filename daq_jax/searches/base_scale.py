@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -40,16 +39,17 @@ class BaseScale(Search):
     4. Tuned weights beyond the largest code are clipped. Only if the squared error of clipping alone exceeds
        that of nearest rounding at the AbsMax scale does the tile get the AbsMax scale.
 
-    With `off_grid` a whole matrix may leave the grid of its base: to a scale that is a little above the
-    AbsMax scale and above the scale of the base, if such scales may be stored and nearest rounding there errs less, in squares, than a change
-    costs on the grid of the base (`daq_jax.roundings.carriers`). That is so for large changes in FP8. The
-    errors are those of a sample of the columns.
+    With `off_grid` a whole matrix may leave the grid of its base: to a scale that is a little above both the
+    AbsMax scale and that of the base, if such scales may be stored and nearest rounding there errs less, in
+    squares, than a change costs on the grid of the base (`daq_jax.roundings.carriers`). That is so for large
+    changes in FP8. The errors are those of a sample of the columns.
 
     A tile without change keeps the scale of its base. The metric and the rounding of the recipe play no part.
 
     Attributes:
-        off_grid: ratio of a scale off the grid of the base to the AbsMax scale, from 1 to 2; None for none.
-            "by format" is 1.19, and nearer to 1 where steps are even and many: 1.04 for int8. Errors grow
+        off_grid: ratio of a scale off the grid of the base to the larger of the AbsMax scale and that of the
+            base, from 1 to 2; None for none.
+            "by format" is 1.19, and nearer to 1 where steps are even and many: 1.03 for int8. Errors grow
             with the ratio, and codes of many steps are off the old ones soon.
     """
 
@@ -99,7 +99,7 @@ class BaseScale(Search):
 
 def _ratio_of(number: Format) -> float:
     """How far a scale off the grid of the base is above the AbsMax scale, as measured in `docs/design`."""
-    return 1 + 0.5 / math.sqrt(number.largest) if isinstance(number, Integer) else 1.19
+    return 1 + 0.7 / number.largest ** (2 / 3) if isinstance(number, Integer) else 1.19
 
 
 def _on_grid(
