@@ -384,16 +384,17 @@ def test_a_template_that_does_not_fit_is_refused_by_name(tmp_path):
 # --- Killed in mid-save -------------------------------------------------------------------------------------
 
 KILLED = """
-import os, pathlib, signal, sys, threading, time
+import contextlib, os, pathlib, signal, sys, threading, time
 import jax.numpy as jnp, numpy as np
 import daq_jax as daq
 path, enough = pathlib.Path(sys.argv[1]), int(sys.argv[2])
 
 def kill():
     while True:
-        files = [f for f in path.parent.glob(path.name + ".orbax*/**/*") if f.is_file()]
-        if sum(f.stat().st_size for f in files) >= enough and files:
-            os.kill(os.getpid(), signal.SIGKILL)
+        with contextlib.suppress(FileNotFoundError):  # Orbax removes files while they are listed
+            files = [f for f in path.parent.glob(path.name + ".orbax*/**/*") if f.is_file()]
+            if sum(f.stat().st_size for f in files) >= enough and files:
+                os.kill(os.getpid(), signal.SIGKILL)
 
 weights = np.random.default_rng(0).normal(size=(24, 1024, 1024)).astype(np.float32)
 tree = {str(i): daq.quantize(w, w, daq.recipes.absmax) for i, w in enumerate(weights)}
