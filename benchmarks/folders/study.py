@@ -77,9 +77,7 @@ def memory(
     note(common.results(out, quick) / "folders_memory.json", figures)
 
 
-def peaks(
-    *, disk: Path, count: int = 30, seed: int = 0, out: Path | None = None, quick: bool = False
-) -> int:
+def peaks(*, disk: Path, count: int = 30, seed: int = 0, out: Path | None = None, quick: bool = False) -> int:
     """Peak memory of jobs on drawn shapes and recipes, beside what plans promise. Returns 1 if one is above.
 
     Args:
