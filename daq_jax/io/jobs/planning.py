@@ -33,7 +33,7 @@ from daq_jax.tilings import Tiling
 
 _AT_ONCE = 2**22  # elements of a quantized tensor that is kept, which are dequantized at a time
 # Bytes for each tensor, beside those for each letter of its name: specs, tasks, records and the report.
-_EACH_TENSOR, _EACH_LETTER = 3000, 6
+_EACH_TENSOR, _EACH_LETTER = 4500, 6
 _COPIED = 3 * 2**24  # bytes of a tensor that is copied, 16 MiB at a time
 _KEPT_EACH = 16  # bytes for each element of a quantized tensor that is kept, while it is dequantized
 _KEPT_HELD = 85 * 10**6  # bytes that this leaves with the process
