@@ -154,6 +154,7 @@ class _How:
 def _quantize(
     base: Array | QTensor, tuned: Array | QTensor, stream: Array | None, *, how: _How
 ) -> tuple[QTensor, Array | None]:
+    base, tuned = lax.stop_gradient((base, tuned))  # codes are steps; parts of a rounding have NaN for slopes
     recipe, rounding = how.recipe, as_rounding(how.recipe.rounding)
     view = TileView(tuple(tuned.shape), how.matrix, recipe.tiling)
     stored = None

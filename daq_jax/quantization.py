@@ -29,7 +29,9 @@ def quantize(
     """Quantizes a tuned model so that what tuning changed survives.
 
     Pure; works eagerly and under `jax.jit`, `jax.eval_shape` and `jax.export`, on NumPy arrays, and on
-    sharded arrays, whose sharding the result keeps.
+    sharded arrays, whose sharding the result keeps. Gradients through it are 0, those of codes and scales as
+    constants; the straight-through estimate of a weight `w` is `w + jax.lax.stop_gradient(deq - w)`, with
+    `deq = quantize(base, w).dequantize()`.
 
     Args:
         base: tree of weights before tuning: bfloat16, float16 or float32 arrays `[..., in, out]`, or

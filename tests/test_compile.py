@@ -92,6 +92,29 @@ def test_quantize_works_inside_a_scan_over_layers():
     np.testing.assert_array_equal(Stored.of(q).codes[1].view(np.uint8), Stored.of(alone).codes.view(np.uint8))
 
 
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("name", slow_after(2, daq.recipes.RECIPES))
+def test_gradients_through_codes_are_zero_and_those_straight_through_are_of_the_weight(name, jit):
+    base, tuned = (jnp.asarray(x, jnp.float32) for x in pair("gradient", (32, 16)))
+    deq = lambda b, t: daq.quantize(b, t, daq.recipes.RECIPES[name]).dequantize()  # noqa: E731
+    loss = lambda w: jnp.sum(w * w)  # noqa: E731
+    run = jax.jit if jit else lambda f: f
+    for found in run(jax.grad(lambda b, t: loss(deq(b, t)), (0, 1)))(base, tuned):
+        np.testing.assert_array_equal(found, 0 * base)
+    through = lambda t: loss(t + jax.lax.stop_gradient(deq(base, t) - t))  # noqa: E731
+    np.testing.assert_allclose(run(jax.grad(through))(tuned), 2 * deq(base, tuned), rtol=1e-5, atol=1e-7)
+
+
+def test_gradients_leave_the_codes_as_they_are():
+    base, tuned = (jnp.asarray(x, jnp.float32) for x in pair("gradient", (32, 16)))
+
+    def loss(tuned):
+        q = daq.quantize(base, tuned)
+        return jnp.sum(q.dequantize() ** 2), q
+
+    assert_same_bits(jax.grad(loss, has_aux=True)(tuned)[1], daq.quantize(base, tuned))
+
+
 # --- Sharded arrays -----------------------------------------------------------------------------------------
 
 

@@ -185,6 +185,7 @@ class _How:
 
 @functools.partial(jax.jit, static_argnames="how")
 def _quantize(weight: Array, base: Array | None, gram: Array | None, *, how: _How) -> QTensor:
+    weight, base, gram = lax.stop_gradient((weight, base, gram))  # as in `quantize`
     recipe = how.recipe
     view = TileView(tuple(weight.shape), how.matrix, recipe.tiling)
 

@@ -274,6 +274,12 @@ def test_gptq_of_the_benchmark_is_elimination_one_input_at_a_time(symmetric):
     np.testing.assert_allclose(got, wanted, atol=1e-4)
 
 
+def test_gradients_through_codes_are_zero():
+    weight, grams = weight_and_grams("gradient", (64, 8))
+    found = jax.grad(lambda w: jnp.sum(quantized(w, grams, daq.recipes.density).dequantize()))(weight)
+    np.testing.assert_array_equal(found, 0 * weight)
+
+
 def test_an_adjustment_of_ones_own_may_be_a_class_or_a_function():
     weight, grams = weight_and_grams("own", (64, 4))
 
