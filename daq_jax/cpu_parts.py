@@ -59,7 +59,7 @@ def in_parts(function: Callable[..., Any], tiles: Tiles, *per_tile: Any, step: i
 
         return jax.tree.map(update, done, part(start, size))
 
-    def put_next(i: Array, done: Any) -> Any:
+    def put_next(i: Array | int, done: Any) -> Any:
         return put(jnp.minimum(i * size, length - size), size, done)
 
     def zeros(one: jax.ShapeDtypeStruct) -> Array:

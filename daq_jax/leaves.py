@@ -152,7 +152,7 @@ class _How:
 
 @functools.partial(jax.jit, static_argnames="how")
 def _quantize(
-    base: Array | QTensor, tuned: Array | QTensor, stream: Array | None, *, how: _How
+    base: Array | QTensor, tuned: Array | QTensor, stream: Array | np.uint32 | None, *, how: _How
 ) -> tuple[QTensor, Array | None]:
     base, tuned = lax.stop_gradient((base, tuned))  # codes are steps; parts of a rounding have NaN for slopes
     recipe, rounding = how.recipe, as_rounding(how.recipe.rounding)

@@ -171,7 +171,7 @@ def _descend(
         everywhere = across(group.rows.reshape(-1, size).T, moved)
         return gradient - everywhere.reshape(gradient.shape), (values, affine)
 
-    def sweep(_: Array, state: tuple[Array, Array, AffineMap]) -> tuple[Array, Array, AffineMap]:
+    def sweep(_: Array | int, state: tuple[Array, Array, AffineMap]) -> tuple[Array, Array, AffineMap]:
         gradient, values, affine = state
         groups = _Group(rows, weight, real, values, affine)
         gradient, (values, affine) = lax.scan(visit, gradient, (jnp.arange(len(weight)), groups))

@@ -68,7 +68,8 @@ def merge(
 
     Raises:
         DaqError: naming each leaf of the adapter that has no partner, that does not fit its weight, or that
-            lacks a scale.
+            lacks a scale; each leaf that is not of floats; a scale that is no finite number; and each pattern
+            of `scale` or `inputs` that is found in the path of no weight of a pair.
 
     >>> base = {"q": {"kernel": jnp.zeros((2, 3), jnp.bfloat16)}}
     >>> pair = {"q": {"kernel_lora_a": jnp.ones((2, 1)), "kernel_lora_b": jnp.ones((1, 3))}}
@@ -77,14 +78,19 @@ def merge(
     """
     before, given = named_leaves(base), named_leaves(adapter)
     pairs, problems = _pairs(given)
+    problems += _scale_problems(scale)
     tuned, wide = dict(before), dict(before)
     used = {path for pair in pairs for path in (pair.a, pair.b)}
-    for pair in pairs:
-        weight = next((w for w in pair.weights if w in before), None)
+    weights = [next((w for w in pair.weights if w in before), None) for pair in pairs]
+    found = [weight for weight in weights if weight is not None]
+    problems += _unused(scale, "scale", found) + _unused(inputs, "inputs", found)
+    for pair, weight in zip(pairs, weights, strict=True):
         if weight is None:
             problems.append(f"{pair.a!r} belongs to no leaf of base; looked for {' and '.join(pair.weights)}")
             continue
         try:
+            for word, x in (("it", before[weight]), (pair.a, given[pair.a]), (pair.b, given[pair.b])):
+                _check_floats(word, x)
             factor = _factor(scale, weight, pair.kind)
             axes = _input_axes(inputs, weight, pair.kind)
             wide[weight], tuned[weight] = _sum(
@@ -139,6 +145,61 @@ def _pair_of(path: str) -> tuple[_Pair | None, str]:
     if found := _QWIX.match(path):
         return _Pair(f"{start}a", f"{start}b", (found["weight"],), "qwix"), found["side"]
     return None, ""
+
+
+def _scale_problems(scale: Any) -> list[str]:
+    """What is wrong with a scale, or with the values of one by patterns."""
+    values = scale if isinstance(scale, Mapping) else {"": scale}
+    return [
+        f"scale{f'[{pattern!r}]' if pattern else ''} is {value!r}; needed one finite number, alpha / rank"
+        for pattern, value in values.items()
+        if value is not None and not _is_factor(value)
+    ]
+
+
+def _is_factor(value: Any) -> bool:
+    """Whether a value is one real number, and finite where it is known."""
+    if isinstance(value, Tracer):
+        return value.shape == () and jnp.issubdtype(value.dtype, jnp.floating)
+    if isinstance(value, (bool, str)) or np.ndim(value) or not np.isrealobj(value):
+        return False
+    try:
+        return math.isfinite(value)
+    except TypeError:
+        return False
+
+
+def _unused(patterns: Any, argument: str, weights: Sequence[str]) -> list[str]:
+    """One problem for each pattern of an argument that is found in the path of no weight."""
+    if not isinstance(patterns, Mapping):
+        return []
+    return [
+        f"{argument}: {pattern!r} is found in none of the weights that have pairs: {', '.join(weights[:8])}"
+        + (f" and {len(weights) - 8} more" if len(weights) > 8 else "")
+        for pattern in patterns
+        if not any(re.search(pattern, weight) for weight in weights)
+    ]
+
+
+def _check_floats(word: str, x: Any) -> None:
+    """Raises DaqError unless a leaf holds floats that a sum with a LoRA product makes sense of."""
+    if isinstance(x, QTensor):
+        return
+    found = str(getattr(x, "dtype", f"a {type(x).__name__}"))
+    if isinstance(x, np.ma.MaskedArray):
+        raise DaqError(f"{word} is a masked array, whose mask would be lost: pass x.filled(value)")
+    if found.startswith(">"):
+        raise DaqError(f'{word} is {found}, of another byte order: pass x.astype(x.dtype.newbyteorder("="))')
+    if found in FLOATS or found == "float64":
+        if is_concrete(x) and not is_staged() and not is_finite([jnp.asarray(x)]):
+            raise DaqError(f"{word} holds NaN or infinity; every weight must be finite: mend the checkpoint")
+        return
+    way = "dequantize it first, codes times scales, or pass a QTensor" if _is_code(x) else "pass floats"
+    raise DaqError(f"{word} is {found}; needed bfloat16, float16 or float32: {way}")
+
+
+def _is_code(x: Any) -> bool:
+    return hasattr(x, "dtype") and jnp.dtype(x.dtype).itemsize < 8 and x.dtype != bool
 
 
 def _factor(scale: float | Mapping[str, float] | None, weight: str, kind: str) -> float:

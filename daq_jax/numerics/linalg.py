@@ -73,7 +73,7 @@ def leading_directions(
         product: `rough` or `exact`.
     """
 
-    def turn(_: Array, sides: tuple[Array, Array]) -> tuple[Array, Array]:
+    def turn(_: Array | int, sides: tuple[Array, Array]) -> tuple[Array, Array]:
         left = _orthonormalized(product(matrix, sides[1]))
         return left, _orthonormalized(product(matrix.mT, left))
 

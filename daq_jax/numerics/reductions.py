@@ -64,7 +64,7 @@ def _in_turn(x: Array, axis: int, reduction: Reduction) -> Array:
     if math.prod(x.shape[axis + 1 :]) < _WIDE:
         return reduction.of_axes(x, axis, keepdims=True).astype(x.dtype)
 
-    def step(i: Array, done: Array) -> Array:
+    def step(i: Array | int, done: Array) -> Array:
         return reduction.of_two(done, lax.dynamic_index_in_dim(x, i, axis))
 
     return lax.fori_loop(1, x.shape[axis], step, lax.index_in_dim(x, 0, axis))
@@ -103,7 +103,7 @@ def sum_as_computed(x: Float[Array, "..."], axis: int, local: bool) -> Float[Arr
     def add(total: Array, term: Array) -> Array:
         return jnp.minimum(total + jnp.minimum(term, LARGEST), LARGEST)
 
-    def add_next(i: Array, total: Array) -> Array:
+    def add_next(i: Array | int, total: Array) -> Array:
         return add(total, lax.dynamic_index_in_dim(runs, i, axis + 1, keepdims=False))
 
     while x.shape[axis] > 1:

@@ -205,7 +205,7 @@ def _known_before_storing(pair: Pair, exact: Bool[Array, "B t r C"]) -> _Known:
     first = jnp.sqrt(mean(square, native & (square > 0)))
     counted = native & ((square > 0) | (unit > _WITHIN * first))  # zeros of changes too small to be stored
 
-    def nearer(_: Array, rms: Array) -> Array:
+    def nearer(_: Array | int, rms: Array) -> Array:
         telling = counted & ~(known & (rms < _TOLD * unit))
         ratio = mean(square / jnp.maximum(expected(rms, unit, known), _TINY), telling)
         return rms * jnp.where(ratio > 0, jnp.sqrt(ratio), 1)
@@ -232,7 +232,7 @@ def _share_on(pair: Pair, step: Array, carries: Array, reach: float, rms: PerMat
     some, counted = _every_nth(step), _every_nth(carries)
     count = jnp.maximum(_total(counted.astype(jnp.float32)), 1)
 
-    def halve(_: Array, gains: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(_: Array | int, gains: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = gains
         gain = jnp.sqrt(low * high)
         few = gain * _total(jnp.where(counted, share(some, gain), 0)) < count
@@ -261,7 +261,7 @@ def _balance(part: Array, whole: Array) -> Array:
     rows, columns = jnp.ones_like(part[..., :1]), jnp.ones_like(part[:, :1, :1])
     by_row, by_column = (_sum(whole, axes) for axes in ((3,), (1, 2)))
 
-    def turn(_: Array, factors: tuple[Array, Array]) -> tuple[Array, Array]:
+    def turn(_: Array | int, factors: tuple[Array, Array]) -> tuple[Array, Array]:
         rows, columns = factors
         rows = rows * _towards(by_row, rows * _sum(multiply(part, columns), (3,)))
         return rows, columns * _towards(by_column, columns * _sum(part * rows, (1, 2)))

@@ -174,7 +174,7 @@ def bracket(d: Array, kept: Callable[[Array | float], Array], total: Callable[[A
     far = jnp.where(short, _LARGEST_GAIN, 1 / _LARGEST_GAIN)
     at_far = total(d * kept(far))
 
-    def halve(_: Array, bracket: tuple[Array, ...]) -> tuple[Array, ...]:
+    def halve(_: Array | int, bracket: tuple[Array, ...]) -> tuple[Array, ...]:
         low, high, at_low, at_high = bracket
         middle = _between(low, high)
         reached = total(d * kept(middle))

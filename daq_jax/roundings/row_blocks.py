@@ -126,7 +126,7 @@ class RowBlocks:
     def _values(self, rule: Rule, plan: Plan) -> Float[Array, "B R C"]:
         """Values of the codes: a loop over the blocks."""
 
-        def step(i: Array, done: tuple) -> tuple:
+        def step(i: Array | int, done: tuple) -> tuple:
             values, s, state = done
             take, take_tiles = functools.partial(self._take, i=i), functools.partial(self._spread, i=i)
             rows = Rows.of(plan, take, take_tiles, self._thresholds(i))
@@ -142,21 +142,21 @@ class RowBlocks:
         start = (jnp.zeros_like(like), s, rule.start(plan.strips))
         return lax.fori_loop(0, self.number, step, start)[0]
 
-    def _take(self, x: Array, i: Array) -> Array:
+    def _take(self, x: Array, i: Array | int) -> Array:
         """Block `i` of the rows of `[B, R, n]`."""
         return lax.dynamic_slice_in_dim(x, i * self.size, self.size, axis=1)
 
-    def _put(self, x: Array, block: Array, i: Array) -> Array:
+    def _put(self, x: Array, block: Array, i: Array | int) -> Array:
         """`[B, R, n]` with another block `i`."""
         return lax.dynamic_update_slice_in_dim(x, block, i * self.size, axis=1)
 
-    def _thresholds(self, i: Array) -> Array:
+    def _thresholds(self, i: Array | int) -> Array:
         """`[1, size, C]` in [0, 1) for block `i`: a lattice on which neighbours differ widely."""
         columns = self.cut.shape[self.cut.grid[1]] * self.cut.shape[self.cut.axes[1]]
-        row = i.astype(jnp.uint32) * self.size + jnp.arange(self.size, dtype=jnp.uint32)
+        row = jnp.uint32(i) * self.size + jnp.arange(self.size, dtype=jnp.uint32)
         return lattice(row[:, None], jnp.arange(columns, dtype=jnp.uint32)[None])[None]
 
-    def _spread(self, x: Array, i: Array) -> Array:
+    def _spread(self, x: Array, i: Array | int) -> Array:
         """Block `i` of what is given by row of tiles, `[B, size, C]`."""
         row = (i * self.size + jnp.arange(self.size)) // self.height
         return jnp.take(x, row, axis=1, mode="clip")

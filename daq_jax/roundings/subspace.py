@@ -60,7 +60,7 @@ class UnbiasedSubspace(Rounding):
             correction = tiles.from_matrix(exact(exact(left, core), right.mT))
             return round_towards(tiles, scale, gain, jnp.where(moved, correction, 0.0))
 
-        def turn(_: Array, core: Array) -> Array:
+        def turn(_: Array | int, core: Array) -> Array:
             error = tiles.kept(values(core), scale) - tiles.change
             return core - exact(exact(left.mT, tiles.as_matrix(error)), right)
 

@@ -50,6 +50,16 @@ def test_jit_gives_the_bits_of_an_eager_call(name):
 
 
 @EACH
+def test_an_interpreted_call_gives_the_bits_of_a_compiled_one(name):
+    """On a corner of the pair, as `jax.disable_jit` runs one operation at a time."""
+    corner = BASE[64:, :40], TUNED[64:, :40]
+    compiled = run(MEMBERS[name], *corner)
+    with jax.disable_jit():
+        interpreted = run(MEMBERS[name], *corner)
+    assert_same_bits((interpreted.codes, interpreted.scale), (compiled.codes, compiled.scale))
+
+
+@EACH
 def test_an_exported_program_gives_the_bits_of_an_eager_call(name):
     def arrays(base, tuned):
         q = run(MEMBERS[name], base, tuned)
