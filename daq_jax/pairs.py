@@ -14,7 +14,7 @@ from daq_jax.errors import refuse
 from daq_jax.metrics import cosine
 from daq_jax.numerics.arithmetic import LARGEST_SQUARED, is_staged, largest_size
 from daq_jax.numerics.sharding import committed_sharding, lie_apart, place_of
-from daq_jax.qtensor import codes_of
+from daq_jax.qtensor import FLOATS, codes_of
 from daq_jax.recipe import Recipe, check_recipe
 from daq_jax.roundings.rounding import as_rounding
 from daq_jax.rules import (
@@ -33,9 +33,8 @@ from daq_jax.rules.doubts import doubts, family_of, narrow
 from daq_jax.rules.shapes import float_shapes
 from daq_jax.searches.search import as_search
 from daq_jax.tilings import matrix_problem
-from daq_jax.trees import PyTree, is_concrete, named_leaves
+from daq_jax.trees import PyTree, is_concrete, named_leaves, unreadable
 
-_FLOATS = ("bfloat16", "float16", "float32")
 _CONVERTED = {  # leaves of other libraries, by the package of their type, and how they become JAX's
     "torch": "jnp.asarray(x.detach().cpu().numpy()), after x.float() if x is bfloat16, gives an array",
     "tensorflow": "jnp.asarray(x) gives an array",
@@ -131,7 +130,9 @@ def problem_of(pair: Pair) -> str | None:
     """Why a pair cannot be quantized, from shapes and dtypes alone: what came, what was needed."""
     base, tuned = pair.base, pair.tuned
     for word, x in (("base", base), ("tuned", tuned)):
-        if not hasattr(x, "dtype") or str(x.dtype) not in _FLOATS:
+        if is_concrete(x) and (why := unreadable(x)):
+            return f"{word} is {why}"
+        if not hasattr(x, "dtype") or str(x.dtype) not in FLOATS:
             return f"{word} is {_kind(x)}; a quantized leaf must be bfloat16, float16 or float32"
     if tuple(base.shape) != tuple(tuned.shape):
         return f"base is {tuple(base.shape)} but tuned is {tuple(tuned.shape)}; a pair must share one shape"
@@ -171,6 +172,18 @@ def _wrong_numbers(pairs: Sequence[Pair]) -> dict[str, str]:
                 "daq.recipes.absmax"
             )
     return problems
+
+
+def refuse_abstract(pairs: Sequence[Pair]) -> None:
+    """Raises one DaqError that names every pair that is to be quantized and has a shape for an array."""
+    problems = [
+        f"{p.path!r}: {word} is {unreadable(x)}"
+        for p in pairs
+        for word, x in (("base", p.base), ("tuned", p.tuned))
+        if p.decision.quantize and any(isinstance(a, jax.ShapeDtypeStruct) for a in jax.tree.leaves(x))
+    ]
+    if problems:
+        refuse(f"{len(problems)} of the leaves cannot be quantized", problems)
 
 
 def refuse_unquantizable(pairs: Sequence[Pair], check_finite: bool, *, later: bool = False) -> None:

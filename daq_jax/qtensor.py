@@ -17,6 +17,8 @@ from daq_jax.numerics.machine import on_tpu
 from daq_jax.numerics.sharding import run_sharded, sharding_of
 from daq_jax.tilings import DEFAULT_MATRIX, Matrix, TileView, Tiling
 
+FLOATS = ("bfloat16", "float16", "float32")  # dtypes of a weight
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)

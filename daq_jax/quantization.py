@@ -11,7 +11,7 @@ from daq_jax import recipes
 from daq_jax.analysis.relation import warn_unlikely
 from daq_jax.batches import plan_batches, quantize_batch
 from daq_jax.numerics.arithmetic import is_staged
-from daq_jax.pairs import Pair, planned_pairs, refuse_unquantizable
+from daq_jax.pairs import Pair, planned_pairs, refuse_abstract, refuse_unquantizable
 from daq_jax.recipe import Recipe
 from daq_jax.rules import DEFAULT_RULES, Rule
 from daq_jax.trees import PyTree, is_concrete, is_qtensor, with_leaves
@@ -54,8 +54,8 @@ def quantize(
             not under a trace.
 
     Raises:
-        DaqError: naming every leaf at fault: other structure or shape, an empty leaf, a rule that
-            quantizes what cannot be quantized, all before any work, or NaN or infinity.
+        DaqError: naming every leaf at fault: other structure or shape, an empty leaf, a masked or deleted
+            array, a rule that quantizes what cannot be quantized, all before any work, or NaN or infinity.
 
     Source: arXiv:2603.22324 for the question; see `Recipe` for the answers.
 
@@ -65,6 +65,7 @@ def quantize(
     dtype(float8_e4m3fn)
     """
     pairs = planned_pairs(base, tuned, recipe, rules)
+    refuse_abstract(pairs)
     donate = donate and not is_staged()
     later = not donate and is_concrete((base, tuned))
     refuse_unquantizable(pairs, check_finite, later=later)

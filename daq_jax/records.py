@@ -42,9 +42,13 @@ def record_of(leaf: Any) -> tuple[Record, dict[str, Any]]:
         arrays = {name: x for name, x in arrays.items() if x is not None}
         if any(isinstance(x, Tracer) or not hasattr(x, "dtype") for x in arrays.values()):
             raise DaqError("it is a QTensor without arrays; call this outside jit")
+        _refuse_deleted(*arrays.values())
         return static_record(leaf), arrays
     if isinstance(leaf, Tracer):
         raise DaqError("it is traced; call this outside jit")
+    if isinstance(leaf, np.ma.MaskedArray):
+        raise DaqError("it is a masked array, whose mask would be lost; fill it first, x.filled(value)")
+    _refuse_deleted(leaf)
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return {"kind": "key", "impl": str(jax.random.key_impl(leaf))}, {WHOLE: jax.random.key_data(leaf)}
     if isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
@@ -54,6 +58,13 @@ def record_of(leaf: Any) -> tuple[Record, dict[str, Any]]:
     if leaf is None or isinstance(leaf, (bool, int, float, str)):
         return {"kind": "value", "value": leaf}, {}
     raise DaqError(f"it is a {type(leaf).__name__}; a leaf must be an array, a QTensor, a number or a string")
+
+
+def _refuse_deleted(*arrays: Any) -> None:
+    if any(isinstance(x, jax.Array) and x.is_deleted() for x in arrays):
+        raise DaqError(
+            "its array is deleted, as donated ones are; save it before, or pass one that still exists"
+        )
 
 
 def static_record(q: QTensor) -> Record:
@@ -104,7 +115,8 @@ def _leaf_of(record: Record, arrays: Mapping[str, Any]) -> Any:
     if kind == "empty":
         if 0 not in record["shape"]:
             raise DaqError(f"it is said to be empty and of shape {record['shape']}; save it again")
-        return jnp.zeros(record["shape"], record["dtype"])
+        empty = np.zeros(record["shape"], jnp.dtype(record["dtype"]))
+        return empty if jax.dtypes.canonicalize_dtype(empty.dtype) != empty.dtype else jnp.asarray(empty)
     if kind == "value":
         if not isinstance(record["value"], (bool, int, float, str, type(None))):
             raise DaqError(f"it is said to be {record['value']!r}, which is no number and no string")

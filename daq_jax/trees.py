@@ -1,16 +1,18 @@
 """Trees of weights: leaves by path, and the tree put together again."""
 
 import collections
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MappingView, Sequence, Set
 from typing import Any
 
 import jax
+import numpy as np
 from jax.core import Tracer
 
 from daq_jax.errors import DaqError
 from daq_jax.qtensor import QTensor
 
 PyTree = Any
+_NO_TREES = (Iterator, MappingView, Set)
 
 
 def is_qtensor(x: object) -> bool:
@@ -43,14 +45,23 @@ def keyed_leaves(
         is_whole: which nodes are one leaf, whatever they hold.
 
     Raises:
-        DaqError: if two leaves have the same path, such as `{"a/b": x, "a": {"b": y}}`.
+        DaqError: if two leaves have the same path, such as `{"a/b": x, "a": {"b": y}}`; for a dict whose keys
+            have no order, and for a generator, a set or the like, none of which JAX looks into.
     """
     leaves: dict[str, tuple[tuple[Any, ...], Any]] = {}
-    outer, _ = jax.tree_util.tree_flatten_with_path(
-        tree, is_leaf=lambda x: x is None or is_whole(x) or is_box(x)
-    )
+    is_leaf = lambda x: x is None or is_whole(x) or is_box(x) or isinstance(x, _NO_TREES)  # noqa: E731
+    try:
+        outer, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    except (ValueError, TypeError):
+        _refuse_unordered(tree)
+        raise
     for keys, node in outer:
         path = "/".join(map(path_component, keys))
+        if isinstance(node, _NO_TREES):
+            raise DaqError(
+                f"{path!r} is a {type(node).__name__}, which is no tree to JAX; pass a dict or a list of its "
+                "leaves, such as dict(x) or list(x)."
+            )
         found = [None] if node is None else jax.tree.leaves(node, is_leaf=is_whole)
         if len(found) > 1:
             raise DaqError(
@@ -62,6 +73,40 @@ def keyed_leaves(
                 raise DaqError(f"two leaves have the path {path!r}; rename one so that paths are unique.")
             leaves[path] = keys, leaf
     return leaves
+
+
+def _refuse_unordered(node: Any, path: str = "") -> None:
+    """Raises DaqError, naming the first dict of a tree whose keys cannot be sorted, as JAX does."""
+    if isinstance(node, Mapping):
+        try:
+            sorted(node)
+        except TypeError as error:
+            kinds = " and ".join(sorted({type(key).__name__ for key in node}))
+            raise DaqError(
+                f"{path!r} is a dict with keys of {kinds}: {list(node)[:5]}, which JAX cannot sort; give all "
+                "keys one type, such as {str(key): x for key, x in d.items()}."
+            ) from error
+    children = node.items() if isinstance(node, Mapping) else enumerate(node) if _is_list(node) else ()
+    for key, child in children:
+        _refuse_unordered(child, f"{path}/{key}" if path else str(key))
+
+
+def _is_list(node: Any) -> bool:
+    return isinstance(node, (list, tuple))
+
+
+def unreadable(x: Any) -> str | None:
+    """Why the numbers of a leaf cannot be taken as they are, and a way out; None where they can."""
+    for array in jax.tree.leaves(x):
+        if isinstance(array, np.ma.MaskedArray):
+            return "a masked array, whose mask would be ignored; fill it first, x.filled(value)"
+        if isinstance(array, jax.Array) and not isinstance(array, Tracer) and array.is_deleted():
+            return "a deleted array, as donated ones are; pass one that still exists"
+        if isinstance(array, jax.ShapeDtypeStruct):
+            return "a shape without numbers; pass an array, or call inside jax.eval_shape"
+        if isinstance(array, (np.ndarray, np.generic)) and not array.dtype.isnative:
+            return f'{array.dtype}, in another byte order; pass x.astype(x.dtype.newbyteorder("="))'
+    return None
 
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:

@@ -19,6 +19,11 @@ def named_like(package: str) -> object:
     return type("Tensor", (), {"__module__": f"{package}.core", "dtype": f"{package}.float32"})()
 
 
+def merged(scale) -> None:
+    pair = {"w_lora_a": jnp.ones((4, 2)), "w_lora_b": jnp.ones((2, 6))}
+    daq.merge({"w": jnp.ones((4, 6))}, pair, scale=scale)
+
+
 SLIPS = {
     "a recipe by name": (lambda: daq.quantize(WEIGHTS, WEIGHTS, "paper-sign"), r"daq\.recipes\.paper_sign"),
     "a dict of parts": (
@@ -36,6 +41,10 @@ SLIPS = {
     "tensors of torch": (lambda: daq.quantize(*[{"k": named_like("torch")}] * 2), r"'k' is a torch Tensor"),
     "a model of keras": (lambda: daq.quantize(*[named_like("keras")] * 2), r"v\.path: v\.value"),
     "a dtype": (lambda: daq.dequantize(daq.quantize(WEIGHTS, WEIGHTS), "bf16"), r"bfloat16"),
+    "a scale in a string": (lambda: merged("2"), r"scale is '2'; needed one finite number, alpha / rank"),
+    "a scale that says yes": (lambda: merged(True), r"scale is True; needed one finite number"),
+    "a list of scales": (lambda: merged([1.0, 2.0]), r"scale is \[1.0, 2.0\]; needed one finite number"),
+    "a scale by pattern in a string": (lambda: merged({"w": "2"}), r"scale\['w'\] is '2'; needed one"),
     "one number for all tiles": (
         lambda: daq.quantize(
             WEIGHTS, WEIGHTS, daq.Recipe(metric=lambda d, q: jnp.sum(d * q), search=daq.Grid(0.9, 1.1, 2))

@@ -225,6 +225,20 @@ STATIC_FAULTS = {
     "empty": (np.ones((0, 8), np.float32), np.ones((0, 8), np.float32), [r"\(0, 8\)"]),
     "vector": (GOOD[0], GOOD[0], [r"\(8,\)"]),
 }
+GONE = jnp.array(GOOD)
+GONE.delete()
+MASKED = np.ma.masked_array(GOOD, GOOD > 0)
+STATIC_FAULTS |= {
+    "big_endian": (GOOD.astype(">f4"), GOOD.astype(">f4"), [">f4", r'newbyteorder\("="\)']),
+    "masked": (GOOD, MASKED, ["tuned is a masked array", r"\.filled\(value\)"]),
+    "masked_base": (MASKED, GOOD, ["base is a masked array"]),
+    "deleted": (GOOD, GONE, ["tuned is a deleted array"]),
+    "deleted_codes": (
+        GOOD,
+        daq.QTensor(GONE, GONE, daq.int8, daq.Channel(), np.dtype("float32")),
+        ["deleted"],
+    ),
+}
 NAN, INF = GOOD.copy(), GOOD.copy()
 NAN[1, 2], INF[3, 4] = np.nan, -np.inf
 VALUE_FAULTS = {
@@ -252,6 +266,36 @@ def test_an_error_names_the_leaf_what_came_and_a_way_out(name):
     for came in FAULTS[name][2]:
         assert re.search(came, message), message
     assert "keep(" in message or "check_finite" in message, message
+
+
+def test_shapes_beside_arrays_are_named():
+    tree = {"a": GOOD, "b": jax.ShapeDtypeStruct((4, 8), np.float32)}
+    for base, tuned, word in (
+        (tree, {"a": GOOD, "b": GOOD}, "base"),
+        ({"a": GOOD, "b": GOOD}, tree, "tuned"),
+    ):
+        with pytest.raises(daq.DaqError, match=f"'b': {word} is a shape without numbers") as caught:
+            daq.quantize(base, tuned)
+        assert "'a'" not in str(caught.value)
+
+
+def test_dicts_of_keys_without_an_order_are_named():
+    tree = {"layers": [{"x": GOOD}, {"y": GOOD, 1: GOOD}]}
+    for run in (lambda: daq.quantize(tree, tree), lambda: daq.compare(tree, tree, tree)):
+        with pytest.raises(daq.DaqError, match=r"'layers/1' is a dict with keys of int and str.*str\(key\)"):
+            run()
+
+
+def test_what_jax_does_not_look_into_is_refused_as_a_tree():
+    good = {"w": GOOD}
+    for make in (lambda: (x for x in [GOOD]), lambda: iter([GOOD]), lambda: map(abs, [GOOD]), good.values):
+        for run in (
+            lambda: daq.quantize(make(), make()),  # noqa: B023
+            lambda: daq.quantize({"a": make()}, {"a": make()}),  # noqa: B023
+            lambda: daq.compare(good, good, make()),  # noqa: B023
+        ):
+            with pytest.raises(daq.DaqError, match="is no tree to JAX; pass a dict or a list"):
+                run()
 
 
 def test_one_error_names_all_bad_leaves():

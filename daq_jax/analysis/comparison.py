@@ -26,13 +26,15 @@ from daq_jax.analysis.histograms import Details, details_of
 from daq_jax.analysis.relation import doubt_of_leaves
 from daq_jax.errors import DaqError, refuse
 from daq_jax.grids.membership import lies_on_grid
+from daq_jax.numerics.arithmetic import reciprocal_power
 from daq_jax.numerics.reductions import sum_of_runs, total
 from daq_jax.numerics.sharding import run_sharded, sharding_of
 from daq_jax.qtensor import QTensor, as_array
 from daq_jax.scales import absmax_scale
-from daq_jax.trees import PyTree, is_concrete, is_qtensor, named_leaves
+from daq_jax.trees import PyTree, is_concrete, is_qtensor, named_leaves, unreadable
 
 SMALLEST_CHANGE = 1e-5  # weight units; smaller changes are left out of the sign figures
+_LEAST_SQUARES = 1e-20  # sum of d^2 below which some of the squares may be below float32
 BIN_EDGES = (1e-5, 1e-4, 1e-3)  # of |d|, weight units
 
 
@@ -104,7 +106,8 @@ def compare(base: PyTree, tuned: PyTree, quantized: PyTree, *, details: bool = F
     """Compares a quantized tree with the change that tuning made.
 
     Sums are taken in short runs. Their relative error is below 1e-5 on leaves of 64M elements and more.
-    Eagerly the sums are float64 and the counts exact; under `jax.jit` both are float32 arrays.
+    Eagerly the sums are float64 and the counts exact; under `jax.jit` both are float32 arrays, and figures of
+    squares mean nothing where those leave float32, at changes beyond 1e17 or below 1e-19 or so.
 
     Args:
         base: tree of weights before tuning; a leaf may be a QTensor, which stands for its weight.
@@ -139,7 +142,12 @@ def compare(base: PyTree, tuned: PyTree, quantized: PyTree, *, details: bool = F
 
 def compare_leaf(base: ArrayLike | QTensor, tuned: ArrayLike | QTensor, quantized: QTensor) -> Figures:
     """Figures of one leaf; all three have one shape. See `compare`."""
-    return _figures(_sums(base, tuned, quantized), quantized)
+    figures = _figures(_sums(base, tuned, quantized), quantized)
+    if not figures.is_concrete or _LEAST_SQUARES < figures.dd < np.inf > max(figures.qq, figures.ee):
+        return figures
+    squares, unit = jax.device_get(_squares_in_units(base, tuned, quantized))
+    exact = {name: np.float64(x) / np.float64(unit) ** 2 for name, x in squares.items()}
+    return dataclasses.replace(figures, **exact)
 
 
 def _refuse_wrong_order(base: PyTree, tuned: PyTree, quantized: PyTree) -> None:
@@ -161,6 +169,8 @@ def _refuse_strangers(before: dict[str, Any], after: dict[str, Any], found: dict
                 problems.append(f"{path!r} is quantized but not in {word}")
             elif tuple(np.shape(leaves[path])) != q.shape:
                 problems.append(f"{path!r} is {q.shape} but in {word} it is {tuple(np.shape(leaves[path]))}")
+            elif why := unreadable(leaves[path]):
+                problems.append(f"{path!r} is in {word} {why}")
     if problems:
         way_out = "Pass the trees that were given to `quantize`, and its result."
         refuse("the three trees do not belong together", problems, way_out)
@@ -188,9 +198,7 @@ def _sums(base: ArrayLike | QTensor, tuned: ArrayLike | QTensor, q: QTensor) -> 
 def sums_of_leaf(base: ArrayLike | QTensor, tuned: ArrayLike | QTensor, q: QTensor) -> dict[str, Array]:
     """The sums that `Figures` holds, all but `elements`; whole numbers are int32 where they fit."""
     on_grid = _on_grid(base, q)
-    base, tuned = (jnp.asarray(as_array(x)).astype(jnp.float32) for x in (base, tuned))
-    weight = q.view.join(q.values())
-    change, kept, error = tuned - base, weight - base, weight - tuned
+    change, kept, error = _differences(base, tuned, q)
     size, zero = jnp.abs(change), kept == 0
     counted = size > SMALLEST_CHANGE
     same = counted & (((change > 0) & (kept > 0)) | ((change < 0) & (kept < 0)))
@@ -203,13 +211,45 @@ def sums_of_leaf(base: ArrayLike | QTensor, tuned: ArrayLike | QTensor, q: QTens
         "opposite_sign": counted - same - erased,
         "erased": erased,
         "zero": zero,
+        **_squares(change, kept, error),
+        "counts": jnp.stack([a - b for a, b in itertools.pairwise(above)]),
+        "base_on_grid": on_grid,
+    }
+
+
+def _differences(base: ArrayLike | QTensor, tuned: ArrayLike | QTensor, q: QTensor) -> tuple[Array, ...]:
+    """`d`, `q` and `q - d` of each element, float32."""
+    base, tuned = (jnp.asarray(as_array(x)).astype(jnp.float32) for x in (base, tuned))
+    weight = q.view.join(q.values())
+    return tuned - base, weight - base, weight - tuned
+
+
+def _squares(change: Array, kept: Array, error: Array) -> dict[str, Array]:
+    return {
         "dd": _total(change * change),
         "qq": _total(kept * kept),
         "dq": _total(change * kept),
         "ee": _total(error * error),
-        "counts": jnp.stack([a - b for a, b in itertools.pairwise(above)]),
-        "base_on_grid": on_grid,
     }
+
+
+@jax.jit
+def _squares_in_units(
+    base: ArrayLike | QTensor, tuned: ArrayLike | QTensor, q: QTensor
+) -> tuple[dict[str, Array], Array]:
+    """The sums of squares of all differences times a power of two that brings them near 1, and the power."""
+
+    def run(
+        base: ArrayLike | QTensor, tuned: ArrayLike | QTensor, q: QTensor
+    ) -> tuple[dict[str, Array], Array]:
+        change, kept, error = _differences(base, tuned, q)
+        unit = reciprocal_power(jnp.maximum(jnp.max(jnp.abs(change)), jnp.max(jnp.abs(kept))))
+        return _squares(change * unit, kept * unit, error * unit), unit
+
+    sharding = sharding_of(q.codes)
+    return run_sharded(run, None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec()))(
+        base, tuned, q
+    )
 
 
 def _total(x: Array) -> Array:

@@ -29,7 +29,7 @@ from daq_jax.errors import DaqError, refuse
 from daq_jax.metrics import Metric
 from daq_jax.numerics.machine import Machine
 from daq_jax.numerics.sharding import run_sharded, sharding_of
-from daq_jax.pairs import Pair, pair_leaves, refuse_unquantizable, warn_unused
+from daq_jax.pairs import Pair, pair_leaves, refuse_abstract, refuse_unquantizable, warn_unused
 from daq_jax.qtensor import QTensor
 from daq_jax.recipe import Recipe
 from daq_jax.rules import DEFAULT_RULES, NAMED_RULES, Rule
@@ -87,6 +87,7 @@ def quantize_density(
     _refuse_mismatch(recipe, base)
     pairs = pair_leaves(params if base is None else base, params, Recipe(), rules)
     warn_unused(pairs, rules)
+    refuse_abstract(pairs)
     refuse_unquantizable(pairs, check_finite)
     unused = _unused(pairs, grams)
     pairs = [_kept(p) if p.path in unused else p for p in pairs]

@@ -14,17 +14,21 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from daq_jax.errors import DaqError, refuse
+from daq_jax.numerics.arithmetic import is_finite, is_staged
 from daq_jax.numerics.sharding import run_sharded, sharding_of
-from daq_jax.qtensor import QTensor, as_array, codes_of
-from daq_jax.trees import PyTree, named_leaves, with_leaves
+from daq_jax.qtensor import FLOATS, QTensor, as_array, codes_of
+from daq_jax.trees import PyTree, is_concrete, named_leaves, unreadable, with_leaves
+
+_NAMED = 8  # weights that a message names
 
 _NNX = re.compile(r"^(?P<parent>.*/)?lora_(?P<side>[ab])$")
 _QWIX = re.compile(r"^(?P<weight>.+)_lora_(?P<side>[ab])$")
@@ -69,7 +73,7 @@ def merge(
     Raises:
         DaqError: naming each leaf of the adapter that has no partner, that does not fit its weight, or that
             lacks a scale; each leaf that is not of floats; a scale that is no finite number; and each pattern
-            of `scale` or `inputs` that is found in the path of no weight of a pair.
+            of `scale` or `inputs` that is found in no path of `base`.
 
     >>> base = {"q": {"kernel": jnp.zeros((2, 3), jnp.bfloat16)}}
     >>> pair = {"q": {"kernel_lora_a": jnp.ones((2, 1)), "kernel_lora_b": jnp.ones((1, 3))}}
@@ -78,19 +82,20 @@ def merge(
     """
     before, given = named_leaves(base), named_leaves(adapter)
     pairs, problems = _pairs(given)
-    problems += _scale_problems(scale)
+    _check_scale(scale)
     tuned, wide = dict(before), dict(before)
     used = {path for pair in pairs for path in (pair.a, pair.b)}
     weights = [next((w for w in pair.weights if w in before), None) for pair in pairs]
     found = [weight for weight in weights if weight is not None]
-    problems += _unused(scale, "scale", found) + _unused(inputs, "inputs", found)
+    problems += _unused(scale, "scale", before, found) + _unused(inputs, "inputs", before, found)
     for pair, weight in zip(pairs, weights, strict=True):
         if weight is None:
             problems.append(f"{pair.a!r} belongs to no leaf of base; looked for {' and '.join(pair.weights)}")
             continue
         try:
-            for word, x in (("it", before[weight]), (pair.a, given[pair.a]), (pair.b, given[pair.b])):
-                _check_floats(word, x)
+            _check_weight(before[weight])
+            for path in (pair.a, pair.b):
+                _check_factor(path, given[path])
             factor = _factor(scale, weight, pair.kind)
             axes = _input_axes(inputs, weight, pair.kind)
             wide[weight], tuned[weight] = _sum(
@@ -147,20 +152,16 @@ def _pair_of(path: str) -> tuple[_Pair | None, str]:
     return None, ""
 
 
-def _scale_problems(scale: Any) -> list[str]:
-    """What is wrong with a scale, or with the values of one by patterns."""
-    values = scale if isinstance(scale, Mapping) else {"": scale}
-    return [
-        f"scale{f'[{pattern!r}]' if pattern else ''} is {value!r}; needed one finite number, alpha / rank"
-        for pattern, value in values.items()
-        if value is not None and not _is_factor(value)
-    ]
+def _check_scale(scale: Any) -> None:
+    """Raises DaqError unless a scale, or each value of one by patterns, is one finite number or None."""
+    named = {f"scale[{p!r}]": x for p, x in scale.items()} if isinstance(scale, Mapping) else {"scale": scale}
+    for name, value in named.items():
+        if value is not None and not _is_factor(value):
+            raise DaqError(f"{name} is {value!r}; needed one finite number, alpha / rank.")
 
 
 def _is_factor(value: Any) -> bool:
-    """Whether a value is one real number, and finite where it is known."""
-    if isinstance(value, Tracer):
-        return value.shape == () and jnp.issubdtype(value.dtype, jnp.floating)
+    """Whether a value is one real number that is finite."""
     if isinstance(value, (bool, str)) or np.ndim(value) or not np.isrealobj(value):
         return False
     try:
@@ -169,37 +170,45 @@ def _is_factor(value: Any) -> bool:
         return False
 
 
-def _unused(patterns: Any, argument: str, weights: Sequence[str]) -> list[str]:
-    """One problem for each pattern of an argument that is found in the path of no weight."""
-    if not isinstance(patterns, Mapping):
+def _unused(patterns: Any, argument: str, paths: Collection[str], weights: Sequence[str]) -> list[str]:
+    """One problem for each pattern of an argument that is found in no path of the base."""
+    if not isinstance(patterns, Mapping) or not weights:
         return []
-    return [
-        f"{argument}: {pattern!r} is found in none of the weights that have pairs: {', '.join(weights[:8])}"
-        + (f" and {len(weights) - 8} more" if len(weights) > 8 else "")
-        for pattern in patterns
-        if not any(re.search(pattern, weight) for weight in weights)
-    ]
+    shown = ", ".join(weights[:_NAMED]) + (f" and {len(weights) - _NAMED} more" if weights[_NAMED:] else "")
+    problems = []
+    for pattern in patterns:
+        try:
+            if not any(re.search(pattern, path) for path in paths):
+                problems.append(
+                    f"{argument}: {pattern!r} is found in no path of base; the weights with pairs are {shown}"
+                )
+        except (re.error, TypeError) as error:
+            raise DaqError(f"{argument}: {pattern!r} is not a regular expression: {error}.") from error
+    return problems
 
 
-def _check_floats(word: str, x: Any) -> None:
-    """Raises DaqError unless a leaf holds floats that a sum with a LoRA product makes sense of."""
+def _check_weight(x: Any) -> None:
+    """Raises DaqError unless a leaf of the base is a weight in floats."""
     if isinstance(x, QTensor):
         return
-    found = str(getattr(x, "dtype", f"a {type(x).__name__}"))
-    if isinstance(x, np.ma.MaskedArray):
-        raise DaqError(f"{word} is a masked array, whose mask would be lost: pass x.filled(value)")
-    if found.startswith(">"):
-        raise DaqError(f'{word} is {found}, of another byte order: pass x.astype(x.dtype.newbyteorder("="))')
-    if found in FLOATS or found == "float64":
-        if is_concrete(x) and not is_staged() and not is_finite([jnp.asarray(x)]):
-            raise DaqError(f"{word} holds NaN or infinity; every weight must be finite: mend the checkpoint")
-        return
-    way = "dequantize it first, codes times scales, or pass a QTensor" if _is_code(x) else "pass floats"
-    raise DaqError(f"{word} is {found}; needed bfloat16, float16 or float32: {way}")
+    if why := unreadable(x):
+        raise DaqError(f"it is {why}")
+    found = str(x.dtype) if hasattr(x, "dtype") else f"a {type(x).__name__}"
+    if found not in FLOATS:
+        codes = "int" in found or "float8" in found or "float4" in found
+        way = "if these are codes, dequantize them first, or pass a QTensor" if codes else "cast it first"
+        raise DaqError(f"it is {found}; needed bfloat16, float16 or float32: {way}")
 
 
-def _is_code(x: Any) -> bool:
-    return hasattr(x, "dtype") and jnp.dtype(x.dtype).itemsize < 8 and x.dtype != bool
+def _check_factor(path: str, x: Any) -> None:
+    """Raises DaqError unless a factor is of floats, all of them finite."""
+    if why := unreadable(x):
+        raise DaqError(f"{path!r} is {why}")
+    if not jnp.issubdtype(getattr(x, "dtype", None), jnp.floating) and not isinstance(x, QTensor):
+        found = getattr(x, "dtype", f"a {type(x).__name__}")
+        raise DaqError(f"{path!r} is {found}; needed floats: pass the factors as they were trained")
+    if is_concrete(x) and not is_staged() and not is_finite(jnp.asarray(as_array(x))):
+        raise DaqError(f"{path!r} holds NaN or infinity; every factor must be finite: mend the adapter")
 
 
 def _factor(scale: float | Mapping[str, float] | None, weight: str, kind: str) -> float:

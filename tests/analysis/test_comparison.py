@@ -228,3 +228,28 @@ def test_trees_in_the_wrong_order_are_refused(order):
     trees = {"k": weight}, {"k": 1.5 * weight}, daq.quantize({"k": weight}, {"k": 1.5 * weight})
     with pytest.raises(daq.DaqError, match=r"compare\(base, tuned, quantized\), in this order"):
         daq.compare(*(trees[i] for i in order))
+
+
+@pytest.mark.parametrize("power", [-80, 70, 115])
+def test_changes_whose_squares_leave_float32_have_the_figures_of_ordinary_ones(power):
+    """Powers of two are exact: the same weights in another unit have the same ratios, bit for bit."""
+    base, tuned = pair("far", (32, 32), np.float32)
+    row, far = (
+        daq.compare(b, t, daq.quantize(b, t, daq.recipes.absmax)).total
+        for b, t in ((base, tuned), (np.ldexp(base, power), np.ldexp(tuned, power)))
+    )
+    for figure in ("cosine", "projection", "norm_ratio", "snr_db", "unchanged"):
+        assert getattr(far, figure) == getattr(row, figure), figure
+    assert far.mse == np.ldexp(np.float64(row.mse), 2 * power)
+
+
+def test_leaves_whose_numbers_cannot_be_taken_are_named():
+    base, tuned = pair("unreadable", (16, 16), np.float32)
+    q = daq.quantize({"w": base}, {"w": tuned})
+    for wrong, words in (
+        (np.ma.masked_array(base, base > 0), "masked array"),
+        (base.astype(">f4"), "byte order"),
+        (jax.ShapeDtypeStruct(base.shape, base.dtype), "a shape without numbers"),
+    ):
+        with pytest.raises(daq.DaqError, match=f"'w' is in base .*{words}"):
+            daq.compare({"w": wrong}, {"w": tuned}, q)

@@ -145,6 +145,47 @@ def test_what_does_not_fit_is_named(kind):
         daq.merge(base, {n: jnp.ones(s) for n, s in shapes.items()}, **options)
 
 
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), {"w": float("nan")}], ids=str)
+def test_a_scale_that_is_no_finite_number_is_refused(scale):
+    with pytest.raises(daq.DaqError, match="needed one finite number, alpha / rank"):
+        daq.merge(
+            {"w": jnp.ones((4, 6))}, {"w_lora_a": jnp.ones((4, 2)), "w_lora_b": jnp.ones((2, 6))}, scale=scale
+        )
+
+
+def test_a_pattern_that_matches_no_weight_is_refused_with_the_names_there_are():
+    params = nnx.state(trained(), nnx.Param)
+    for options in ({"scale": {"typo": 2.0}}, {"inputs": {"inside": (0,), "typo": (0,)}}):
+        with pytest.raises(daq.DaqError, match=r"'typo' is found in no path .*inside/kernel") as caught:
+            daq.merge(params, params, **options)
+        assert next(iter(options)) in str(caught.value)
+    with pytest.raises(daq.DaqError, match=r"'.' is not a regular expression"):
+        daq.merge(params, params, scale={"(": 2.0})
+
+
+ONES = np.ones((4, 6), np.float32)
+BAD_LEAVES = {
+    "int32 base": ("w", ONES.astype(np.int32), "it is int32; needed bfloat16.* dequantize"),
+    "float8 base": ("w", jnp.asarray(ONES, jnp.float8_e4m3fn), "it is float8_e4m3fn; .* dequantize"),
+    "float64 base": ("w", ONES.astype(np.float64), "it is float64; .* cast it first"),
+    "big-endian base": ("w", ONES.astype(">f4"), "it is >f4, .*newbyteorder"),
+    "masked base": ("w", np.ma.masked_array(ONES, ONES > 0), "it is a masked array"),
+    "shape": ("w", jax.ShapeDtypeStruct((4, 6), np.float32), "it is a shape without numbers"),
+    "integer factor": ("w_lora_a", np.ones((4, 2), np.int32), "'w_lora_a' is int32; needed floats"),
+    "NaN factor": ("w_lora_b", np.full((2, 6), np.nan, np.float32), "'w_lora_b' holds NaN or infinity"),
+    "big-endian factor": ("w_lora_b", np.ones((2, 6), ">f4"), "'w_lora_b' is >f4"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_LEAVES)
+def test_leaves_that_are_no_finite_floats_are_refused_by_name(kind):
+    name, leaf, words = BAD_LEAVES[kind]
+    leaves = {"w": ONES, "w_lora_a": np.ones((4, 2), np.float32), "w_lora_b": np.ones((2, 6), np.float32)}
+    leaves |= {name: leaf}
+    with pytest.raises(daq.DaqError, match=f"'w': {words}"):
+        daq.merge({"w": leaves.pop("w"), "kept": np.ones(3, np.int32)}, leaves, scale=1.0)
+
+
 def test_axes_settle_what_shapes_leave_open():
     base = {"s": jnp.zeros((3, 3, 4))}
     a, b = normal(0, 3, 2), normal(1, 2, 3, 4)

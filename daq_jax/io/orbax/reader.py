@@ -203,7 +203,9 @@ def _is_key(key: Any) -> bool:
     return (
         isinstance(key, list)
         and len(key) == 2
-        and (type(key[1]) is int if key[0] == "index" else key[0] == "key" and type(key[1]) in (int, str))
+        and (
+            type(key[1]) is int if key[0] == "index" else key[0] == "key" and type(key[1]) in (bool, int, str)
+        )
     )
 
 

@@ -11,6 +11,7 @@ import sys
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import orbax.checkpoint
 import pytest
@@ -222,6 +223,60 @@ def test_what_cannot_be_saved_is_named_before_anything_is_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ValueError, match="outside jit"):
         jax.jit(lambda x: daq.save(tmp_path / "q", {"w": x}))(BASE)
+
+
+def refused(path, tree) -> str:
+    with pytest.raises(daq.DaqError) as caught:
+        daq.save(path / "q", tree)
+    assert list(path.iterdir()) == []
+    return str(caught.value)
+
+
+def test_deleted_and_masked_arrays_are_named_before_anything_is_written(tmp_path):
+    gone, key = jnp.ones((2, 2)), jax.random.key(0)
+    codes = dataclasses.replace(WEIGHT, codes=WEIGHT.codes.copy())
+    for x in (gone, key, codes.codes):
+        x.delete()
+    masked = np.ma.masked_array(np.ones(3), [0, 1, 0])
+    said = refused(tmp_path, {"fine": BASE, "gone": gone, "key": key, "codes": codes, "masked": masked})
+    assert all(f"'{name}'" in said for name in ("gone", "key", "codes", "masked"))
+    assert "'fine'" not in said
+    assert ".filled(value)" in said
+
+
+ML_DTYPES = [name for name in dir(ml_dtypes) if isinstance(getattr(ml_dtypes, name), type)]
+NUMBERS = [x for x in ML_DTYPES if x not in ("finfo", "iinfo")]
+NUMBERS += [*"?bhiqBHIQefdgFDG", ">f4", "U3", "S3", "M8[s]", "V4", "O"]
+
+
+UNSTORABLE = "complex32 float6_e2m3fn float6_e3m2fn float8_e4m3 int1 uint1 uint2 uint4 g G U3 S3 M8[s] V4 O"
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_every_dtype_returns_or_is_named_before_anything_is_written(tmp_path, name):
+    array = np.array([1, 0, 1]).astype(getattr(ml_dtypes, name, name))
+    if name in UNSTORABLE.split():
+        assert "'w'" in refused(tmp_path, {"w": array})
+        return
+    daq.save(tmp_path / "q", {"w": array})
+    found = daq.load(tmp_path / "q")["w"]
+    assert found.dtype == array.dtype.newbyteorder("=")
+    np.testing.assert_array_equal(np.asarray(found).astype(complex), array.astype(complex))
+
+
+def test_dicts_with_bools_for_keys_and_empty_arrays_of_64_bits_return(tmp_path):
+    tree = {True: BASE, False: {"empty": np.zeros((0, 3)), "whole": np.zeros((3, 0), np.int64)}}
+    daq.save(tmp_path / "q", tree)
+    found = daq.load(tmp_path / "q")
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), found) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), tree
+    )
+    np.testing.assert_array_equal(found[True], BASE)
+
+
+def test_what_is_no_tree_is_refused(tmp_path):
+    assert "generator" in refused(tmp_path, (x for x in [BASE]))
+    assert "dict_values" in refused(tmp_path, {"all": {"w": BASE}.values()})
 
 
 def change_metadata(path, change):
