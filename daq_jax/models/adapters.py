@@ -204,7 +204,7 @@ def _check_factor(path: str, x: Any) -> None:
     """Raises DaqError unless a factor is of floats, all of them finite."""
     if why := unreadable(x):
         raise DaqError(f"{path!r} is {why}")
-    if not jnp.issubdtype(getattr(x, "dtype", None), jnp.floating) and not isinstance(x, QTensor):
+    if not isinstance(x, QTensor) and not (hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)):
         found = getattr(x, "dtype", f"a {type(x).__name__}")
         raise DaqError(f"{path!r} is {found}; needed floats: pass the factors as they were trained")
     if is_concrete(x) and not is_staged() and not is_finite(jnp.asarray(as_array(x))):

@@ -44,7 +44,11 @@ class BaseScale(Search):
     squares, than a change costs on the grid of the base (`daq_jax.roundings.carriers`). That is so for large
     changes in FP8. The errors are those of a sample of the columns.
 
-    A tile without change keeps the scale of its base. The metric and the rounding of the recipe play no part.
+    A tile without change keeps the scale of its base. Where a native base came as an array, several scales
+    may give the weights of a small tile, as 2 times 1 and 1 times 2 do. The fitted scale and its codes are
+    then one such choice, and not always those that the base was made with; the weights are the same.
+
+    The metric and the rounding of the recipe play no part.
 
     Attributes:
         off_grid: ratio of a scale off the grid of the base to the larger of the AbsMax scale and that of the

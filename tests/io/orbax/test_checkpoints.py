@@ -249,7 +249,9 @@ NUMBERS = [x for x in ML_DTYPES if x not in ("finfo", "iinfo")]
 NUMBERS += [*"?bhiqBHIQefdgFDG", ">f4", "U3", "S3", "M8[s]", "V4", "O"]
 
 
-UNSTORABLE = "complex32 float6_e2m3fn float6_e3m2fn float8_e4m3 int1 uint1 uint2 uint4 g G U3 S3 M8[s] V4 O"
+UNSTORABLE = (
+    "bcomplex32 complex32 float6_e2m3fn float6_e3m2fn float8_e4m3 int1 uint1 uint2 uint4 g G U3 S3 M8[s] V4 O"
+)
 
 
 @pytest.mark.parametrize("name", NUMBERS)
