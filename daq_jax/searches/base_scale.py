@@ -46,7 +46,8 @@ class BaseScale(Search):
 
     A tile without change keeps the scale of its base. Where a native base came as an array, several scales
     may give the weights of a small tile, as 2 times 1 and 1 times 2 do. The fitted scale and its codes are
-    then one such choice, and not always those that the base was made with; the weights are the same.
+    then one such choice, not always those that the base was made with, and its weights are those of the base
+    to a unit in the last place of float32.
 
     The metric and the rounding of the recipe play no part.
 
