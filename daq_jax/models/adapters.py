@@ -19,7 +19,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+import numpy as np
+from jaxtyping import Array, ArrayLike
 
 from daq_jax.errors import DaqError, refuse
 from daq_jax.numerics.sharding import run_sharded, sharding_of
@@ -29,6 +30,8 @@ from daq_jax.trees import PyTree, named_leaves, with_leaves
 _NNX = re.compile(r"^(?P<parent>.*/)?lora_(?P<side>[ab])$")
 _QWIX = re.compile(r"^(?P<weight>.+)_lora_(?P<side>[ab])$")
 _PEFT = re.compile(r"^(base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(\.default)?\.weight$")
+
+Scale = float | ArrayLike  # of a product, or one for each layer of a stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +48,7 @@ def merge(
     base: PyTree,
     adapter: PyTree,
     *,
-    scale: float | Mapping[str, float] | None = None,
+    scale: Scale | Mapping[str, Scale] | None = None,
     inputs: Mapping[str, Sequence[int]] | None = None,
 ) -> tuple[PyTree, PyTree]:
     """The weights before and after tuning, of a base and a LoRA adapter: `quantize(*merge(base, adapter))`.
@@ -58,8 +61,11 @@ def merge(
         base: weights before tuning; a QTensor stands for what it dequantizes to in float32.
         adapter: LoRA pairs by the names of Flax NNX, qwix and Tunix, or PEFT (table above); all leaves of the
             tuned model, or the pairs alone. Any other leaf of it replaces the leaf of `base` at its path.
-        scale: factor of the products, `alpha / rank`; or factors by pattern of the weight's path, of which
-            the first that is found in it counts. None for Flax NNX, whose layers have none.
+        scale: factor of the products, `alpha / rank`: a number or an array `[]`, which may be traced; of
+            weights that are stacks also an array `[L]`, or more of the first axes of the stack, with a factor
+            for each layer. Or such factors by pattern of the weight's path, of which the first that is found
+            in it counts (`jit` sorts the patterns of a dict that is its argument). None for Flax NNX, whose
+            layers have none.
         inputs: axes of a weight that its first factor has, by pattern of its path. Needed where shapes do not
             tell, as those of a stack of square matrices.
 
@@ -68,7 +74,7 @@ def merge(
 
     Raises:
         DaqError: naming each leaf of the adapter that has no partner, that does not fit its weight, or that
-            lacks a scale.
+            lacks a scale or has one of a wrong shape.
 
     >>> base = {"q": {"kernel": jnp.zeros((2, 3), jnp.bfloat16)}}
     >>> pair = {"q": {"kernel_lora_a": jnp.ones((2, 1)), "kernel_lora_b": jnp.ones((1, 3))}}
@@ -141,15 +147,15 @@ def _pair_of(path: str) -> tuple[_Pair | None, str]:
     return None, ""
 
 
-def _factor(scale: float | Mapping[str, float] | None, weight: str, kind: str) -> float:
-    found = scale
+def _factor(scale: Scale | Mapping[str, Scale] | None, weight: str, kind: str) -> Scale:
+    found: Any = scale
     if isinstance(scale, Mapping):
         found = next((value for pattern, value in scale.items() if re.search(pattern, weight)), None)
     if found is None and kind == "NNX":
         return 1.0
     if found is None:
         raise DaqError(f"pairs of {kind} are multiplied by alpha / rank: pass scale=alpha / rank")
-    return float(found)  # pyright: ignore[reportArgumentType]
+    return found if np.ndim(found) or isinstance(found, jax.Array) else float(found)
 
 
 def _input_axes(inputs: Mapping[str, Sequence[int]] | None, weight: str, kind: str) -> tuple[int, ...] | None:
@@ -159,7 +165,7 @@ def _input_axes(inputs: Mapping[str, Sequence[int]] | None, weight: str, kind: s
 
 
 def _sum(
-    weight: Any, a: Any, b: Any, scale: float, axes: tuple[int, ...] | None, kind: str
+    weight: Any, a: Any, b: Any, scale: Scale, axes: tuple[int, ...] | None, kind: str
 ) -> tuple[Any, Array]:
     """A weight and its tuned one, both float32."""
     if isinstance(weight, QTensor):
@@ -169,14 +175,19 @@ def _sum(
     a, b = (jnp.asarray(as_array(x)) for x in (a, b))
     a, b = (a.T, b.T) if kind == "PEFT" else (a, b)
     equation, shapes = _equation(tuple(wide.shape), tuple(a.shape), tuple(b.shape), axes)
+    scale = jnp.asarray(scale, jnp.float32)
+    stacked = tuple(wide.shape[:-2]) if equation.startswith("...") else ()
+    if scale.shape != stacked[: scale.ndim]:
+        needed = f", or one for each layer of the stack, {stacked}" if stacked else ""
+        raise DaqError(f"its scale is an array {scale.shape}; needed one number{needed}")
 
-    def run(weight: Array, a: Array, b: Array) -> Array:
+    def run(weight: Array, a: Array, b: Array, scale: Array) -> Array:
         a, b = (x.astype(jnp.float32).reshape(shape) for x, shape in zip((a, b), shapes, strict=True))
-        change = jnp.einsum(equation, a, b, precision="highest")
-        return weight + scale * change.reshape(weight.shape)
+        change = jnp.einsum(equation, a, b, precision="highest").reshape(weight.shape)
+        return weight + scale.reshape(scale.shape + (1,) * (change.ndim - scale.ndim)) * change
 
     sharded = run_sharded(run, sharding_of(codes_of(wide)))
-    return wide, sharded(as_array(wide), a, b)
+    return wide, sharded(as_array(wide), a, b, scale)
 
 
 _Shapes = tuple[tuple[int, ...], tuple[int, ...]]
