@@ -301,7 +301,7 @@ def _why_unmatched(module: str, shapes: Mapping[str, tuple[int, ...]]) -> str:
     if not found or stack not in shapes:
         return "matches no tensor of the base"
     return (
-        f"is of one expert, and the base holds the experts as the stack {stack!r}: save the model that it was "
+        f"is of one expert, and the base holds experts as the stack {stack!r}: save the model that it was "
         "trained on with the adapter merged, and pass that folder"
     )
 
