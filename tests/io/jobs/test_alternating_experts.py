@@ -143,6 +143,21 @@ def test_an_expert_that_is_not_there_is_named(lacking, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("kind", ["more experts", "quantized"])
+def test_single_experts_that_cannot_be_paired_are_told_why(kind, tmp_path):
+    natives, made = blocks()
+    before = base_of(tmp_path, natives, made)
+    coded, stored_as = singles()
+    weights = {n.name: np.concatenate([x := n.decode(made), x[:1]]) for n in natives}
+    config = KIND | {"quantization_config": coded[0].config}
+    tuned, config = (parted(weights), KIND) if kind == "more experts" else (stored_as, config)
+    after = write_folder(tmp_path / "tuned", [tuned], config)
+    words = r"base has '\S+\.0\.down_proj\.weight' as '\S+s\.down_proj'.*a stack of as many.*not quantized"
+    with pytest.raises(daq.DaqError, match=words):
+        daq.quantize_folder(before, after, tmp_path / "out", memory_gb=2)
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_adapter_of_stacks_on_single_experts_alternates(tmp_path):
     """peft keeps inputs first in stacks of gpt-oss, and A `[E r, in]`."""
     adapter, changes = expert_adapter(WIDTH, INNER, 2)
