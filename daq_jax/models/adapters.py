@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, ArrayLike
 
 from daq_jax.errors import DaqError, refuse
 from daq_jax.numerics.arithmetic import is_finite, is_staged
@@ -33,6 +33,8 @@ _NAMED = 8  # weights that a message names
 _NNX = re.compile(r"^(?P<parent>.*/)?lora_(?P<side>[ab])$")
 _QWIX = re.compile(r"^(?P<weight>.+)_lora_(?P<side>[ab])$")
 _PEFT = re.compile(r"^(base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(\.default)?\.weight$")
+
+Scale = float | ArrayLike  # of a product, or one for each layer of a stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +51,7 @@ def merge(
     base: PyTree,
     adapter: PyTree,
     *,
-    scale: float | Mapping[str, float] | None = None,
+    scale: Scale | Mapping[str, Scale] | None = None,
     inputs: Mapping[str, Sequence[int]] | None = None,
 ) -> tuple[PyTree, PyTree]:
     """The weights before and after tuning, of a base and a LoRA adapter: `quantize(*merge(base, adapter))`.
@@ -62,8 +64,11 @@ def merge(
         base: weights before tuning; a QTensor stands for what it dequantizes to in float32.
         adapter: LoRA pairs by the names of Flax NNX, qwix and Tunix, or PEFT (table above); all leaves of the
             tuned model, or the pairs alone. Any other leaf of it replaces the leaf of `base` at its path.
-        scale: factor of the products, `alpha / rank`; or factors by pattern of the weight's path, of which
-            the first that is found in it counts. None for Flax NNX, whose layers have none.
+        scale: factor of the products, `alpha / rank`: a number or an array `[]`, which may be traced; of
+            weights that are stacks also an array `[L]`, or more of the first axes of the stack, with a factor
+            for each layer. Or such factors by pattern of the weight's path, of which the first that is found
+            in it counts (`jit` sorts the patterns of a dict that is its argument). None for Flax NNX, whose
+            layers have none.
         inputs: axes of a weight that its first factor has, by pattern of its path. Needed where shapes do not
             tell, as those of a stack of square matrices.
 
@@ -72,7 +77,7 @@ def merge(
 
     Raises:
         DaqError: naming each leaf of the adapter that has no partner, that does not fit its weight, or that
-            lacks a scale; each leaf that is not of floats; a scale that is no finite number; and each pattern
+            lacks a scale or has one of a wrong shape; each leaf that is not of floats; a scale that is no finite number; and each pattern
             of `scale` or `inputs` that is found in no path of `base`.
 
     >>> base = {"q": {"kernel": jnp.zeros((2, 3), jnp.bfloat16)}}
@@ -153,21 +158,21 @@ def _pair_of(path: str) -> tuple[_Pair | None, str]:
 
 
 def _check_scale(scale: Any) -> None:
-    """Raises DaqError unless a scale, or each value of one by patterns, is one finite number or None."""
+    """Raises DaqError unless a scale, or each value of one by patterns, is of finite real numbers or None."""
     named = {f"scale[{p!r}]": x for p, x in scale.items()} if isinstance(scale, Mapping) else {"scale": scale}
     for name, value in named.items():
-        if value is not None and not _is_factor(value):
-            raise DaqError(f"{name} is {value!r}; needed one finite number, alpha / rank.")
+        if value is not None and not _is_scale(value):
+            raise DaqError(f"{name} is {value!r}; needed finite real numbers, alpha / rank.")
 
 
-def _is_factor(value: Any) -> bool:
-    """Whether a value is one real number that is finite."""
-    if isinstance(value, (bool, str)) or np.ndim(value) or not np.isrealobj(value):
+def _is_scale(value: Any) -> bool:
+    """Whether a value, unless it is traced, is one real number that is finite, or an array of them."""
+    if isinstance(value, jax.core.Tracer):
+        return jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)
+    found = np.asarray(value)
+    if found.dtype.kind not in "iuf" and not jnp.issubdtype(found.dtype, jnp.floating):
         return False
-    try:
-        return math.isfinite(value)
-    except TypeError:
-        return False
+    return bool(np.all(np.isfinite(found.astype(np.float64))))
 
 
 def _unused(patterns: Any, argument: str, paths: Collection[str], weights: Sequence[str]) -> list[str]:
@@ -211,15 +216,15 @@ def _check_factor(path: str, x: Any) -> None:
         raise DaqError(f"{path!r} holds NaN or infinity; every factor must be finite: mend the adapter")
 
 
-def _factor(scale: float | Mapping[str, float] | None, weight: str, kind: str) -> float:
-    found = scale
+def _factor(scale: Scale | Mapping[str, Scale] | None, weight: str, kind: str) -> Scale:
+    found: Any = scale
     if isinstance(scale, Mapping):
         found = next((value for pattern, value in scale.items() if re.search(pattern, weight)), None)
     if found is None and kind == "NNX":
         return 1.0
     if found is None:
         raise DaqError(f"pairs of {kind} are multiplied by alpha / rank: pass scale=alpha / rank")
-    return float(found)  # pyright: ignore[reportArgumentType]
+    return found if np.ndim(found) or isinstance(found, jax.Array) else float(found)
 
 
 def _input_axes(inputs: Mapping[str, Sequence[int]] | None, weight: str, kind: str) -> tuple[int, ...] | None:
@@ -229,7 +234,7 @@ def _input_axes(inputs: Mapping[str, Sequence[int]] | None, weight: str, kind: s
 
 
 def _sum(
-    weight: Any, a: Any, b: Any, scale: float, axes: tuple[int, ...] | None, kind: str
+    weight: Any, a: Any, b: Any, scale: Scale, axes: tuple[int, ...] | None, kind: str
 ) -> tuple[Any, Array]:
     """A weight and its tuned one, both float32."""
     if isinstance(weight, QTensor):
@@ -239,14 +244,19 @@ def _sum(
     a, b = (jnp.asarray(as_array(x)) for x in (a, b))
     a, b = (a.T, b.T) if kind == "PEFT" else (a, b)
     equation, shapes = _equation(tuple(wide.shape), tuple(a.shape), tuple(b.shape), axes)
+    scale = jnp.asarray(scale, jnp.float32)
+    stacked = tuple(wide.shape[:-2]) if equation.startswith("...") else ()
+    if scale.shape != stacked[: scale.ndim]:
+        needed = f", or one for each layer of the stack, {stacked}" if stacked else ""
+        raise DaqError(f"its scale is an array {scale.shape}; needed one number{needed}")
 
-    def run(weight: Array, a: Array, b: Array) -> Array:
+    def run(weight: Array, a: Array, b: Array, scale: Array) -> Array:
         a, b = (x.astype(jnp.float32).reshape(shape) for x, shape in zip((a, b), shapes, strict=True))
-        change = jnp.einsum(equation, a, b, precision="highest")
-        return weight + scale * change.reshape(weight.shape)
+        change = jnp.einsum(equation, a, b, precision="highest").reshape(weight.shape)
+        return weight + scale.reshape(scale.shape + (1,) * (change.ndim - scale.ndim)) * change
 
     sharded = run_sharded(run, sharding_of(codes_of(wide)))
-    return wide, sharded(as_array(wide), a, b)
+    return wide, sharded(as_array(wide), a, b, scale)
 
 
 _Shapes = tuple[tuple[int, ...], tuple[int, ...]]

@@ -192,3 +192,76 @@ def test_axes_settle_what_shapes_leave_open():
     pair = {"s_lora_a": jnp.asarray(a), "s_lora_b": jnp.asarray(b)}
     _, tuned = daq.merge(base, pair, scale=1.0, inputs={"s": (1,)})
     np.testing.assert_allclose(tuned["s"], np.einsum("dr,rnh->ndh", a, b), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["eager", "closed over", "traced"])
+@pytest.mark.parametrize("form", ["array", "bfloat16", "numpy", "by pattern"])
+def test_a_scale_may_be_an_array(how, form):
+    weight, a, b = normal(0, 24, 40), normal(1, 24, 3), normal(2, 3, 40)
+    base = {"w": jnp.asarray(weight)}
+    pair = {"w_lora_a": jnp.asarray(a), "w_lora_b": jnp.asarray(b)}
+    kind = {"bfloat16": BF16, "numpy": np.float32}.get(form, jnp.float32)
+    scale = np.asarray(0.75, kind) if form == "numpy" else jnp.asarray(0.75, kind)
+
+    def run(scale):
+        return daq.merge(base, pair, scale={"w": scale} if form == "by pattern" else scale)[1]["w"]
+
+    tuned = {"eager": run, "closed over": jax.jit(lambda _: run(scale)), "traced": jax.jit(run)}[how](scale)
+    product = np.asarray(a, np.float64) @ np.asarray(b, np.float64)
+    np.testing.assert_allclose(tuned, weight + 0.75 * product, rtol=1e-5, atol=1e-6)
+    if how == "eager":
+        np.testing.assert_array_equal(tuned, daq.merge(base, pair, scale=0.75)[1]["w"])
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("scale", [(3,), (3, 2)], ids=str)
+def test_each_layer_of_a_stack_may_have_a_scale_of_its_own(scale, jit):
+    """Layers, and experts within layers; as one array for all experts of a layer too."""
+    weight, a, b = normal(0, 3, 2, 8, 10), normal(1, 3, 2, 8, 4), normal(2, 3, 2, 4, 10)
+    factors = np.abs(normal(3, *scale))
+    base, pair = {"w": jnp.asarray(weight)}, {"w_lora_a": jnp.asarray(a), "w_lora_b": jnp.asarray(b)}
+    merge = (
+        jax.jit(lambda x: daq.merge(base, pair, scale=x)) if jit else lambda x: daq.merge(base, pair, scale=x)
+    )
+    tuned = merge(jnp.asarray(factors))[1]["w"]
+    for i in range(3):
+        for e in range(2):
+            product = a[i, e].astype(np.float64) @ b[i, e].astype(np.float64)
+            factor = np.float64(factors[i] if len(scale) == 1 else factors[i, e])
+            np.testing.assert_allclose(tuned[i, e], weight[i, e] + factor * product, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "words"),
+    [
+        ("w", (1,), r"'w': its scale is an array \(1,\); needed one number"),
+        ("w", (4,), r"'w': its scale is an array \(4,\); needed one number"),
+        ("s", (2,), r"'s': its scale is an array \(2,\); needed one number, or one for each .*\(3,\)"),
+        ("s", (3, 8), r"'s': its scale is an array \(3, 8\)"),
+        ("s", (3, 1), r"'s': its scale is an array \(3, 1\)"),
+    ],
+)
+@pytest.mark.parametrize("jit", [False, True])
+def test_a_scale_of_a_wrong_shape_is_refused_by_the_name_of_its_weight(name, shape, words, jit):
+    base = {"w": jnp.ones((4, 6)), "s": jnp.ones((3, 8, 6))}
+    pair = {"w_lora_a": jnp.ones((4, 2)), "w_lora_b": jnp.ones((2, 6))}
+    pair |= {"s_lora_a": jnp.ones((3, 8, 2)), "s_lora_b": jnp.ones((3, 2, 6))}
+    scale = {"w": 1.0, "s": 1.0} | {name: jnp.ones(shape)}
+    merge = (
+        jax.jit(lambda x: daq.merge(base, pair, scale=x)) if jit else lambda x: daq.merge(base, pair, scale=x)
+    )
+    with pytest.raises(daq.DaqError, match=words):
+        merge(scale)
+
+
+def test_a_traced_scale_on_sharded_weights():
+    for kind in (jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit):
+        mesh = jax.make_mesh((1,), ("x",), axis_types=(kind,))
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "x"))
+        base = {"w": jax.device_put(jnp.ones((8, 6)), sharding)}
+        pair = {"w_lora_a": jnp.ones((8, 2)), "w_lora_b": jnp.ones((2, 6))}
+        pair = {n: jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.P())) for n, x in pair.items()}
+        scale = jax.device_put(jnp.float32(2.0), jax.sharding.NamedSharding(mesh, jax.P()))
+        for merge in (daq.merge, jax.jit(daq.merge)):
+            tuned = merge(base, pair, scale=scale)[1]["w"]
+            np.testing.assert_array_equal(tuned, np.full((8, 6), 5.0))

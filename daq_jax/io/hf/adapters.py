@@ -9,7 +9,7 @@ that the adapter leaves alone are those of the base, byte for byte.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -17,7 +17,7 @@ import numpy as np
 
 from daq_jax.errors import DaqError, refuse
 from daq_jax.io.disk.links import refuse_links
-from daq_jax.io.hf.architectures import turns_linear_layers
+from daq_jax.io.hf.architectures import interleaves_experts, turns_experts, turns_linear_layers
 from daq_jax.io.hf.codings import HF_MATRIX
 from daq_jax.io.hf.folders import (
     ADAPTER,
@@ -181,7 +181,7 @@ class _Matching:
         """How names begin in the adapter and in the base."""
         for pair in _RENAMED:
             known = (self._in_base(m, pair) for m in contents.modules)
-            if all(places_of(m, self.shapes) for m in known):
+            if all(map(self._places, known)):
                 return pair
         return "", ""
 
@@ -189,14 +189,17 @@ class _Matching:
     def _in_base(module: Module, begins: tuple[str, str]) -> Module:
         return dataclasses.replace(module, name=_renamed(module.name, begins))
 
+    def _places(self, module: Module) -> list[list[Place]]:
+        return places_of(module, self.shapes, interleaves_experts(self.base.config))
+
     def _add_module(self, module: Module) -> None:
         here = self._in_base(module, self.begins)
-        parameters = places_of(here, self.shapes)
+        parameters = self._places(here)
         a, b = (self.reader.entries[module.tensors[side]].spec.shape for side in "AB")
         fitting = [(p, ways) for p in parameters if (ways := self._ways(p[0], a, b, module))]
         if not fitting:
             there = ", ".join(f"{p[0].name!r} {p[0].shape}" for p in parameters)
-            why = f"fits none of {there}" if parameters else "matches no tensor of the base"
+            why = f"fits none of {there}" if parameters else _why_unmatched(here.name, self.shapes)
             self.problems.append(f"module {module.name!r} with A {a} and B {b} {why}")
             return
         parameter, ways = fitting[0]
@@ -217,9 +220,8 @@ class _Matching:
     ) -> None:
         names = module.tensors
         for place in parameter:
-            change = LowRank(
-                self.reader, names["A"], names["B"], scale, place.experts, place.expert, place.first_row, way
-            )
+            where = place.experts, place.expert, place.first_row, place.step
+            change = LowRank(self.reader, names["A"], names["B"], scale, *where, way)
             self._change(place.name, change)
         if "bias" in names:
             stored, bias = self.reader.entries[names["bias"]].spec.shape, f"{here.name}.bias"
@@ -235,7 +237,8 @@ class _Matching:
         *_, outputs, inputs = place.shape
         ways = fits((place.rows or outputs, inputs), a, b, place.experts)
         if place.experts > 1:
-            turned = self.base.tensors[place.name].turned  # then peft keeps the order of inputs
+            # In a model that holds stacks [experts, in, out] peft keeps the order of inputs.
+            turned = self.base.tensors[place.name].turned or turns_experts(self.base.config)
             return ["out_in"] if turned and "out_in" in ways else ways if not turned else []
         stored_in_out = module.table or (
             not place.name.endswith("lm_head.weight")
@@ -289,6 +292,18 @@ def _parameter_name(name: str) -> str:
     """Name of the parameter of a stack of experts that a tensor is, or is a part of."""
     last = name.removesuffix(".weight").rpartition(".")[2]
     return "down_proj" if last in ("down_proj", "w2") else "gate_up_proj"
+
+
+def _why_unmatched(module: str, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Why no tensor of the base is that of a module."""
+    experts, found, part = module.partition(".experts.")
+    stack = f"{experts}.experts.{_parameter_name(part)}"
+    if not found or stack not in shapes:
+        return "matches no tensor of the base"
+    return (
+        f"is of one expert, and the base holds experts as the stack {stack!r}: save the model that it was "
+        "trained on with the adapter merged, and pass that folder"
+    )
 
 
 def _is_float(tensor: Tensor) -> bool:

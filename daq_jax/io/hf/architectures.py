@@ -13,6 +13,7 @@ from typing import Any
 
 # Whose experts transformers takes apart in the model for compressed-tensors (`SequentialLlama4TextExperts`).
 _PARTED = ("llama4", "llama4_text")
+_INTERLEAVED = ("gpt_oss", "openai_privacy_filter")  # whose stacks alternate rows of gate and up
 # What transformers 5.24 does not load, as `python -m benchmarks architectures` finds: stacks with scales of a
 # class of experts that it does not exchange; and codes that are decompressed while they are loaded, in models
 # whose convolutions it puts together at the same time.
@@ -46,6 +47,11 @@ def turns_experts(config: Mapping[str, Any]) -> bool:
 def turns_linear_layers(config: Mapping[str, Any]) -> bool:
     """Whether the linear layers are stored [in, out], as the Conv1D of transformers is."""
     return any(kind in known_types()["turned_layers"] for kind in _types(config))
+
+
+def interleaves_experts(config: Mapping[str, Any]) -> bool:
+    """Whether the rows of gate and up alternate in stacks of experts."""
+    return any(kind in _INTERLEAVED for kind in _types(config))
 
 
 def parts_experts(config: Mapping[str, Any]) -> bool:

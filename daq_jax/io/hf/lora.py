@@ -164,6 +164,7 @@ class LowRank(Change):
         experts: number of matrices `E` whose factors A and B hold; 1 for those of a linear layer.
         expert: number of the matrix that the tensor is; None if it is the whole stack.
         first_row: row of `B A` that is the first row of the tensor.
+        step: rows of `B A` from one row of the tensor to the next.
         way: whether the tensor is `B A` ("out_in") or its transpose ("in_out").
     """
 
@@ -174,6 +175,7 @@ class LowRank(Change):
     experts: int = 1
     expert: int | None = None
     first_row: int = 0
+    step: int = 1
     way: Orientation = "out_in"
 
     def add_to(self, weight: np.ndarray, first: int) -> np.ndarray:
@@ -186,7 +188,7 @@ class LowRank(Change):
     def _sum(self, weight: np.ndarray, expert: int, first: int) -> np.ndarray:
         """Rows of one matrix after tuning."""
         left, right = self._factors(expert)
-        left = left[self.first_row + first : self.first_row + first + len(weight)]
+        left = left[self.first_row :: self.step][first : first + len(weight)]
         tuned = np.empty(weight.shape, np.float32)
         rows = max(1, _AT_A_TIME // max(weight.shape[1], 1))
         for i in range(0, len(weight), rows):
@@ -226,6 +228,7 @@ class Place:
         experts: number of matrices whose factors the module holds.
         expert: number of the matrix that the tensor is; None for all.
         first_row: row of the module's product that is the first row of the tensor.
+        step: rows of the product from one row of the tensor to the next.
         rows: rows of the module's product.
     """
 
@@ -234,18 +237,22 @@ class Place:
     experts: int = 1
     expert: int | None = None
     first_row: int = 0
+    step: int = 1
     rows: int = 0
 
 
 _GATE_UP_DOWN = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 
 
-def places_of(module: Module, shapes: Mapping[str, tuple[int, ...]]) -> list[list[Place]]:
+def places_of(
+    module: Module, shapes: Mapping[str, tuple[int, ...]], alternate: bool = False
+) -> list[list[Place]]:
     """The parameters of a base that a module may have adapted, each as the tensors that hold it.
 
     Args:
         module: of the adapter, by its name in the base.
         shapes: shape of each tensor of the base, `[..., out, in]`.
+        alternate: whether rows of gate and up alternate in the stacks of the model.
     """
     own = f"{module.name}.weight"
     if own in shapes:
@@ -254,10 +261,10 @@ def places_of(module: Module, shapes: Mapping[str, tuple[int, ...]]) -> list[lis
     found = [
         [Place(n, shapes[n], shapes[n][0])] for n in stacks if len(shapes.get(n, ())) == 3 and shapes[n][0]
     ]
-    return found or _single_experts(module.name, shapes)
+    return found or _single_experts(module.name, shapes, alternate)
 
 
-def _single_experts(module: str, shapes: Mapping[str, tuple[int, ...]]) -> list[list[Place]]:
+def _single_experts(module: str, shapes: Mapping[str, tuple[int, ...]], alternate: bool) -> list[list[Place]]:
     """The experts of a module that the base holds one by one: gate and up as one parameter, then down."""
     for gate, up, down in _GATE_UP_DOWN:
         count = 0
@@ -267,13 +274,14 @@ def _single_experts(module: str, shapes: Mapping[str, tuple[int, ...]]) -> list[
         if not count or any(len(shapes.get(n, ())) != 2 for group in names.values() for n in group):
             continue
         half = shapes[names[gate][0]][0]
-        fused = [(n, e, 0) for e, n in enumerate(names[gate])] + [
-            (n, e, half) for e, n in enumerate(names[up])
+        second, step = (1, 2) if alternate else (half, 1)
+        fused = [(n, e, 0, step) for e, n in enumerate(names[gate])] + [
+            (n, e, second, step) for e, n in enumerate(names[up])
         ]
-        alone = [(n, e, 0) for e, n in enumerate(names[down])]
+        alone = [(n, e, 0, 1) for e, n in enumerate(names[down])]
         rows = 2 * half, shapes[names[down][0]][0]
         return [
-            [Place(n, shapes[n], count, e, row, total) for n, e, row in group]
+            [Place(n, shapes[n], count, e, row, every, total) for n, e, row, every in group]
             for group, total in zip((fused, alone), rows, strict=True)
         ]
     return []

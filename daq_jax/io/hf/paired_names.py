@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from daq_jax.io.hf.architectures import interleaves_experts
 from daq_jax.io.hf.folders import Folder, Tensor
 from daq_jax.io.hf.tensor_files import TensorSpec, in_chunks
 from daq_jax.qtensor import QTensor
@@ -21,11 +22,10 @@ from daq_jax.qtensor import QTensor
 # What transformers puts before the names of a model of text, inside another model or alone.
 _PREFIX = re.compile(r"^(model\.|transformer\.)?(language_model\.(model\.)?)?")
 _SINGLE = re.compile(
-    r"(?P<stem>(.*\.)?experts)\.(?P<expert>\d+)\.(?P<part>gate_proj|up_proj|down_proj)\.weight"
+    r"(?P<stem>(.*\.)?experts)\.(?P<expert>\d+)\.(?P<part>gate_proj|up_proj|down_proj)\.(?P<kind>weight|bias)"
 )
-_STACK = re.compile(r"(?P<stem>(.*\.)?experts)\.(?P<part>gate_up_proj|down_proj)")
+_STACK = re.compile(r"(?P<stem>(.*\.)?experts)\.(?P<part>gate_up_proj|down_proj)(?P<bias>_bias)?")
 _PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-_INTERLEAVED = ("gpt_oss", "openai_privacy_filter")  # whose stacks alternate rows of gate and up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class _Renamed:
 
 @dataclasses.dataclass(frozen=True)
 class _OfStack:
-    """The matrix of one expert, or some rows of it, from a stack."""
+    """The matrix or bias of one expert, or some rows of it, from a stack."""
 
     name: str
     expert: int
@@ -62,18 +62,27 @@ class _OfStack:
 
 @dataclasses.dataclass(frozen=True)
 class _Stacked:
-    """A stack made of matrices of single experts: for each expert the names of those on top of each other."""
+    """A stack made of matrices or biases of single experts.
+
+    Attributes:
+        experts: for each expert the names of those on top of each other.
+        alternate: whether their rows alternate instead.
+    """
 
     experts: tuple[tuple[str, ...], ...]
+    alternate: bool
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(name for parts in self.experts for name in parts)
 
     def read(self, folder: Folder, band: slice, dtype: np.dtype | None) -> np.ndarray | QTensor:
-        return np.stack(
-            [np.concatenate([np.asarray(folder.read(n)) for n in parts]) for parts in self.experts[band]]
-        )
+        return np.stack([self._rows([np.asarray(folder.read(n)) for n in e]) for e in self.experts[band]])
+
+    def _rows(self, parts: list[np.ndarray]) -> np.ndarray:
+        if not self.alternate:
+            return np.concatenate(parts)
+        return np.stack(parts, 1).reshape(-1, *parts[0].shape[1:])
 
 
 # Where the values of a tensor come from in a folder: `names` are read, `read` is as `Folder.read`.
@@ -143,9 +152,10 @@ def paired(folder: Folder, other: Folder) -> tuple[Folder, dict[str, str]]:
     free = [name for name in folder.tensors if name not in other.tensors]
     there = _unique(free, prefixes[0])
     wanted = _unique(missing, prefixes[1])
+    alternate = any(map(_alternates, (folder, other)))
     found: dict[str, tuple[_Source, Tensor]] = {}
     for plain, name in wanted.items():
-        source = _source_of(plain, there, folder, other)
+        source = _source_of(plain, there, folder, alternate)
         if source is None:
             continue
         tensor = _as_read(source, folder, name, other.tensors[name].shape)
@@ -168,7 +178,7 @@ def _wholly_used(folder: Folder, sources: Iterable[_Source]) -> set[str]:
     rows = collections.Counter[str]()
     for source in sources:
         if isinstance(source, _OfStack):
-            rows[source.name] += source.rows.stop - source.rows.start
+            rows[source.name] += _count(source.rows)
         else:
             used.update(source.names)
     return used | {name for name, n in rows.items() if n == math.prod(folder.tensors[name].shape[:2])}
@@ -188,37 +198,55 @@ def _unique(names: list[str], own: re.Pattern[str]) -> dict[str, str]:
     return {short: name for name, short in plain.items() if counts[short] == 1}
 
 
-def _source_of(plain: str, there: Mapping[str, str], folder: Folder, other: Folder) -> _Source | None:
+def _source_of(plain: str, there: Mapping[str, str], folder: Folder, alternate: bool) -> _Source | None:
     """Where a tensor of another folder is in this one, by its name without prefixes."""
     if plain in there:
         return _Renamed(there[plain])
-    if any(x.config.get("model_type") in _INTERLEAVED for x in (folder, other)):
-        return None
     if stack := _STACK.fullmatch(plain):
-        return _stacked(stack["stem"], _PARTS[stack["part"]], there, folder)
+        return _stacked(stack, there, folder, alternate)
     single = _SINGLE.fullmatch(plain)
-    return None if single is None else _of_stack(single, there, folder)
+    return None if single is None else _of_stack(single, there, folder, alternate)
 
 
-def _stacked(stem: str, parts: tuple[str, ...], there: Mapping[str, str], folder: Folder) -> _Source | None:
+def _alternates(folder: Folder) -> bool:
+    """Whether rows of gate and up alternate in stacks, by the type of the model or by blocks of gpt-oss."""
+    blocks = (t.coding.codes.endswith("_blocks") for t in folder.tensors.values() if t.coding)
+    return interleaves_experts(folder.config) or any(blocks)
+
+
+def _stacked(
+    stack: re.Match[str], there: Mapping[str, str], folder: Folder, alternate: bool
+) -> _Source | None:
     experts: list[tuple[str, ...]] = []
-    while all(names := [there.get(f"{stem}.{len(experts)}.{part}.weight", "") for part in parts]):
+    stem, parts, kind = stack["stem"], _PARTS[stack["part"]], "bias" if stack["bias"] else "weight"
+    while all(names := [there.get(f"{stem}.{len(experts)}.{part}.{kind}", "") for part in parts]):
         experts.append(tuple(names))
     tensors = [folder.tensors[name] for parts_of_one in experts for name in parts_of_one]
     alike = {(t.spec.dtype, t.coding is None, t.shape) for t in tensors}
-    return _Stacked(tuple(experts)) if len(alike) == 1 and tensors[0].coding is None else None
+    fits = len(alike) == 1 and tensors[0].coding is None
+    return _Stacked(tuple(experts), alternate and len(parts) > 1) if fits else None
 
 
-def _of_stack(single: re.Match[str], there: Mapping[str, str], folder: Folder) -> _Source | None:
+def _of_stack(
+    single: re.Match[str], there: Mapping[str, str], folder: Folder, alternate: bool
+) -> _Source | None:
     part = "down_proj" if single["part"] == "down_proj" else "gate_up_proj"
-    name = there.get(f"{single['stem']}.{part}")
+    axes, end = (2, "_bias") if single["kind"] == "bias" else (3, "")
+    name = there.get(f"{single['stem']}.{part}{end}")
     tensor = folder.tensors.get(name or "")
     expert = int(single["expert"])
-    if name is None or tensor is None or tensor.coding or len(tensor.shape) != 3 or expert >= tensor.shape[0]:
+    if name is None or tensor is None or tensor.coding or len(tensor.shape) != axes:
         return None
-    half = tensor.shape[1] // len(_PARTS[part])
-    first = half * _PARTS[part].index(single["part"])
-    return _OfStack(name, expert, slice(first, first + half))
+    if expert >= tensor.shape[0]:
+        return None
+    parts, rows = _PARTS[part], tensor.shape[1]
+    half, index = rows // len(parts), parts.index(single["part"])
+    which = slice(index, rows, len(parts)) if alternate else slice(index * half, (index + 1) * half)
+    return _OfStack(name, expert, which)
+
+
+def _count(rows: slice) -> int:
+    return len(range(rows.start, rows.stop, rows.step or 1))
 
 
 def _as_read(source: _Source, folder: Folder, name: str, shape: tuple[int, ...]) -> Tensor | None:
@@ -227,9 +255,9 @@ def _as_read(source: _Source, folder: Folder, name: str, shape: tuple[int, ...])
     if isinstance(source, _Renamed):
         return dataclasses.replace(tensor, name=name) if tensor.shape == shape else None
     if isinstance(source, _OfStack):
-        found = (source.rows.stop - source.rows.start, tensor.shape[2])
+        found = (_count(source.rows), *tensor.shape[2:])
     else:
-        found = (len(source.experts), len(source.experts[0]) * tensor.shape[0], tensor.shape[1])
+        found = (len(source.experts), len(source.experts[0]) * tensor.shape[0], *tensor.shape[1:])
     spec = TensorSpec(tensor.spec.dtype, shape)
     plain = dataclasses.replace(tensor, name=name, spec=spec, copied=None, turned=False)
     return plain if found == shape else None

@@ -201,6 +201,9 @@ class _Search:
         beside, listed = self.specs[scale], self.specs[shape]
         is_shape = listed.dtype in ("I64", "I32") and listed.shape == (2,)
         outputs, inputs = map(int, self.read(shape)) if is_shape else (0, 0)
+        says = (
+            f"says {outputs} x {inputs}" if is_shape else f"is {listed.dtype}, needed I32 or I64 of 2 numbers"
+        )
         more = [weight + s for s in _ASYMMETRIC if weight + s in self.specs]
         tiling = _groups(outputs, inputs, beside)
         sizes = ((4, int4), (8, int8))
@@ -209,7 +212,7 @@ class _Search:
         if more or tiling is None or kind is None or storage is None or weight in self.specs:
             self.problems.append(
                 f"{words!r} is {spec.dtype} {spec.shape}, {scale!r} {beside.dtype} {beside.shape} and "
-                f"{shape!r} says {outputs} x {inputs}"
+                f"{shape!r} {says}"
                 + (f", with {more[0]!r}" if more else "")
                 + "; needed 4 bits, symmetric, in whole groups along the inputs; or 8"
             )

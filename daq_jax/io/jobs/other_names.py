@@ -5,6 +5,10 @@ from collections.abc import Iterable, Mapping
 
 _LAYER = re.compile(r"\w+\.\d+\..*")
 _SINGLE = re.compile(r"experts\.\d+\.(\w+)\.weight$")
+_FUSED = (
+    " Experts one by one are paired with a stack of as many, by the names gate_proj, up_proj and down_proj, "
+    "where those that are to be read by other names are not quantized."
+)
 _DOWN = ("down_proj", "w2")
 
 
@@ -23,7 +27,7 @@ def renamed(missing: Iterable[str], names: Iterable[str], whose: str) -> str:
             return (
                 f"Names differ: {whose} has {name!r} as {there!r}. Load and save both with one version of "
                 "transformers, which renames weights as it loads them."
-            )
+            ) + (_FUSED if bool(_SINGLE.search(name)) != bool(_SINGLE.search(there)) else "")
     return ""
 
 

@@ -336,6 +336,14 @@ def test_a_shape_in_32_bits_is_read_as_one_in_64(tmp_path):
     assert found[0] == found[1]
 
 
+def test_a_shape_of_another_dtype_is_named(tmp_path):
+    native = packed("model.layers.0.mlp.up_proj.weight", 64, 256, 4, 32, np.int16)
+    base = native.make(rng_for("shape"))
+    paths = folders(tmp_path, native, base, native.decode(base), BF16)
+    with pytest.raises(daq.DaqError, match=r"weight_shape' is I16, needed I32 or I64 of 2 numbers"):
+        daq.quantize_folder(*paths, memory_gb=2)
+
+
 @pytest.mark.parametrize("format", [None, "fp8-channel"])
 def test_every_tensor_of_the_tuned_model_is_accounted_for(format, tmp_path):
     native = mxfp4_pack("model.layers.0.mlp.up_proj.weight", 64, 64)
