@@ -1,9 +1,10 @@
 """What the work of a folder takes of memory: the process with JAX, its programs, and the largest matrix."""
 
+import ctypes
 import functools
 import math
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 
@@ -164,3 +165,23 @@ def runtime_of(recipe: Recipe, programs: int, decoding: int = 0) -> int:
     if jax.default_backend() == "cpu":
         return _RUNTIME_CPU + first + programs * each + decoding * _DECODING
     return RUNTIME + (programs + decoding - 1) * each
+
+
+def give_back() -> bool:
+    """Returns memory that is free to the system, as what a compiler took; says whether it could.
+
+    The C library keeps such memory for later. Where it is not glibc, as on macOS, Windows and Alpine,
+    nothing is done.
+    """
+    if (trim := _malloc_trim()) is None:
+        return False
+    trim(0)
+    return True
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], Any] | None:
+    try:
+        return ctypes.CDLL(None).malloc_trim  # type: ignore[no-any-return]
+    except (AttributeError, OSError, TypeError):  # TypeError: on Windows None names no library
+        return None
