@@ -295,11 +295,11 @@ def _rows_at_a_time(tensor: Tensor, base: Tensor | None, recipe: Recipe, coding:
         steps = bisect.bisect(range(1, outputs // step + 1), room.memory, key=lambda n: needed(n * step))
         if steps:
             return steps * step
-    gb = needed(whole) / 10**9
+    gb, given = needed(whole) / 10**9, room.memory / 10**9
+    digits = 1 if f"{gb:.1f}" != f"{given:.1f}" else 2
     raise DaqError(
-        f"{tensor.file}: {tensor.name!r} is {outputs} x {inputs}, which takes {gb:.1f} GB at once; "
-        f"the memory given is {room.memory / 10**9:.1f} GB: raise it "
-        f"(--memory {math.ceil(10 * gb) / 10})."
+        f"{tensor.file}: {tensor.name!r} is {outputs} x {inputs}, which takes {gb:.{digits}f} GB at once; "
+        f"the memory given is {given:.{digits}f} GB: raise it (--memory {math.ceil(10 * gb) / 10})."
     )
 
 
