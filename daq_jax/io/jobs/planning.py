@@ -296,7 +296,7 @@ def _rows_at_a_time(tensor: Tensor, base: Tensor | None, recipe: Recipe, coding:
         if steps:
             return steps * step
     gb, given = needed(whole) / 10**9, room.memory / 10**9
-    digits = 1 if f"{gb:.1f}" != f"{given:.1f}" else 2
+    digits = next((n for n in range(1, 9) if f"{gb:.{n}f}" != f"{given:.{n}f}"), 9)  # that tell them apart
     raise DaqError(
         f"{tensor.file}: {tensor.name!r} is {outputs} x {inputs}, which takes {gb:.{digits}f} GB at once; "
         f"the memory given is {given:.{digits}f} GB: raise it (--memory {math.ceil(10 * gb) / 10})."
