@@ -26,13 +26,14 @@ _RUNTIME_CPU = 310 * 10**6
 _BY_TILE = {False: (0, 22 * 10**6), True: (0, 36 * 10**6)}  # by whether scales are scored
 _BY_MATRIX = 245 * 10**6, 78 * 10**6
 _NOT_GIVEN_BACK = {True: 120 * 10**6, False: 560 * 10**6}  # bytes more in all, by whether codes go by tile
-_DECODING = 10 * 10**6  # bytes of each program that dequantizes a tensor, kept or to be audited
+_DECODING = 14 * 10**6  # bytes of each program that dequantizes a tensor, kept or to be audited
 # Bytes for each element, on a CPU by XLA's own account: copies of both inputs, and beside them the result and
 # what is computed of one part at a time; by whether scales are scored.
 _BESIDE_COPIES = {False: 2.2, True: 6.5}
 _DEQUANTIZED = 2  # bytes for each element more, where one of the inputs is codes
 _HELD = 45 * 10**6  # bytes that compiling and comparing leave with the process, at most
 _FIGURES = 33  # bytes for each element of a band that is compared; 25 by XLA's own account
+_CUT = 7  # bytes more, where a band is one of several: both inputs and codes are copied, the next's meanwhile
 _RESULT = 1.3  # bytes for each element: a code, and a scale for as few as 16
 _PACKING = 3  # bytes for each element of codes that are packed, before and after
 _CODED = 3  # bytes for each element of a weight that is read from codes
@@ -141,7 +142,8 @@ def _need_of(
     if jax.default_backend() != "cpu" or len(sources) == 1:  # nothing is compared, or on the accelerator
         return Need(read, work, write)
     tilings = [tiling, *(x.tiling for x in sources if x.tiling)]
-    figures = _FIGURES * elements_compared((rows, *shape[1:]), tilings)
+    compared = elements_compared((rows, *shape[1:]), tilings)
+    figures = (_FIGURES + _CUT * (compared < elements)) * compared
     return Need(read, max(work + min(figures, _HELD), elements * _RESULT + figures), write)
 
 
