@@ -138,7 +138,7 @@ def test_where_memory_is_not_given_back_a_plan_adds_what_compiling_took(monkeypa
 
 def test_a_program_that_is_compiled_before_its_memory_is_needed_is_compiled_once(tmp_path, monkeypatch):
     base = {UP: (0.02 * normal(0, 48, 80)).astype(BF16)}
-    pair = [write_folder(tmp_path / word, [base], CONFIG) for word in ("base", "tuned")]
+    pair = write_folder(tmp_path / "base", [base], CONFIG), write_folder(tmp_path / "tuned", [base], CONFIG)
 
     def job() -> None:
         daq.quantize_folder(
