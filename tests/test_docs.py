@@ -268,7 +268,7 @@ def test_figures_of_the_demo_in_the_readme_are_those_of_the_results():
 
 
 def test_bytes_for_each_element_are_those_of_the_plan(tmp_path):
-    """The plan of three matrices of 34 million elements, and of half of that: work takes more than compiling."""
+    """The plan of three matrices of 34 million elements, and of half: work takes more than compiling."""
     page = " ".join((ROOT / "docs/folders.md").read_text().split())
     for recipe, words in (
         ("absmax", "{} bytes for each element of the largest matrix under `absmax`"),
