@@ -37,6 +37,7 @@ _EACH_TENSOR, _EACH_LETTER = 4500, 6
 _COPIED = 3 * 2**24  # bytes of a tensor that is copied, 16 MiB at a time
 _KEPT_EACH = 16  # bytes for each element of a quantized tensor that is kept, while it is dequantized
 _KEPT_HELD = 85 * 10**6  # bytes that this leaves with the process
+_LEAST = 50 * 10**6  # bytes of bands, however small: what threads keep of many small ones
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,7 +323,7 @@ def memory_of(shards: Sequence[Shard]) -> int:
         (peak_of(need for task in shard.tasks for need in _needs(task)) for shard in shards), default=0
     )
     held = _KEPT_HELD if decoded else 0
-    return int(max(runtimes, default=RUNTIME) + words + bands + held)
+    return int(max(runtimes, default=RUNTIME) + words + max(bands, _LEAST) + held)
 
 
 def _needs(task: Task) -> list[Need]:
