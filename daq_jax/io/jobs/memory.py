@@ -1,9 +1,10 @@
 """What the work of a folder takes of memory: the process with JAX, its programs, and the largest matrix."""
 
+import ctypes
 import functools
 import math
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 
@@ -18,12 +19,13 @@ from daq_jax.searches.search import as_search
 from daq_jax.tilings import Tiling
 
 RUNTIME = 700 * 10**6  # bytes of the interpreter, JAX, its compiled programs, and the figures of a band
-# The same on a CPU without programs and figures (`python -m benchmarks folders peaks`). 50 MB of it are
-# what jobs of other draws (`--seed 1`) took beyond a model fitted on the table, and what allocators vary by.
+# The same on a CPU without programs, where `give_back` can (`python -m benchmarks folders peaks`).
 # What the libraries of an accelerator take of the host's memory was not measured apart.
-_RUNTIME_CPU = 401 * 10**6
-_BY_TILE = {False: (0, 22 * 10**6), True: (0, 42 * 10**6)}  # by whether scales are scored
-_BY_MATRIX = 470 * 10**6, 70 * 10**6
+_RUNTIME_CPU = 310 * 10**6
+# Bytes that compiling a program takes beyond what other work does, and that it leaves with the process.
+_BY_TILE = {False: (0, 22 * 10**6), True: (0, 36 * 10**6)}  # by whether scales are scored
+_BY_MATRIX = 295 * 10**6, 62 * 10**6
+_NOT_GIVEN_BACK = {True: 120 * 10**6, False: 600 * 10**6}  # bytes more in all, by whether codes go by tile
 _DECODING = 14 * 10**6  # bytes of each program that dequantizes a tensor, kept or to be audited
 # Bytes for each element, on a CPU by XLA's own account: copies of both inputs, and beside them the result and
 # what is computed of one part at a time; by whether scales are scored.
@@ -31,6 +33,7 @@ _BESIDE_COPIES = {False: 2.2, True: 6.5}
 _DEQUANTIZED = 2  # bytes for each element more, where one of the inputs is codes
 _HELD = 45 * 10**6  # bytes that compiling and comparing leave with the process, at most
 _FIGURES = 33  # bytes for each element of a band that is compared; 25 by XLA's own account
+_CUT = 7  # bytes more, where a band is one of several: both inputs and codes are copied, the next's meanwhile
 _RESULT = 1.3  # bytes for each element: a code, and a scale for as few as 16
 _PACKING = 3  # bytes for each element of codes that are packed, before and after
 _CODED = 3  # bytes for each element of a weight that is read from codes
@@ -59,7 +62,7 @@ class Work(NamedTuple):
     Attributes:
         bytes_each: bytes that quantizing takes for each element, two inputs of 16 bits included.
         by_tile: whether codes depend on one tile at a time, so that a band of a matrix is coded by itself.
-        program_bytes: bytes that compiling takes at most, and bytes of each compiled program.
+        program_bytes: bytes that compiling takes beyond other work, and bytes of each compiled program.
     """
 
     bytes_each: int
@@ -72,7 +75,8 @@ class Need(NamedTuple):
 
     Attributes:
         read: the weights that are read.
-        work: beside them, the most that quantizing takes, and comparing, the result included.
+        work: beside them, the most of what compiling, quantizing and comparing take in turn, the result
+            included.
         write: the result, while the next band is quantized.
     """
 
@@ -133,13 +137,20 @@ def _need_of(
 ) -> Need:
     elements = rows * math.prod(shape[1:])
     read = elements * sum(source.read_each for source in sources)
-    work = elements * _work_each(sources, recipe)
+    work = max(elements * _work_each(sources, recipe), _compiling(recipe))
     write = elements * (_RESULT if plain else _PACKING)
     if jax.default_backend() != "cpu" or len(sources) == 1:  # nothing is compared, or on the accelerator
         return Need(read, work, write)
     tilings = [tiling, *(x.tiling for x in sources if x.tiling)]
-    figures = _FIGURES * elements_compared((rows, *shape[1:]), tilings)
+    compared = elements_compared((rows, *shape[1:]), tilings)
+    figures = (_FIGURES + _CUT * (compared < elements)) * compared
     return Need(read, max(work + min(figures, _HELD), elements * _RESULT + figures), write)
+
+
+def _compiling(recipe: Recipe) -> int:
+    """Bytes that compiling takes and gives back before the program runs."""
+    first, _ = work_of(recipe).program_bytes
+    return first if jax.default_backend() == "cpu" and can_give_back() else 0
 
 
 def _work_each(sources: Sequence[_Source], recipe: Recipe) -> float:
@@ -158,9 +169,47 @@ def peak_of(needs: Iterable[Need]) -> float:
     return float(max(before.write + now.read + now.work + after.read for before, now, after in found))
 
 
-def runtime_of(recipe: Recipe, programs: int, decoding: int = 0) -> int:
-    """Bytes of the interpreter and of JAX with so many compiled programs, and some that only dequantize."""
-    first, each = work_of(recipe).program_bytes
-    if jax.default_backend() == "cpu":
-        return _RUNTIME_CPU + first + programs * each + decoding * _DECODING
-    return RUNTIME + (programs + decoding - 1) * each
+def runtime_of(recipe: Recipe, programs: int, decoding: int = 0, *, gives_back: bool | None = None) -> int:
+    """Bytes of the interpreter and of JAX with compiled programs.
+
+    Args:
+        recipe: how the programs quantize.
+        programs: how many programs quantize.
+        decoding: how many programs only dequantize.
+        gives_back: whether what compiling took is given back before other work; None for `can_give_back()`.
+    """
+    work = work_of(recipe)
+    _, each = work.program_bytes
+    if jax.default_backend() != "cpu":
+        return RUNTIME + (programs + decoding - 1) * each
+    runtime = _RUNTIME_CPU + programs * each + decoding * _DECODING
+    return (
+        runtime
+        if (can_give_back() if gives_back is None else gives_back)
+        else runtime + _NOT_GIVEN_BACK[work.by_tile]
+    )
+
+
+def can_give_back() -> bool:
+    """Whether `give_back` can: on Linux with glibc, and not on macOS, Windows and Alpine."""
+    return _malloc_trim() is not None
+
+
+def give_back() -> bool:
+    """Returns free memory to the system, as what a compiler took; the C library would keep it for later.
+
+    Returns:
+        `can_give_back()`; if False, nothing was done.
+    """
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+    return trim is not None
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], Any] | None:
+    try:
+        return ctypes.CDLL(None).malloc_trim  # type: ignore[no-any-return]
+    except (AttributeError, OSError, TypeError):  # TypeError: on Windows None names no library
+        return None

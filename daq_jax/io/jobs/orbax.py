@@ -125,7 +125,8 @@ def _memory(where: str, pairs: Sequence[Pair], recipe: Recipe, memory: int, unit
     largest = max(quantized, key=lambda pair: pair.tuned.size)
     unit = min(unit_bytes, sum(_nbytes(pair.tuned) for pair in pairs))
     work = work_of(recipe).bytes_each * largest.tuned.size + 4 * unit
-    needed = max(RUNTIME, runtime_of(recipe, len({pair.program for pair in quantized}))) + work
+    programs = len({pair.program for pair in quantized})
+    needed = max(RUNTIME, runtime_of(recipe, programs, gives_back=False)) + work
     if needed > memory:
         raise DaqError(
             f"{where}: {largest.path!r} is {tuple(largest.tuned.shape)}; with it the work takes "
@@ -266,8 +267,7 @@ class OrbaxStore:
         if arrays:
             try:
                 ocp.partial.save(str(self._new), nested(arrays), custom_metadata=metadata)
-            except Exception as error:
-                # Killed after this was written and before it was recorded: the same bytes are there already.
+            except Exception as error:  # killed before it was recorded, the same bytes are there already
                 if type(error).__name__ != "PartialSaveReplacementError":  # which Orbax does not export
                     raise
         return records

@@ -37,6 +37,7 @@ _EACH_TENSOR, _EACH_LETTER = 4500, 6
 _COPIED = 3 * 2**24  # bytes of a tensor that is copied, 16 MiB at a time
 _KEPT_EACH = 16  # bytes for each element of a quantized tensor that is kept, while it is dequantized
 _KEPT_HELD = 85 * 10**6  # bytes that this leaves with the process
+_LEAST = 50 * 10**6  # bytes of bands, however small: what threads keep of many small ones
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,11 +296,11 @@ def _rows_at_a_time(tensor: Tensor, base: Tensor | None, recipe: Recipe, coding:
         steps = bisect.bisect(range(1, outputs // step + 1), room.memory, key=lambda n: needed(n * step))
         if steps:
             return steps * step
-    gb = needed(whole) / 10**9
+    gb, given = needed(whole) / 10**9, room.memory / 10**9
+    digits = next((n for n in range(1, 9) if f"{gb:.{n}f}" != f"{given:.{n}f}"), 9)  # that tell them apart
     raise DaqError(
-        f"{tensor.file}: {tensor.name!r} is {outputs} x {inputs}, which takes {gb:.1f} GB at once; "
-        f"the memory given is {room.memory / 10**9:.1f} GB: raise it "
-        f"(--memory {math.ceil(10 * gb) / 10})."
+        f"{tensor.file}: {tensor.name!r} is {outputs} x {inputs}, which takes {gb:.{digits}f} GB at once; "
+        f"the memory given is {given:.{digits}f} GB: raise it (--memory {math.ceil(10 * gb) / 10})."
     )
 
 
@@ -322,7 +323,7 @@ def memory_of(shards: Sequence[Shard]) -> int:
         (peak_of(need for task in shard.tasks for need in _needs(task)) for shard in shards), default=0
     )
     held = _KEPT_HELD if decoded else 0
-    return int(max(runtimes, default=RUNTIME) + words + bands + held)
+    return int(max(runtimes, default=RUNTIME) + words + max(bands, _LEAST) + held)
 
 
 def _needs(task: Task) -> list[Need]:

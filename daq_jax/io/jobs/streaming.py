@@ -21,9 +21,10 @@ from daq_jax.io.hf.folders import Folder
 from daq_jax.io.hf.tensor_files import TensorReader, TensorSpec, TensorWriter, plan_file
 from daq_jax.io.jobs.audit import Audit, is_untouched
 from daq_jax.io.jobs.journal import Record
+from daq_jax.io.jobs.memory import give_back
 from daq_jax.io.jobs.planning import Plan, Shard, Task
 from daq_jax.io.jobs.progress import Running
-from daq_jax.leaves import quantize_leaf
+from daq_jax.leaves import lowered, quantize_leaf
 from daq_jax.numerics.arithmetic import LARGEST_SQUARED
 from daq_jax.qtensor import QTensor
 
@@ -74,9 +75,12 @@ class ShardJob:
             (task, rows), pair = band, [leaf.result() for leaf in ahead]
             band = next(bands, None)
             ahead = self._read(readers, *band) if band else []
+            known = len(self.compiled)
             self._announce(task, rows)
             result = self._result(task, rows, pair[-1], pair[0]) if pair else None
             del pair
+            if len(self.compiled) > known:
+                give_back()
             if writing:
                 writing.result()
             writing = writer.submit(self._write, file, task, rows, result)
@@ -88,9 +92,13 @@ class ShardJob:
         if not task.quantize:
             self.running.begin(task.name, 0, 0)
             return
-        program = task.program(rows)
-        self.running.begin(task.name, task.nbytes_of(rows), int(program not in self.compiled))
-        self.compiled.add(program)
+        self.running.begin(task.name, task.nbytes_of(rows), int(self._is_new(task.program(rows))))
+
+    def _is_new(self, kind: Hashable) -> bool:
+        """Whether this process does something of a kind for the first time, so that it compiles a program."""
+        is_new = kind not in self.compiled
+        self.compiled.add(kind)
+        return is_new
 
     def _read(self, readers: ThreadPoolExecutor, task: Task, rows: slice) -> list[Future[Leaf]]:
         """The tuned matrix, and its base if there is one, on their way; none for a tensor that is copied."""
@@ -123,7 +131,11 @@ class ShardJob:
     def _quantize(self, task: Task, rows: slice, base: Leaf, tuned: Leaf) -> QTensor:
         """Codes and scales of a pair."""
         stream = zlib.crc32(f"{task.name}:{rows.start}".encode())
-        q = quantize_leaf(base, tuned, recipe=task.recipe, matrix=task.tuned.matrix, stream=stream)
+        how = {"recipe": task.recipe, "matrix": task.tuned.matrix}
+        if self._is_new(("quantize", task.program(rows))) and jax.default_backend() == "cpu":
+            lowered(base, tuned, **how).compile()  # which the call below takes from JAX's own cache
+            give_back()  # the compiler's memory, before the program takes its own
+        q = quantize_leaf(base, tuned, **how, stream=stream)
         if not bool(jnp.isfinite(q.scale).all()):  # what a tile that holds NaN or infinity gets
             raise DaqError(
                 f"{task.tuned.file}: tensor {task.name!r} holds NaN or infinity in base or tuned, or a "
@@ -165,6 +177,8 @@ class ShardJob:
             assert isinstance(q, QTensor)
             plain = np.asarray(q.dequantize(task.outputs[task.name].numpy_dtype))
             yield np.swapaxes(plain, -1, -2) if task.tuned.turned else plain
+            if self._is_new(("kept", task.program(rows))):
+                give_back()
 
     def _put(self, file: TensorWriter, name: str, data: np.ndarray) -> None:
         """Writes the next bytes of a tensor: bands of a matrix, and matrices of a stack, come in order."""

@@ -291,8 +291,9 @@ def test_fused_experts_are_quantized_matrix_by_matrix(tmp_path):
 def test_a_matrix_too_large_for_the_memory_is_quantized_in_bands_or_refused(layout, tmp_path):
     base = {"a_proj.weight": (0.02 * normal(0, 1024, 2048)).astype(BF16)}
     folders = write_folder(tmp_path / "b", [base]), write_folder(tmp_path / "t", [tuned_from(base)])
-    daq.quantize_folder(*folders, tmp_path / "whole", SMALL, format=layout, memory_gb=2)
-    report = daq.quantize_folder(*folders, tmp_path / "bands", SMALL, format=layout, memory_gb=0.48)
+    whole = daq.quantize_folder(*folders, tmp_path / "whole", SMALL, format=layout, memory_gb=2)
+    little = whole["memory_bytes"] / 1e9  # for one matrix, but not for the next that would be read meanwhile
+    report = daq.quantize_folder(*folders, tmp_path / "bands", SMALL, format=layout, memory_gb=little)
     assert report["rows"]["a_proj.weight"] < 1024
     files = [tmp_path / word / "model.safetensors" for word in ("whole", "bands")]
     assert files[0].read_bytes() == files[1].read_bytes()
@@ -300,7 +301,7 @@ def test_a_matrix_too_large_for_the_memory_is_quantized_in_bands_or_refused(layo
         ValueError, match=r"'a_proj\.weight' is 1024 x 2048, which takes .* raise it \(--memory"
     ):
         daq.quantize_folder(
-            *folders, tmp_path / "no", daq.Recipe(rounding=daq.UnbiasedSubspace(rank=4)), memory_gb=0.48
+            *folders, tmp_path / "no", daq.Recipe(rounding=daq.UnbiasedSubspace(rank=4)), memory_gb=little
         )
 
 
@@ -312,8 +313,9 @@ def test_bands_cut_no_tile_of_a_base_that_is_stored_in_blocks(tmp_path):
     base = tmp_path / "b"
     daq.quantize_folder(plain, plain, base, ABSMAX, format="fp8-block", memory_gb=2)
     how = {"format": "int8-channel"}
-    daq.quantize_folder(base, tuned, tmp_path / "whole", SMALL, memory_gb=2, **how)
-    report = daq.quantize_folder(base, tuned, tmp_path / "bands", SMALL, memory_gb=0.48, **how)
+    whole = daq.quantize_folder(base, tuned, tmp_path / "whole", SMALL, memory_gb=2, **how)
+    little = whole["memory_bytes"] / 1e9
+    report = daq.quantize_folder(base, tuned, tmp_path / "bands", SMALL, memory_gb=little, **how)
     assert report["rows"]["a_proj.weight"] < 1024
     assert report["rows"]["a_proj.weight"] % 128 == 0
     files = [tmp_path / name / "model.safetensors" for name in ("whole", "bands")]
