@@ -188,6 +188,23 @@ def test_ctrl_c_in_a_callback_whose_exceptions_are_ignored_is_heard(interrupted)
     assert interrupted(["demo"], [], after=IGNORED_ONCE) == (130, STARTS_OVER)
 
 
+DROPPED = """
+import signal, time
+from daq_jax import demo
+def run(*_, **__):
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt:
+        pass
+    time.sleep(60)
+demo.run = run
+"""
+
+
+def test_ctrl_c_that_is_dropped_without_a_word_is_heard(interrupted):
+    assert interrupted(["demo"], [], after=DROPPED) == (130, STARTS_OVER)
+
+
 def test_a_process_that_ignores_ctrl_c_goes_on_doing_so(interrupted):
     ignore = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
     assert interrupted(["--version"], [0.4], before=ignore) == (0, "")

@@ -3,6 +3,7 @@
 Work is interrupted by KeyboardInterrupt, as in any Python program, so that locks are given back and journals
 stay whole. While the package is being imported there is nothing to give back, and an exception may come out
 of the start of another library as anything: there the process ends at once. So it does at a second Ctrl-C.
+An exception that is lost on its way, as code in C may drop it, is raised again until the work ends.
 
 The package imports this module before all others, so it imports nothing that takes time.
 """
@@ -16,7 +17,9 @@ from types import FrameType
 from typing import Any, NoReturn
 
 COMMAND = "daq-jax"
-_AGAIN = 0.05  # seconds after which an interrupt that was ignored is tried again
+_AGAIN = 0.05  # seconds after which an interrupt that Python told to be ignored is tried again
+_LOST = 5.0  # seconds after which one is tried again that nothing was heard of
+_HAS_ALARM = hasattr(signal, "setitimer")  # Windows has none
 STATUS = 130  # as a shell has it for a process that SIGINT ended
 
 
@@ -31,22 +34,20 @@ def run(work: Callable[[], int], words: Sequence[str], *, whole_process: bool) -
     Returns:
         The status of the work, or 130 after Ctrl-C; the two lines are then on stderr.
     """
-    stopped, again = False, threading.Timer(_AGAIN, _interrupt)
+    stopped = False
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
         nonlocal stopped
         stopped = True
         signal.signal(signal.SIGINT, end_at_once)
+        _again_after(_LOST)  # code in C may drop an exception without a word
         raise KeyboardInterrupt
 
     def ignored(told: Any) -> None:
         # Python ignores what is raised in some callbacks, such as JAX's after a collection of garbage.
-        nonlocal again
         if not (stopped and issubclass(told.exc_type, KeyboardInterrupt)):
             return tell(told)
-        signal.signal(signal.SIGINT, stop)
-        again = threading.Timer(_AGAIN, _interrupt)
-        again.start()
+        _again_after(_AGAIN)
 
     before, tell = signal.getsignal(signal.SIGINT), sys.unraisablehook
     # Only the main thread may set handlers; a process in the background of a shell ignores Ctrl-C.
@@ -54,9 +55,12 @@ def run(work: Callable[[], int], words: Sequence[str], *, whole_process: bool) -
     if watched:
         signal.signal(signal.SIGINT, stop)
         sys.unraisablehook = ignored
+        alarm = signal.signal(signal.SIGALRM, stop) if _HAS_ALARM else None
     try:
         return work()
     except BaseException as error:  # of another library's making, if Ctrl-C came while it was imported
+        if stopped:
+            _again_after(0)
         if not (stopped or isinstance(error, KeyboardInterrupt)):
             raise
         print(two_lines(words), file=sys.stderr)
@@ -66,15 +70,19 @@ def run(work: Callable[[], int], words: Sequence[str], *, whole_process: bool) -
             os._exit(STATUS)
         return STATUS
     finally:
-        again.cancel()
+        if stopped:
+            _again_after(0)
         if watched:
             sys.unraisablehook = tell
             signal.signal(signal.SIGINT, before)
+            if _HAS_ALARM:
+                signal.signal(signal.SIGALRM, alarm)
 
 
-def _interrupt() -> None:
-    """Ctrl-C once more: a signal, which wakes the main thread."""
-    os.kill(os.getpid(), signal.SIGINT)
+def _again_after(seconds: float) -> None:
+    """Lets a signal wake the main thread once more after some time; 0 for never."""
+    if _HAS_ALARM:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 def end_at_once(number: int, frame: FrameType | None) -> NoReturn:
