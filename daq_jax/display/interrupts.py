@@ -50,17 +50,19 @@ def run(work: Callable[[], int], words: Sequence[str], *, whole_process: bool) -
         _again_after(_AGAIN)
 
     before, tell = signal.getsignal(signal.SIGINT), sys.unraisablehook
+    alarm = signal.getsignal(signal.SIGALRM) if _HAS_ALARM else None
     # Only the main thread may set handlers; a process in the background of a shell ignores Ctrl-C.
     watched = threading.current_thread() is threading.main_thread() and callable(before)
     if watched:
         signal.signal(signal.SIGINT, stop)
         sys.unraisablehook = ignored
-        alarm = signal.signal(signal.SIGALRM, stop) if _HAS_ALARM else None
+        if _HAS_ALARM:
+            signal.signal(signal.SIGALRM, stop)
     try:
         return work()
     except BaseException as error:  # of another library's making, if Ctrl-C came while it was imported
         if stopped:
-            _again_after(0)
+            _again_after(0.0)
         if not (stopped or isinstance(error, KeyboardInterrupt)):
             raise
         print(two_lines(words), file=sys.stderr)
@@ -71,7 +73,7 @@ def run(work: Callable[[], int], words: Sequence[str], *, whole_process: bool) -
         return STATUS
     finally:
         if stopped:
-            _again_after(0)
+            _again_after(0.0)
         if watched:
             sys.unraisablehook = tell
             signal.signal(signal.SIGINT, before)
@@ -80,7 +82,7 @@ def run(work: Callable[[], int], words: Sequence[str], *, whole_process: bool) -
 
 
 def _again_after(seconds: float) -> None:
-    """Lets a signal wake the main thread once more after some time; 0 for never."""
+    """Lets a signal wake the main thread once more after some time; 0.0 for never."""
     if _HAS_ALARM:
         signal.setitimer(signal.ITIMER_REAL, seconds)
 

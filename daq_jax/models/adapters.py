@@ -77,8 +77,8 @@ def merge(
 
     Raises:
         DaqError: naming each leaf of the adapter that has no partner, that does not fit its weight, or that
-            lacks a scale or has one of a wrong shape; each leaf that is not of floats; a scale that is no finite number; and each pattern
-            of `scale` or `inputs` that is found in no path of `base`.
+            lacks a scale or has one of a wrong shape; each leaf that is not of floats; a scale that is not
+            finite and real; and each pattern of `scale` or `inputs` that is found in no path of `base`.
 
     >>> base = {"q": {"kernel": jnp.zeros((2, 3), jnp.bfloat16)}}
     >>> pair = {"q": {"kernel_lora_a": jnp.ones((2, 1)), "kernel_lora_b": jnp.ones((1, 3))}}
@@ -167,7 +167,7 @@ def _check_scale(scale: Any) -> None:
 
 def _is_scale(value: Any) -> bool:
     """Whether a value, unless it is traced, is one real number that is finite, or an array of them."""
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, jax.Array) and not is_concrete(value):
         return jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)
     found = np.asarray(value)
     if found.dtype.kind not in "iuf" and not jnp.issubdtype(found.dtype, jnp.floating):

@@ -147,7 +147,7 @@ def test_what_does_not_fit_is_named(kind):
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), {"w": float("nan")}], ids=str)
 def test_a_scale_that_is_no_finite_number_is_refused(scale):
-    with pytest.raises(daq.DaqError, match="needed one finite number, alpha / rank"):
+    with pytest.raises(daq.DaqError, match="needed finite real numbers, alpha / rank"):
         daq.merge(
             {"w": jnp.ones((4, 6))}, {"w_lora_a": jnp.ones((4, 2)), "w_lora_b": jnp.ones((2, 6))}, scale=scale
         )
