@@ -2,10 +2,10 @@
 
 `default` did best in the study of native bases (`benchmarks/results/behaviour/native_gpu.md`, which lists
 where it did not): KL from the tuned model on seven grids and on a bf16 base, 25M parameters, three seeds, two
-of them on the bf16 base. It was within 1.1 times the least of five other methods in 175 of 182 cells, and in 27 of 28
-of a model of 341M parameters and one with experts (docs/design/envelope.md). Native FP8 and FP4 bases had
-0.05 to 0.46 of the format's own noise for tunes of 0.4 to 2.3 %, on a bf16 base 0.46 to 0.61 from 0.4 % up.
-Where a change has no directions it is nearest rounding at the base's scale.
+of them on the bf16 base. It was within 1.1 times the least of five other methods in 175 of 182 cells, and in
+27 of 28 of a model of 341M parameters and one with experts (docs/design/envelope.md). Native FP8 and FP4
+bases had 0.05 to 0.46 of the format's own noise for tunes of 0.4 to 2.3 %, on a bf16 base 0.46 to 0.61 from
+0.4 % up. Where a change has no directions it is nearest rounding at the base's scale.
 """
 
 import difflib
