@@ -145,6 +145,8 @@ def compare_leaf(base: ArrayLike | QTensor, tuned: ArrayLike | QTensor, quantize
     figures = _figures(_sums(base, tuned, quantized), quantized)
     if not figures.is_concrete or _LEAST_SQUARES < figures.dd < np.inf > max(figures.qq, figures.ee):
         return figures
+    if figures.dd == 0 and not _differ(base, tuned):
+        return figures
     squares, unit = jax.device_get(_squares_in_units(base, tuned, quantized))
     exact = {name: np.float64(x) / np.float64(unit) ** 2 for name, x in squares.items()}
     return dataclasses.replace(figures, **exact)
@@ -231,6 +233,12 @@ def _squares(change: Array, kept: Array, error: Array) -> dict[str, Array]:
         "dq": _total(change * kept),
         "ee": _total(error * error),
     }
+
+
+@jax.jit
+def _differ(base: ArrayLike | QTensor, tuned: ArrayLike | QTensor) -> Array:
+    base, tuned = (jnp.asarray(as_array(x)).astype(jnp.float32) for x in (base, tuned))
+    return jnp.any(tuned != base)
 
 
 @jax.jit

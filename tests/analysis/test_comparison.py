@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import daq_jax as daq
+from daq_jax.analysis import comparison
 from tests import oracles
 from tests.cases import FORMATS, LAYERS, TILINGS, Stored, native, pair
 
@@ -241,6 +242,13 @@ def test_changes_whose_squares_leave_float32_have_the_figures_of_ordinary_ones(p
     for figure in ("cosine", "projection", "norm_ratio", "snr_db", "unchanged"):
         assert getattr(far, figure) == getattr(row, figure), figure
     assert far.mse == np.ldexp(np.float64(row.mse), 2 * power)
+
+
+def test_a_leaf_that_tuning_left_alone_is_not_summed_twice(monkeypatch):
+    base, _ = pair("still", (32, 32), np.float32)
+    q = daq.quantize(base, base, daq.recipes.absmax)
+    monkeypatch.delattr(comparison, "_squares_in_units")
+    assert daq.compare(base, base, q).total.dd == 0
 
 
 def test_leaves_whose_numbers_cannot_be_taken_are_named():
