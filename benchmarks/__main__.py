@@ -19,6 +19,7 @@ MODULES = {
     "folders": "benchmarks.folders.study",
     "native_peers": "benchmarks.native_peers.study",
     "tpu": "benchmarks.tpu",
+    "tpu_kernel": "benchmarks.tpu_kernel",
     "flax_models": "benchmarks.flax_models",
     "jax_libraries": "benchmarks.jax_libraries.study",
     "inspection": "benchmarks.inspection",

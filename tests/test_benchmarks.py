@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from benchmarks import __main__ as runner
-from benchmarks import common, workloads
+from benchmarks import common, tpu_kernel, workloads
 from benchmarks.speed.collectives import collectives
 
 
@@ -101,3 +101,8 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 }
 """
     assert collectives(program) == {"all-reduce": 32}
+
+
+@pytest.mark.slow
+def test_the_kernel_for_tpus_has_the_codes_of_quantize():
+    tpu_kernel.check()
