@@ -167,13 +167,13 @@ def _quantize(
         base: Array,
         tuned: Array,
         stored: Array | None,
-        stream: Array | None,
+        stream: Array | np.uint32 | None,
         *,
         machine: Machine = how.machine,
     ) -> tuple[Array, Array]:
         base, tuned = (resharded(x, moved) for x in (base, tuned))
         part = dataclasses.replace(view, shape=tuple(tuned.shape))
-        noise = rounding.draw(tuned.shape, stream) if stream is not None else None
+        noise = rounding.draw(tuned.shape, jnp.asarray(stream)) if stream is not None else None
         if machine.tpu and _goes_in_lines(recipe):
             return _in_lines_of_tiles(part, base, tuned, noise, stored, recipe, machine)
         noise = None if noise is None else part.cut(noise)

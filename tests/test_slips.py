@@ -41,10 +41,10 @@ SLIPS = {
     "tensors of torch": (lambda: daq.quantize(*[{"k": named_like("torch")}] * 2), r"'k' is a torch Tensor"),
     "a model of keras": (lambda: daq.quantize(*[named_like("keras")] * 2), r"v\.path: v\.value"),
     "a dtype": (lambda: daq.dequantize(daq.quantize(WEIGHTS, WEIGHTS), "bf16"), r"bfloat16"),
-    "a scale in a string": (lambda: merged("2"), r"scale is '2'; needed one finite number, alpha / rank"),
-    "a scale that says yes": (lambda: merged(True), r"scale is True; needed one finite number"),
-    "a list of scales": (lambda: merged([1.0, 2.0]), r"scale is \[1.0, 2.0\]; needed one finite number"),
-    "a scale by pattern in a string": (lambda: merged({"w": "2"}), r"scale\['w'\] is '2'; needed one"),
+    "a scale in a string": (lambda: merged("2"), r"scale is '2'; needed finite real numbers, alpha / rank"),
+    "a scale that says yes": (lambda: merged(True), r"scale is True; needed finite real numbers"),
+    "a list of scales": (lambda: merged([1.0, 2.0]), r"its scale is an array \(2,\); needed one number"),
+    "a scale by pattern in a string": (lambda: merged({"w": "2"}), r"scale\['w'\] is '2'; needed finite"),
     "one number for all tiles": (
         lambda: daq.quantize(
             WEIGHTS, WEIGHTS, daq.Recipe(metric=lambda d, q: jnp.sum(d * q), search=daq.Grid(0.9, 1.1, 2))
