@@ -182,12 +182,10 @@ def runtime_of(recipe: Recipe, programs: int, decoding: int = 0, *, gives_back: 
     _, each = work.program_bytes
     if jax.default_backend() != "cpu":
         return RUNTIME + (programs + decoding - 1) * each
-    runtime = _RUNTIME_CPU + programs * each + decoding * _DECODING
-    return (
-        runtime
-        if (can_give_back() if gives_back is None else gives_back)
-        else runtime + _NOT_GIVEN_BACK[work.by_tile]
-    )
+    if gives_back is None:
+        gives_back = can_give_back()
+    kept = 0 if gives_back else _NOT_GIVEN_BACK[work.by_tile]
+    return _RUNTIME_CPU + programs * each + decoding * _DECODING + kept
 
 
 def can_give_back() -> bool:
